@@ -1,0 +1,243 @@
+"""Between the command line and the code: help, checks of a composed configuration, and errors in one line.
+
+A configuration node is a constructor call, so the constructors' signatures say what is allowed; nothing is declared
+twice. `HYDRA_FULL_ERROR=1` shows tracebacks instead of lines.
+"""
+
+import difflib
+import functools
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+import yaml
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stu.errors import OptionError
+
+CONF = Path(__file__).parent
+USAGE = 2  # exit code of a command that asks for something impossible
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+HINTS: dict[str, Any] = {"trainer.max_epochs": float | None}  # ours mean more than the constructor's own
+R = TypeVar("R")
+
+EXAMPLES = """\
+  python train.py model=stu task=lra_listops                       the full task
+  python train.py experiment=quick                                 ten minutes on two CPU cores
+  python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
+  python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination, one after another"""
+
+
+def help_text() -> str:
+    """What `--help` prints: the groups with their options, and examples."""
+    groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and options_of(folder.name))
+    lines = [f"  {group:<12}{', '.join(options_of(group))}" for group in groups]
+    return "\n".join(
+        [
+            "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",
+            "\nGroups:",
+            *lines,
+            "\nExamples:",
+            EXAMPLES,
+            "\nSee a whole configuration: python train.py ... --cfg job --resolve",
+            "Tracebacks instead of one-line errors: HYDRA_FULL_ERROR=1",
+        ]
+    )
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a configuration group, nested ones as folder/name."""
+    files = (CONF / group).rglob("*.yaml")
+    return sorted(f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if not f.name.startswith("_"))
+
+
+OmegaConf.register_new_resolver("help", help_text, replace=True)
+
+
+def check(config: DictConfig) -> None:
+    """Raise `OptionError` for a root key that does not exist, or a value that a constructor does not take."""
+    root = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    groups = {group for entry in root["defaults"] if isinstance(entry, dict) for group in entry}
+    known = {key for key in root if key not in ("defaults", "hydra")} | {g for g in groups if " " not in g}
+    for key in map(str, config):
+        if key not in known:
+            raise OptionError(key, _brief(config[key]), f"no such key; {_suggest(key, known)}")
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for key, node in _calls(plain, ""):
+        _check_call(key, node)
+    if config.mode not in ("train", "test"):
+        raise OptionError("mode", config.mode, "must be train or test")
+    if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise OptionError("trainer.accelerator", config.trainer.accelerator, "there is no GPU here; use trainer=cpu")
+
+
+def reports_errors(job: Callable[[DictConfig], R]) -> Callable[[DictConfig], R]:
+    """Make a Hydra job report what its user can mend in one line and exit with `USAGE`."""
+
+    @functools.wraps(job)
+    def wrapped(config: DictConfig) -> R:
+        try:
+            return job(config)
+        except Exception as error:
+            if TRACEBACKS or (line := _line(error, config)) is None:
+                raise
+            _fail(line)
+
+    return wrapped
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a `hydra.main`; what goes wrong while the configuration is composed is reported in one line too."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        if TRACEBACKS:
+            raise
+        _fail(_line(error, None) or _flat(str(error)))
+
+
+def _fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(USAGE) from None
+
+
+def _line(error: BaseException, config: DictConfig | None) -> str | None:
+    """An error in one line, naming the full key; None for what is no user's fault."""
+    match error:
+        case OptionError():
+            return f"{_full_key(error, config)}={error.value}: {error.allowed}"
+        case InstantiationException():
+            cause = error.__cause__
+            if isinstance(cause, OptionError):
+                return _line(cause, config)
+            node = match.group(1) if (match := re.search(r"full_key: (\S+)", str(error))) else "configuration"
+            return f"{node}: {_flat(str(cause or error))}"
+        case MissingConfigException(options=options) if options is not None:
+            group, _, choice = str(error.missing_cfg_file).rpartition("/")
+            choices = [o for o in options_of(group.split("/")[0]) if o]
+            return f"{group}={choice}: no such option; choose one of {', '.join(choices)}"
+        case ConfigCompositionException() | OmegaConfBaseException():
+            return _composition_line(error)
+        case HydraException():
+            return _flat(str(error))
+    return None
+
+
+def _composition_line(error: BaseException) -> str:
+    """Name the key and what stands beside it, where an override does not fit the configuration."""
+    cause = error.__cause__ or error
+    key = str(getattr(cause, "full_key", "") or "")
+    override = match.group(1) if (match := re.search(r"Could not override '([^']+)'", str(error))) else key
+    parent = getattr(cause, "parent_node", None)
+    given = next((a for a in sys.argv[1:] if a.split("=", 1)[0].lstrip("+~") == override), override)
+    if override and isinstance(parent, DictConfig):
+        return f"{given}: no such key; {_suggest(override.split('.')[-1], map(str, parent))}"
+    return _flat(f"{key}: {cause}" if key else str(error))
+
+
+def _full_key(error: OptionError, config: DictConfig | None) -> str:
+    """Where the refused option stands in the configuration: the same keyword with the same value."""
+    if config is None or ("." in error.name and OmegaConf.select(config, error.name) is not None):
+        return error.name
+    leaves = dict(_leaves(OmegaConf.to_container(config, resolve=True), ""))
+    named = [key for key in leaves if key == error.name or key.endswith(f".{error.name}")]
+    exact = [key for key in named if leaves[key] == error.value]
+    return (exact or named or [error.name])[0]
+
+
+def _check_call(key: str, node: Mapping[str, Any]) -> None:
+    """Compare a node with the signature of what it calls."""
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:
+        raise OptionError(f"{key}._target_", node["_target_"], f"cannot be imported ({_flat(str(error))})") from error
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, value in node.items():
+        if name.startswith("_"):
+            continue
+        if name not in parameters:
+            raise OptionError(f"{key}.{name}", _brief(value), f"no such key; {_suggest(name, parameters)}")
+        hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
+        if not _fits(value, hint):
+            raise OptionError(f"{key}.{name}", _brief(value), f"must be {_describe(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a configuration value can stand where `hint` is asked for; nodes that are calls fit anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (isinstance(value, Mapping) and "_target_" in value):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint in (int, float, str, bool, type(None)) or hint is None:
+        allowed = {float: (float, int), None: (type(None),)}.get(hint, (hint,))
+        return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    if inspect.isclass(origin or hint) and issubclass(origin or hint, Mapping):
+        return isinstance(value, Mapping)
+    if inspect.isclass(origin or hint) and issubclass(origin or hint, Sequence):
+        element = arguments[0] if arguments else Any
+        return isinstance(value, list) and all(_fits(item, element) for item in value)
+    # a class: the yaml can only name it by a call, or leave it out
+    return not isinstance(value, bool | int | float | str | list)
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def _calls(node: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every node with a `_target_`, outermost first, with its key."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, node
+        for name, child in node.items():
+            yield from _calls(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _calls(child, f"{key}[{index}]")
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(name, names, n=1))
+    return near + f"allowed: {', '.join(n for n in names if n[0] != '_')}"
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())

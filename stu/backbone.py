@@ -1,0 +1,192 @@
+"""A backbone stacks residual blocks of mixers; a sequence model puts an encoder before it and a head behind.
+
+B batch, L length, D model width
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stu.encoders import LearnedPositions, Positions, SinusoidalPositions
+from stu.errors import require
+from stu.mixer import ChannelMixerFactory, MixerFactory, State
+from stu.norm import Norm, make_norm
+
+
+class Block(nn.Module):
+    """One residual block: a mixer over time, a mixer over channels, norms and dropout around them.
+
+    With `channel_residual=False` both stand in one residual branch, as in S4 and the STU:
+    x + dropout(channel(mixer(norm(x)))). With True each has its own norm and branch, as in a Transformer.
+    `prenorm=False` normalises after the addition instead of before the mixer.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        mixer: MixerFactory,
+        channel_mixer: ChannelMixerFactory,
+        norm: Norm,
+        prenorm: bool,
+        channel_residual: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.prenorm, self.channel_residual = prenorm, channel_residual
+        self.mixer, self.channel_mixer = mixer(d_model), channel_mixer(d_model)
+        self.norm = make_norm(norm, d_model)
+        self.channel_norm = make_norm(norm, d_model) if channel_residual else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        return self._after(x, self.mixer(self._before(x, mask), mask), mask)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x_t (B, D), state → y_t (B, D), state."""
+        mixed, state = self.mixer.step(self._before(x), state)
+        return self._after(x, mixed), state
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
+        """(B, L, D) → (B, L, D), state."""
+        mixed, state = self.mixer.prefill(self._before(x))
+        return self._after(x, mixed), state
+
+    def _before(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.norm(x, mask) if self.prenorm else x
+
+    def _after(self, x: Tensor, mixed: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.channel_norm is None:
+            x = x + self.dropout(self.channel_mixer(mixed))
+            return x if self.prenorm else self.norm(x, mask)
+        x = x + self.dropout(mixed)
+        if self.prenorm:
+            return x + self.dropout(self.channel_mixer(self.channel_norm(x, mask)))
+        x = self.norm(x, mask)
+        return self.channel_norm(x + self.dropout(self.channel_mixer(x)), mask)
+
+
+class BackboneState(NamedTuple):
+    """How many steps a backbone has taken, and the state of each of its mixers."""
+
+    position: int
+    mixers: tuple[State, ...]
+
+
+class Backbone(nn.Module):
+    """`depth` blocks over sequences of width `d_model`; the same code whichever mixer it holds.
+
+    mixer: one factory `mixer(d_model)`, or several, cycled over depth (hybrids need no class of their own).
+    positions: absolute positions added to the input; "rotary" ones are the attention's own business.
+    final_norm: one more norm behind the last block, as pre-norm Transformers have it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        depth: int,
+        mixer: MixerFactory | Sequence[MixerFactory],
+        channel_mixer: ChannelMixerFactory,
+        norm: Norm = "layer",
+        prenorm: bool = True,
+        final_norm: bool = False,
+        channel_residual: bool = False,
+        dropout: float = 0.0,
+        positions: Positions = "none",
+        seq_len: int = 0,
+    ) -> None:
+        super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
+        require(depth >= 1, "depth", depth, "must be at least 1")
+        require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")
+        mixers = [mixer] if callable(mixer) else list(mixer)
+        require(len(mixers) > 0, "mixer", mixers, "must name at least one mixer")
+        self.d_model = d_model
+        self.positions = _make_positions(positions, d_model, seq_len)
+        self.longest = seq_len if positions == "learned" else math.inf
+        # nn.ModuleList does not say what it lists
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(
+                d_model,
+                mixer=mixers[i % len(mixers)],
+                channel_mixer=channel_mixer,
+                norm=norm,
+                prenorm=prenorm,
+                channel_residual=channel_residual,
+                dropout=dropout,
+            )
+            for i in range(depth)
+        )
+        self.norm = make_norm(norm if final_norm else "none", d_model)
+
+    @property
+    def causal(self) -> bool:
+        """Whether output t depends on inputs 1 … t alone."""
+        return all(block.mixer.causal for block in self.blocks)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        x = self._place(x, 0)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x, mask)
+
+    def initial_state(self, batch_size: int) -> BackboneState:
+        """The state before the first step."""
+        return BackboneState(0, tuple(block.mixer.initial_state(batch_size) for block in self.blocks))
+
+    def step(self, x: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
+        """x_t (B, D), state → y_t (B, D), state; causal backbones in eval mode only."""
+        x = self._place(x.unsqueeze(1), state.position).squeeze(1)
+        mixers = []
+        for block, before in zip(self.blocks, state.mixers, strict=True):
+            x, after = block.step(x, before)
+            mixers.append(after)
+        return self.norm(x), BackboneState(state.position + 1, tuple(mixers))
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, BackboneState]:
+        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
+        length = x.shape[1]
+        x = self._place(x, 0)
+        mixers = []
+        for block in self.blocks:
+            x, state = block.prefill(x)
+            mixers.append(state)
+        return self.norm(x), BackboneState(length, tuple(mixers))
+
+    def _place(self, x: Tensor, start: int) -> Tensor:
+        """Add the absolute positions start, start + 1, … to (B, L, D)."""
+        if self.positions is None:
+            return x
+        stop = start + x.shape[1]
+        require(stop <= self.longest, "seq_len", self.longest, f"is below the input's {stop} steps")
+        return x + self.positions(torch.arange(start, stop, device=x.device)).to(x.dtype)
+
+
+class SequenceModel(nn.Module):
+    """encoder → backbone → head."""
+
+    def __init__(self, encoder: nn.Module, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.backbone, self.head = encoder, backbone, head
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Inputs as the encoder takes them, (B, L) or (B, L, C), and the mask of real positions → prediction."""
+        return self.head(self.backbone(self.encoder(inputs), mask), mask)
+
+
+def _make_positions(name: Positions, d_model: int, seq_len: int) -> nn.Module | None:
+    match name:
+        case "learned":
+            require(seq_len >= 1, "seq_len", seq_len, "must be given for learned positions")
+            return LearnedPositions(d_model, seq_len=seq_len)
+        case "sinusoidal":
+            return SinusoidalPositions(d_model)
+        case _:
+            require(name in ("none", "rotary"), "positions", name, "must be none, learned, sinusoidal or rotary")
+            return None

@@ -1,0 +1,73 @@
+"""Ways in: tokens, reals and positions.
+
+B batch, L length, D model width, C input channels, V vocabulary
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stu.errors import require
+
+Positions = Literal["none", "learned", "sinusoidal", "rotary"]
+
+
+class TokenEncoder(nn.Module):
+    """Learned embedding, (B, L) int64 tokens in 0…V−1 → (B, L, D)."""
+
+    def __init__(self, d_model: int, *, vocab_size: int) -> None:
+        super().__init__()
+        require(vocab_size >= 1, "vocab_size", vocab_size, "must be at least 1")
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, L) → (B, L, D)."""
+        return self.embedding(inputs)
+
+
+class LinearEncoder(nn.Module):
+    """Linear map of real inputs, (B, L, C) → (B, L, D)."""
+
+    def __init__(self, d_model: int, *, d_input: int) -> None:
+        super().__init__()
+        require(d_input >= 1, "d_input", d_input, "must be at least 1")
+        self.linear = nn.Linear(d_input, d_model)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, L, C) → (B, L, D)."""
+        return self.linear(inputs)
+
+
+class LearnedPositions(nn.Module):
+    """One learned vector a position, (L,) → (L, D)."""
+
+    def __init__(self, d_model: int, *, seq_len: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(seq_len, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(L,) int64 → (L, D)."""
+        return self.embedding(positions)
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines of geometrically spaced frequencies, (L,) → (L, D); no parameters.
+
+    Source: Vaswani et al., "Attention is all you need" (1706.03762), section 3.5.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        exponent = torch.arange(0, d_model, 2) / d_model
+        self.register_buffer("frequency", torch.exp(-math.log(10_000.0) * exponent), persistent=False)
+        self.frequency: Tensor
+        self.d_model = d_model
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(L,) int64 → (L, D)."""
+        angle = positions[:, None] * self.frequency  # (L, ⌈D/2⌉)
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, : self.d_model]

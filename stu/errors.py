@@ -1,0 +1,22 @@
+"""The one error a user's setting raises: which option, which value, what is allowed."""
+
+
+class OptionError(ValueError):
+    """An option has a value that cannot work.
+
+    `name` is the keyword of the constructor that refused it; the command line shows the full
+    configuration key instead, because the same keyword lives at one place of the configuration.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{name}={value}: {allowed}")
+        self.name, self.value, self.allowed = name, value, allowed
+
+    def __reduce__(self) -> tuple[type["OptionError"], tuple[str, object, str]]:
+        return type(self), (self.name, self.value, self.allowed)  # crosses process borders whole
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise `OptionError(name, value, allowed)` unless `condition` holds."""
+    if not condition:
+        raise OptionError(name, value, allowed)

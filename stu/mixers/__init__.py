@@ -1,0 +1,1 @@
+"""Mixers: one file each, all with the contract of `stu.mixer.Mixer`."""

@@ -1,0 +1,95 @@
+"""Normalisation over (…, D), with a common signature: `norm(x, mask)`.
+
+B batch, L length, D model width
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+
+from stu.errors import OptionError
+
+Norm = Literal["batch", "layer", "rms", "none"]
+
+
+def make_norm(name: Norm, d_model: int) -> nn.Module:
+    """The norm called `name`, a module (x, mask) → x."""
+    match name:
+        case "batch":
+            return BatchNorm(d_model)
+        case "layer":
+            return PositionNorm(nn.LayerNorm(d_model))
+        case "rms":
+            return PositionNorm(nn.RMSNorm(d_model, eps=1e-6))
+        case "none":
+            return PositionNorm(nn.Identity())
+    raise OptionError("norm", name, "must be one of batch, layer, rms, none")
+
+
+class PositionNorm(nn.Module):
+    """A norm that looks at one position at a time, and so needs no mask."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(…, D) → (…, D)."""
+        return self.norm(x)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all *real* positions of all sequences, on every device together.
+
+    As in Haiku and the official STU code the moving averages are exponential with the biased variance and debiased
+    for their start at zero, so they can be trusted from the first step on; `momentum` is the share of the new batch,
+    as in PyTorch (Haiku's decay rate is 1 − momentum).
+
+    Source: Ioffe and Szegedy, 1502.03167.
+    """
+
+    def __init__(self, d_model: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("hidden_mean", torch.zeros(d_model))
+        self.register_buffer("hidden_var", torch.zeros(d_model))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+        self.hidden_mean: Tensor
+        self.hidden_var: Tensor
+        self.num_batches: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(…, D) → (…, D); statistics over the positions where `mask` (…) is True."""
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            mean, var = self._batch_statistics(wide, mask) if self.training else self._averages()
+            scale = self.weight * torch.rsqrt(var + self.eps)
+            return ((wide - mean) * scale + self.bias).to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        real = (x if mask is None else x[mask]).reshape(-1, x.shape[-1])  # (positions, D)
+        count = _sum_over_devices(real.new_tensor([float(len(real))]))
+        mean = _sum_over_devices(real.sum(0)) / count
+        var = _sum_over_devices((real - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.hidden_mean.lerp_(mean.to(self.hidden_mean.dtype), self.momentum)
+            self.hidden_var.lerp_(var.to(self.hidden_var.dtype), self.momentum)
+            self.num_batches += 1
+        return mean, var
+
+    def _averages(self) -> tuple[Tensor, Tensor]:
+        seen = 1 - (1 - self.momentum) ** self.num_batches.to(self.hidden_mean.dtype)
+        fresh = self.num_batches == 0  # nothing seen yet: the identity
+        mean = self.hidden_mean / torch.where(fresh, 1.0, seen)
+        return mean, torch.where(fresh, torch.ones_like(self.hidden_var), self.hidden_var / seen)
+
+
+def _sum_over_devices(x: Tensor) -> Tensor:
+    """Sum over the processes of a distributed run, differentiable; x itself in any other."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return all_reduce(x)
+    return x

@@ -1,0 +1,20 @@
+"""Training with Lightning: the one module, the one data module, optimiser groups, the run directory, callbacks."""
+
+from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
+from stu.training.data import SequenceData
+from stu.training.loggers import MetricsCSV
+from stu.training.module import SequenceModule
+from stu.training.plan import StepPlan
+from stu.training.run import Run
+
+__all__ = [
+    "Checkpoints",
+    "Diverged",
+    "MetricsCSV",
+    "MetricsLog",
+    "Run",
+    "SequenceData",
+    "SequenceModule",
+    "StepPlan",
+    "Stopped",
+]

@@ -1,0 +1,251 @@
+"""What happens around the steps: numbers are logged, checkpoints written, signals and bad losses heeded."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from stu.training.module import SequenceModule, compute
+from stu.training.plan import StepPlan
+
+
+class Stopped(Exception):
+    """A signal asked for an end; everything is in the last checkpoint."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
+        self.signal_number, self.step = signal_number, step
+
+
+class Diverged(Exception):
+    """The loss is not finite."""
+
+
+class MetricsLog(Callback):
+    """Logs training metrics, learning rates, gradient norm and throughput every `every_n_steps` optimiser steps.
+
+    All of them speak about the steps since the last row; a resumed run writes the rows of an uninterrupted one, but
+    for those of time.
+    """
+
+    def __init__(self, plan: StepPlan, *, batch_size: int, every_n_steps: int) -> None:
+        self.plan, self.batch_size, self.every = plan, batch_size, every_n_steps
+        self.since = self.validation_began = time.perf_counter()
+        self.steps_since = 0
+        self.gradient_norm = math.nan
+        self.latest: dict[str, float] = {}  # for whoever shows progress
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.since, self.steps_since = time.perf_counter(), 0
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Measure the gradient before it is clipped, where it will be logged."""
+        if (trainer.global_step + 1) % self.every == 0:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a row of the training log where one is due."""
+        if (batch_idx + 1) % self.plan.accumulate:
+            return
+        self.steps_since += 1
+        if trainer.global_step % self.every:
+            return
+        assert isinstance(pl_module, SequenceModule)
+        seconds = time.perf_counter() - self.since
+        row = {f"train/{name}": value for name, value in compute(pl_module.train_metrics).items()}
+        groups = trainer.optimizers[0].param_groups
+        row |= {f"lr/{group['name']}": group["lr"] for group in groups}
+        row |= {"gradient_norm": self.gradient_norm, "time/sequences_per_second": self._rate(seconds)}
+        self._write(trainer, row)
+        self.since, self.steps_since = time.perf_counter(), 0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the time, which does not count as training."""
+        self.validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write a row of the validation log."""
+        self.since += time.perf_counter() - self.validation_began
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, SequenceModule)
+        self._write(trainer, {f"val/{name}": value for name, value in pl_module.evaluated.items()})
+
+    def _rate(self, seconds: float) -> float:
+        return self.steps_since * self.batch_size / max(seconds, 1e-9)
+
+    def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        self.latest |= row
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": self.plan.epoch(trainer.global_step), **row}, step=trainer.global_step)
+
+
+class Checkpoints(Checkpoint):
+    """Keeps `best.ckpt`, by the monitored validation metric, and `last.ckpt`, from which a run goes on.
+
+    The last one is written after every validation, every `every_minutes` and, where given, every `every_n_steps`; on
+    SIGINT and SIGTERM it is written at once and `Stopped` raised (a second signal does not wait). A loss that is not
+    finite raises `Diverged` before any checkpoint could be spoilt. Checkpoints appear whole or not at all.
+
+    Also decides when Lightning validates, by the `StepPlan`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: StepPlan,
+        *,
+        monitor: str,
+        mode: Literal["min", "max"],
+        every_minutes: float = 5.0,
+        every_n_steps: int | None = None,
+        check_every: int = 50,
+    ) -> None:
+        self.directory, self.plan = directory, plan
+        self.monitor, self.mode = monitor, mode
+        self.every_minutes, self.every_n_steps, self.check_every = every_minutes, every_n_steps, check_every
+        self.best_value: float | None = None
+        self.best_step = 0
+        self.seconds = 0.0  # trained, over all starts of the run
+        self.signal_number: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved_at = self._clock = time.monotonic()
+
+    @property
+    def seconds_trained(self) -> float:
+        """Time from the beginning of the run, all its starts together."""
+        return self.seconds + time.monotonic() - self._clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"best_value": self.best_value, "best_step": self.best_step, "seconds": self.seconds_trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+        self.seconds = state_dict["seconds"]
+        self._clock = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen for signals and say when the next validation is."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._saved_at = time.monotonic()
+        self._schedule_validation(trainer, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimiser step: stop, save or go on."""
+        if (batch_idx + 1) % self.plan.accumulate:
+            return
+        step = trainer.global_step
+        if step % self.check_every == 0:
+            self._check_finite(pl_module)
+        self._schedule_validation(trainer, step)
+        if self.plan.validates_after(step):
+            return  # the checkpoint is written behind the validation
+        if self._should_stop(trainer):
+            self._save(trainer, "last")
+            raise Stopped(self.signal_number or signal.SIGTERM, step)
+        if self._is_due(trainer, step):
+            self._save(trainer, "last")
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """A stop in mid-validation: save the state before it, so that a resumed run validates anew."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._should_stop(trainer):
+            return
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        # what Lightning takes for a validation that had begun its first batch
+        progress.reset()
+        progress.increment_ready()
+        progress.increment_started()
+        self._save(trainer, "last")
+        raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the best, then the last, which so knows of the best."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, SequenceModule)
+        value = pl_module.evaluated[self.monitor]
+        if self._improves(value):
+            self.best_value, self.best_step = value, trainer.global_step
+            self._save(trainer, "best")
+        self._save(trainer, "last")
+        if self._should_stop(trainer):
+            raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        self._restore_signals()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._restore_signals()
+
+    def _improves(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self.best_value is None:
+            return True
+        return value > self.best_value if self.mode == "max" else value < self.best_value
+
+    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
+        if self.every_n_steps is not None and step % self.every_n_steps == 0:
+            return True
+        late = time.monotonic() - self._saved_at > 60 * self.every_minutes
+        return _agree(trainer, late) if step % self.check_every == 0 else False
+
+    def _should_stop(self, trainer: L.Trainer) -> bool:
+        return _agree(trainer, self.signal_number is not None)
+
+    def _schedule_validation(self, trainer: L.Trainer, step: int) -> None:
+        """Lightning validates when batches · accumulate % `val_check_batch` is 0; at infinity, after the last batch."""
+        due = self.plan.validates_after(step) and step > 0
+        trainer.val_check_batch = step * self.plan.accumulate if due else float("inf")
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        self._check_finite(trainer.lightning_module)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        fresh = self.directory / f".{name}.tmp"
+        trainer.save_checkpoint(fresh)
+        if trainer.is_global_zero:
+            fresh.replace(self.directory / f"{name}.ckpt")
+        trainer.strategy.barrier()
+        self._saved_at = time.monotonic()
+
+    def _check_finite(self, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, SequenceModule)
+        if pl_module.first_bad_batch is not None and (batch := int(pl_module.first_bad_batch)) >= 0:
+            raise Diverged(f"the loss is not finite at step {batch // self.plan.accumulate + 1}")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            self._restore_signals()
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def _restore_signals(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
+
+
+def _agree(trainer: L.Trainer, decision: bool) -> bool:
+    """What any device decides, all do."""
+    if trainer.world_size == 1:
+        return decision
+    return bool(trainer.strategy.reduce_boolean_decision(decision, all=False))

@@ -1,0 +1,168 @@
+"""The one data module: which examples make up batch n is a pure function of the seed and n."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stu.errors import require
+from stu.task import Batch, Examples, Splits, Task
+from stu.training.plan import StepPlan
+
+
+class SequenceData(L.LightningDataModule):
+    """Loaders over the data of a task.
+
+    batch_size: sequences per optimiser step, over all devices and accumulated micro-batches together, so that a
+    recipe means the same on any hardware. bucket: batches are drawn from pools of that many batches, inside which
+    sequences of like length go together (less padding); 1 shuffles freely. num_workers: loader processes.
+    """
+
+    def __init__(self, task: Task, *, seed: int, batch_size: int = 32, num_workers: int = 0, bucket: int = 1) -> None:
+        super().__init__()
+        require(bucket >= 1, "bucket", bucket, "must be at least 1")
+        require(num_workers >= 0, "num_workers", num_workers, "must be at least 0")
+        self.task, self.seed, self.batch_size = task, seed, batch_size
+        self.num_workers, self.bucket = num_workers, bucket
+        self.splits: Splits = task.datasets()
+        self.plan: StepPlan | None = None  # known once the trainer's arguments are
+
+    def train_dataloader(self) -> "ResumableLoader":
+        """Every batch of the run, in order, from where the checkpoint left off."""
+        assert self.plan is not None, "the plan is set before fit"
+        sampler = RunBatches(
+            len(self.splits.train),
+            self.splits.train.lengths,
+            plan=self.plan,
+            batch_size=self.batch_size,
+            bucket=self.bucket,
+            seed=self.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        return ResumableLoader(self.splits.train, sampler, **self._loader_arguments())
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every validation example once."""
+        return self._evaluation_loader(self.splits.val)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Every test example once."""
+        return self._evaluation_loader(self.splits.test)
+
+    def _evaluation_loader(self, examples: Examples) -> DataLoader[Batch]:
+        """Longest first: like lengths share a batch, and what does not fit in memory shows at once."""
+        lengths = examples.lengths
+        order = np.arange(len(examples)) if lengths is None else np.argsort(-lengths.astype(np.int64), kind="stable")
+        mine = order[self._rank :: self._world_size].tolist()
+        per_device = max(1, self.batch_size // self._world_size)
+        batches = [mine[i : i + per_device] for i in range(0, len(mine), per_device)]
+        return DataLoader(_as_dataset(examples), batch_sampler=batches, **self._loader_arguments())
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": self.task.collate,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+
+class RunBatches(Sampler[list[int]]):
+    """The batches of a whole run on one device, as lists of indices, from batch `start` on."""
+
+    def __init__(
+        self,
+        examples: int,
+        lengths: np.ndarray | None,
+        *,
+        plan: StepPlan,
+        batch_size: int,
+        bucket: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        parts = world_size * plan.accumulate
+        require(
+            batch_size % parts == 0,
+            "batch_size",
+            batch_size,
+            f"must be a multiple of devices x accumulate_grad_batches ({world_size} x {plan.accumulate})",
+        )
+        self.examples, self.lengths, self.plan = examples, lengths, plan
+        self.batch_size, self.bucket, self.seed = batch_size, bucket, seed
+        self.rank, self.world_size = rank, world_size
+        self.start = 0
+
+    def __len__(self) -> int:
+        """Batches of the whole run, wherever it starts."""
+        return self.plan.total_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batch `start`, `start` + 1, …"""
+        order, epoch = np.empty((0, 0), np.int64), -1
+        for batch in range(self.start, len(self)):
+            step, part = divmod(batch, self.plan.accumulate)
+            if step // self.plan.steps_per_epoch != epoch:
+                epoch = step // self.plan.steps_per_epoch
+                order = epoch_batches(self.examples, self.lengths, self.batch_size, self.bucket, self.seed, epoch)
+            whole = order[step % self.plan.steps_per_epoch]
+            yield whole[part * self.world_size + self.rank :: self.plan.accumulate * self.world_size].tolist()
+
+
+def epoch_batches(
+    examples: int, lengths: np.ndarray | None, batch_size: int, bucket: int, seed: int, epoch: int
+) -> np.ndarray:
+    """(steps, batch_size) indices of one epoch; the examples that fill no whole batch wait for another epoch."""
+    rng = np.random.default_rng([seed, epoch])
+    steps = examples // batch_size
+    order = rng.permutation(examples)[: steps * batch_size]
+    if lengths is None or bucket == 1:
+        return order.reshape(steps, batch_size)
+    pool = bucket * batch_size
+    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+    by_length = [p[np.argsort(lengths[p], kind="stable")].reshape(-1, batch_size) for p in pools]
+    return rng.permutation(np.concatenate(by_length))
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A loader whose state is the number of batches it has handed out."""
+
+    def __init__(self, examples: Examples, sampler: RunBatches, **arguments: Any) -> None:
+        super().__init__(_as_dataset(examples), batch_sampler=sampler, **arguments)
+        self.sampler_of_run, self.handed_out = sampler, 0
+
+    def __len__(self) -> int:
+        """Batches of the whole run."""
+        return len(self.sampler_of_run)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator is all that is used
+        """The batches that remain."""
+        self.handed_out = self.sampler_of_run.start
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the run is."""
+        return {"batches": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind batch number `state["batches"]`."""
+        self.sampler_of_run.start = state["batches"]
+
+
+def _as_dataset(examples: Examples) -> Dataset[Any]:
+    """`Examples` is all that a map-style loader asks for, but the loader's type wants the base class."""
+    return examples  # type: ignore[return-value]

@@ -1,0 +1,114 @@
+"""Parameter groups by name pattern, AdamW, warm-up and decay: one partial that knows the step budget."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from stu.errors import OptionError, require
+
+Schedule = Literal["cosine", "linear", "constant"]
+GROUP_KEYS = ("match", "lr", "lr_scale", "weight_decay")
+
+
+def adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    total_steps: int,
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    groups: Mapping[str, Mapping[str, Any]] | None = None,
+    schedule: Schedule = "cosine",
+    warmup: float = 0.1,
+    min_lr: float = 1e-7,
+) -> tuple[AdamW, LambdaLR]:
+    """AdamW over named groups and its schedule, stepped once per optimiser step.
+
+    groups: name → {match: regular expression, lr or lr_scale, weight_decay}; a parameter belongs to the first
+    group whose expression is found in its name, or to "default". warmup: linear from `min_lr`, over that share of
+    the budget if below 1, else that many steps. Then `schedule` leads to `min_lr` at the end of the budget.
+
+    Raises `OptionError` for a group that matches nothing.
+    """
+    require(lr > 0, "lr", lr, "must be above 0")
+    require(weight_decay >= 0, "weight_decay", weight_decay, "must be at least 0")
+    require(0 <= min_lr <= lr, "min_lr", min_lr, f"must be in 0 … lr ({lr})")
+    require(schedule in ("cosine", "linear", "constant"), "schedule", schedule, "must be cosine, linear or constant")
+    parameter_groups = [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": options.get("lr", lr * options.get("lr_scale", 1.0)),
+            "weight_decay": options.get("weight_decay", weight_decay),
+        }
+        for name, options, parameters in _assign(named_parameters, groups or {})
+    ]
+    optimizer = AdamW(parameter_groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+    steps = warmup_steps(warmup, total_steps)
+
+    factors: list[Callable[[int], float]] = [
+        partial(_factor, total=total_steps, warmup=steps, peak=float(g["lr"]), floor=min_lr, schedule=schedule)
+        for g in parameter_groups
+    ]
+    return optimizer, LambdaLR(optimizer, factors)
+
+
+def _factor(step: int, *, total: int, warmup: int, peak: float, floor: float, schedule: Schedule) -> float:
+    return learning_rate(step, total, warmup, peak, min(floor, peak), schedule) / peak
+
+
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """A share of the budget below 1, a number of steps from 1 on."""
+    require(0 <= warmup < total_steps, "warmup", warmup, f"must be in 0 … the step budget ({total_steps})")
+    return round(warmup * total_steps) if warmup < 1 else int(warmup)
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float, schedule: Schedule) -> float:
+    """The rate of optimiser step `step` = 0, 1, … of `total`."""
+    if step < warmup:
+        return floor + (peak - floor) * step / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    match schedule:
+        case "cosine":
+            return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
+        case "linear":
+            return floor + (peak - floor) * (1 - done)
+        case "constant":
+            return peak
+
+
+def _assign(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any], list[nn.Parameter]]]:
+    """(name, options, parameters) of every group; "default" takes the rest and may be empty only if others are not."""
+    for name, options in groups.items():
+        unknown = sorted(set(options) - set(GROUP_KEYS))
+        require(not unknown, f"groups.{name}", unknown, f"allowed: {', '.join(GROUP_KEYS)}")
+        require("match" in options, f"groups.{name}", dict(options), "needs match, a regular expression")
+        require("lr" not in options or "lr_scale" not in options, f"groups.{name}", dict(options), "lr or lr_scale")
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+    rest, names = [], []
+    for parameter_name, parameter in named_parameters:
+        names.append(parameter_name)
+        for name, options in groups.items():
+            if re.search(options["match"], parameter_name):
+                members[name].append(parameter)
+                break
+        else:
+            rest.append(parameter)
+    for name, parameters in members.items():
+        if not parameters:
+            raise OptionError(
+                f"groups.{name}.match",
+                groups[name]["match"],
+                f"matches no parameter left by the groups before it; names are like {', '.join(names[:3])}",
+            )
+    assigned = [(name, groups[name], parameters) for name, parameters in members.items()]
+    return [*assigned, ("default", {}, rest)] if rest else assigned

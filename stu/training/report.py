@@ -1,0 +1,231 @@
+"""What a user sees: the summary at the start, progress, and the table at the end."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from stu.task import Task
+from stu.training.callbacks import Diverged, MetricsLog, Stopped
+from stu.training.data import SequenceData
+from stu.training.module import SequenceModule
+from stu.training.plan import StepPlan
+from stu.training.run import Run
+
+SECONDS_BETWEEN_LINES = 10.0
+# As wide as it needs to be where output goes to a file; Rich would assume 80 columns there.
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns under a title."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def parameter_rows(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Parameter counts by part of the model, and what each optimiser group does to how many."""
+    parts = {name: count(part) for name, part in model.named_children()}
+    total = sum(parts.values())
+    rows = [("parameters", f"{total:,} ({', '.join(f'{name} {size:,}' for name, size in parts.items())})")]
+    for group in groups:
+        size = sum(p.numel() for p in group["params"])
+        rate = group.get("initial_lr", group["lr"])
+        rows.append((f"group {group['name']}", f"{size:,} parameters, lr {rate:g}, decay {group['weight_decay']:g}"))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def quiet() -> None:
+    """Silence remarks of libraries that the tables say better, or that do not hold here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*is smaller than the logging interval.*",
+        ".*treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
+        ".*Checkpoint directory.*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def start(
+    run: Run, names: Sequence[str], data: SequenceData, module: SequenceModule, *, device: str, precision: str
+) -> None:
+    """The summary at the start of a run."""
+    plan = data.plan
+    assert plan is not None
+    optimizer, _ = module.make_optimizer(module.model.named_parameters(), plan.total_steps)
+    sizes = [len(split) for split in data.splits]
+    epochs = plan.total_steps / plan.steps_per_epoch
+    rows = [
+        ("task", f"{names[0]}: {sizes[0]:,} / {sizes[1]:,} / {sizes[2]:,} train / val / test{_lengths(data)}"),
+        ("data", data.task.fingerprint()[:16]),
+        ("model", f"{names[1]}: {_shape(module)}"),
+        *parameter_rows(module.model, optimizer.param_groups),
+        ("budget", f"{plan.total_steps:,} steps of {data.batch_size} sequences, {epochs:.3g} epochs"),
+        ("validation", f"every {plan.val_every:,} steps, by {data.task.monitor} ({data.task.mode})"),
+        ("device", f"{device}, {precision}"),
+        ("run", str(run.path) + (f", resumed after step {run.last_step:,}" if run.last.exists() else "")),
+    ]
+    show_table("Run", rows)
+
+
+@rank_zero_only
+def result(run: Run) -> None:
+    """The table at the end of a run, or of one that was finished before."""
+    summary = run.read_summary()
+    best = summary["best"]
+    metric = best["metric"].removeprefix("val/")
+    rows = [(f"test {name}", f"{value:.4g}") for name, value in sorted(summary["test"].items())]
+    rows += [(f"  {name}", f"{value:.4g} {metric}") for name, value in summary["baselines"].items()]
+    rows += [
+        ("best", f"{best['metric']} {best['value']:.4g} at epoch {best['epoch']:.2f} (step {best['step']:,})"),
+        ("time", duration(summary["seconds"])),
+        ("files", f"{run.path}: metrics.csv, summary.json, manifest.json, checkpoints/best.ckpt"),
+    ]
+    if (run.path / "wandb").exists():
+        rows.append(("view", f"wandb leet {run.path / 'wandb'}"))
+    rows.append(
+        ("continue", "the same command shows this table; with mode=test it tests again, with seed=1 it repeats")
+    )
+    show_table("Result", rows)
+
+
+@rank_zero_only
+def tested(checkpoint: Path, values: Mapping[str, float], task: Task) -> None:
+    """The result of mode=test."""
+    rows = [("checkpoint", str(checkpoint))]
+    rows += [(f"test {name}", f"{value:.4g}") for name, value in sorted(values.items())]
+    rows += [(f"  {name}", f"{value:.4g} {task.monitor}") for name, value in task.baselines().items()]
+    show_table("Test", rows)
+
+
+@rank_zero_only
+def stopped(run: Run, stop: Stopped) -> None:
+    """What to do after a signal."""
+    print(f"{stop}; saved in {run.last}. The same command goes on from there.", flush=True)
+
+
+@rank_zero_only
+def diverged(run: Run, error: Diverged) -> None:
+    """What to do after a loss that is not finite."""
+    kept = run.last if run.last.exists() else None
+    print(
+        f"error: {error}; "
+        + (
+            f"the last good checkpoint is {kept} (step {run.last_step}). "
+            if kept
+            else "no checkpoint was written yet. "
+        )
+        + "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0",
+        file=sys.stderr,
+    )
+
+
+def _lengths(data: SequenceData) -> str:
+    lengths = data.splits.train.lengths
+    if lengths is None:
+        return f", length {data.task.seq_len:,}"
+    return f", lengths {lengths.min():,} … {lengths.max():,} (mean {lengths.mean():,.0f})"
+
+
+def _shape(module: SequenceModule) -> str:
+    backbone = module.model.backbone
+    mixers = dict.fromkeys(type(block.mixer).__name__ for block in backbone.blocks)
+    return f"{len(backbone.blocks)} blocks of {' + '.join(mixers)}, width {backbone.d_model}"
+
+
+def progress(plan: StepPlan, log: MetricsLog) -> AnyProgressBar:
+    """A bar on a terminal, a line now and then anywhere else."""
+    return ProgressBar(plan, log) if sys.stdout.isatty() else ProgressLines(plan, log)
+
+
+class ProgressBar(RichProgressBar):
+    """One bar over the whole run, with time left, latest metrics and sequences per second."""
+
+    def __init__(self, plan: StepPlan, log: MetricsLog) -> None:
+        super().__init__(refresh_rate=1, leave=False)
+        self.plan, self.log_of_metrics = plan, log
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Training {self.plan.total_steps / self.plan.steps_per_epoch:.3g} epochs"
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The latest of each kind."""
+        return {name: f"{value:.4g}" for name, value in shown(self.log_of_metrics.latest).items()}
+
+
+class ProgressLines(AnyProgressBar):
+    """Progress for logs and pipes."""
+
+    def __init__(self, plan: StepPlan, log: MetricsLog) -> None:
+        super().__init__()
+        self.plan, self.log_of_metrics = plan, log
+        self.began = self.last_line = time.monotonic()
+        self.first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.began = self.last_line = time.monotonic()
+        self.first_step = trainer.global_step
+
+    def disable(self) -> None:
+        """Lightning disables the bars of all processes but the first; the lines look at the process themselves."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A line, if the last is some seconds old."""
+        now, step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero and now - self.last_line > SECONDS_BETWEEN_LINES and step > self.first_step:
+            self.last_line = now
+            left = (now - self.began) / (step - self.first_step) * (self.plan.total_steps - step)
+            self._line(trainer, f"time left {duration(left)}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A line for every validation."""
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._line(trainer, "validated")
+
+    def _line(self, trainer: L.Trainer, remark: str) -> None:
+        step, latest = trainer.global_step, shown(self.log_of_metrics.latest)
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in latest.items())
+        print(
+            f"step {step}/{self.plan.total_steps} ({step / self.plan.total_steps:.0%})  "
+            f"epoch {self.plan.epoch(step):.2f}  {metrics}  {remark}",
+            flush=True,
+        )
+
+
+def shown(latest: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that a progress display has room for."""
+    short = {"time/sequences_per_second": "seq/s"}
+    return {short.get(k, k): v for k, v in latest.items() if k.startswith(("train/", "val/")) or k in short}

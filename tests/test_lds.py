@@ -1,0 +1,368 @@
+"""The synthetic linear dynamical system against its defining recurrence."""
+
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data import lds
+from data.lds import LDS, LDSData, System
+from stu.errors import OptionError
+from stu.task import Batch
+
+CONFIG = Path(__file__).parents[1] / "conf/task/lds.yaml"
+SPECTRA = ("signs", "uniform", "complex")
+FIRST_INPUT = (0.5455176, -1.60954, 1.397619)
+LAST_OUTPUT = (14.79148, 10.91788, 18.89744)
+
+spectra = pytest.mark.parametrize("spectrum", SPECTRA)
+options = st.fixed_dictionaries(
+    {
+        "seq_len": st.integers(1, 40),
+        "d_state": st.sampled_from((2, 4, 6)),
+        "d_input": st.integers(1, 4),
+        "d_output": st.integers(1, 4),
+        "spectrum": st.sampled_from(SPECTRA),
+        "radius": st.sampled_from((0.3, 0.9999, 1.0)),
+        "seed": st.integers(0, 2**70),
+    }
+)
+
+
+def small(**changes) -> LDSData:
+    return LDSData(**{"seq_len": 32, "num_train": 7, "num_val": 5, "num_test": 6} | changes)
+
+
+def task_of(data: LDSData) -> LDS:
+    return LDS(seq_len=data.seq_len, causal=True, data=data)
+
+
+def recurrence(system: System, inputs, process, observation) -> np.ndarray:
+    """The definition, step by step."""
+    state, outputs = np.zeros(len(system.A)), []
+    for u, w, v in zip(inputs, process, observation, strict=True):
+        state = system.A @ state + system.B @ u + w
+        outputs.append(system.C @ state + system.D @ u + v)
+    return np.array(outputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(options)
+def test_response_is_the_recurrence(option):
+    system = LDSData(**option).system
+    random = np.random.default_rng(option["seed"])
+    widths = (option["d_input"], option["d_state"], option["d_output"])
+    u, w, v = (random.standard_normal((option["seq_len"], width)) for width in widths)
+    np.testing.assert_allclose(system.respond(u, w, v), recurrence(system, u, w, v), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(options, st.booleans())
+def test_targets_are_the_response_to_the_inputs_given(option, normalize):
+    data = LDSData(**option, normalize=normalize)
+    inputs, targets = data.splits().train[3]
+    assert inputs.shape == (data.seq_len, data.d_input)
+    assert inputs.dtype == targets.dtype == np.float32
+    silence = (np.zeros((data.seq_len, width)) for width in (data.d_state, data.d_output))
+    expected = recurrence(data.system, inputs, *silence) / data.scale
+    np.testing.assert_allclose(targets, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(options)
+def test_impulse_response_is_made_of_powers_and_convolves(option):
+    data = LDSData(**option, normalize=False)
+    A, B, C, D = (getattr(data.system, name) for name in "ABCD")
+    response = data.system.impulse_response(data.seq_len)
+    powers = [C @ np.linalg.matrix_power(A, t) @ B + (D if t == 0 else 0) for t in range(data.seq_len)]
+    np.testing.assert_allclose(response, powers, rtol=1e-9, atol=1e-9)
+    inputs, targets = data.splits().test[0]
+    convolved = [sum(response[s] @ inputs[t - s] for s in range(t + 1)) for t in range(data.seq_len)]
+    np.testing.assert_allclose(targets, convolved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spectrum", ["signs", "uniform"])
+def test_the_time_convention_is_the_one_of_the_spectral_transform_unit(spectrum):
+    """y_t − y_{t−2} = M^u (u_t, u_{t−1}, u_{t−2}) + Σ_i C (A² − I) Aⁱ B u_{t−2−i}, as in the proof of theorem 3.1."""
+    system = small(spectrum=spectrum).system
+    A, B, C, D = system.A, system.B, system.C, system.D
+    inputs = np.random.default_rng(0).standard_normal((20, 3))
+    y = system.respond(inputs)
+    for t in range(2, 20):
+        short = (C @ B + D) @ inputs[t] + C @ A @ B @ inputs[t - 1] - D @ inputs[t - 2]
+        kernel = [C @ (A @ A - np.eye(4)) @ np.linalg.matrix_power(A, i) @ B for i in range(t - 1)]
+        long = sum(kernel[i] @ inputs[t - 2 - i] for i in range(t - 1))
+        np.testing.assert_allclose(y[t] - y[t - 2], short + long, atol=1e-10)
+
+
+@spectra
+@pytest.mark.parametrize("radius", [0.5, 0.9999, 1.0])
+def test_eigenvalues_are_as_asked(spectrum, radius):
+    system = small(spectrum=spectrum, radius=radius, d_state=200).system
+    eigenvalues = np.linalg.eigvals(system.A)
+    assert np.isrealobj(system.A)
+    if spectrum == "uniform":
+        assert 0.9 * radius < abs(eigenvalues).max() <= radius
+        assert abs(eigenvalues.mean()) < 0.2 * radius
+    else:
+        np.testing.assert_allclose(abs(eigenvalues), radius, rtol=1e-12)
+    if spectrum == "signs":
+        assert set(np.diag(system.A)) == {radius, -radius}
+    assert (abs(eigenvalues.imag).min() > 0) == (spectrum == "complex")
+    assert (system.A == system.A.T).all() == (spectrum != "complex")
+
+
+def test_phases_cover_the_circle():
+    modes = small(spectrum="complex", d_state=2000).system.modes
+    quarters = np.floor(np.angle(modes) / (np.pi / 2))
+    np.testing.assert_allclose(np.unique(quarters, return_counts=True)[1], [250] * 4, rtol=0.2)
+
+
+@pytest.mark.parametrize(("d_output", "d_input"), [(3, 3), (2, 5), (5, 2)])
+def test_matrices_are_unit_gaussian_and_d_is_diagonal(d_output, d_input):
+    systems = [small(seed=seed, d_input=d_input, d_output=d_output).system for seed in range(400)]
+    for name, shape in (("B", (4, d_input)), ("C", (d_output, 4)), ("D", (d_output, d_input))):
+        drawn = np.stack([getattr(system, name) for system in systems])
+        assert drawn.shape[1:] == shape
+        entries = drawn[:, np.eye(*shape, dtype=bool)] if name == "D" else drawn
+        assert entries.std() == pytest.approx(1, abs=0.1)
+        assert abs(entries.mean()) < 0.15
+    assert not np.stack([system.D for system in systems])[:, ~np.eye(d_output, d_input, dtype=bool)].any()
+
+
+@spectra
+def test_noise_has_the_deviations_asked_for(spectrum):
+    quiet = LDSData(seq_len=4000, spectrum=spectrum, d_output=4, normalize=False)
+    inputs, clean = quiet.splits().train[0]
+    same, observed = replace(quiet, observation_noise=0.3).splits().train[0]
+    np.testing.assert_array_equal(inputs, same)
+    np.testing.assert_allclose((observed - clean).std(0), 0.3, rtol=0.06)
+
+    same, driven = replace(quiet, process_noise=0.3).splits().train[0]
+    np.testing.assert_array_equal(inputs, same)
+    states = np.linalg.solve(quiet.system.C, (driven - clean).astype(float).T).T
+    process = states[1:] - states[:-1] @ quiet.system.A.T
+    np.testing.assert_allclose(process.std(0), 0.3, rtol=0.06)
+    correlation = np.corrcoef(process[1:].T, process[:-1].T)
+    np.testing.assert_allclose(correlation, np.eye(8), atol=0.08)
+
+
+@spectra
+@pytest.mark.parametrize("noise", [(0.0, 0.0), (0.5, 2.0)])
+def test_scale_is_the_rms_of_the_covariance_recursion(spectrum, noise):
+    process, observation = noise
+    data = small(spectrum=spectrum, process_noise=process, observation_noise=observation)
+    A, B, C, D = (getattr(data.system, name) for name in "ABCD")
+    covariance, power = np.zeros((4, 4)), []
+    for _ in range(data.seq_len):
+        before = A @ covariance @ A.T + process**2 * np.eye(4)
+        power.append(np.trace(C @ before @ C.T + (C @ B + D) @ (C @ B + D).T) / 3 + observation**2)
+        covariance = before + B @ B.T
+    assert data.scale == pytest.approx(np.sqrt(np.mean(power)), rel=1e-10)
+
+
+def test_normalize_only_changes_the_unit():
+    raw, normalized = (small(normalize=flag, observation_noise=0.5) for flag in (False, True))
+    assert raw.scale == 1 < normalized.scale
+    (u, y), (same, z) = raw.splits().val[2], normalized.splits().val[2]
+    np.testing.assert_array_equal(u, same)
+    np.testing.assert_allclose(y, z * normalized.scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_sequence_depends_on_seed_split_and_index_alone(noise):
+    first = small(process_noise=noise, observation_noise=noise).splits()
+    forward = [[split[i] for i in range(len(split))] for split in first]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    second = pickle.loads(pickle.dumps(small(process_noise=noise, observation_noise=noise))).splits()
+    for split, expected in reversed(list(zip(second, forward, strict=True))):
+        for i in reversed(range(len(split))):
+            for mine, theirs in zip(split[i], expected[i], strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
+def test_sizes_do_not_change_the_sequences():
+    few, many = small().splits(), small(num_train=700, num_val=500, num_test=600).splits()
+    assert [len(split) for split in few] == [7, 5, 6]
+    for mine, theirs in zip(few, many, strict=True):
+        np.testing.assert_array_equal(mine[4][1], theirs[4][1])
+
+
+def test_splits_and_seeds_share_no_sequence():
+    datasets = [small(seed=seed, num_train=50, num_val=40, num_test=30).splits() for seed in (0, 1, 2**32)]
+    inputs = [u.tobytes() for splits in datasets for split in splits for u, _ in split]
+    assert len(set(inputs)) == len(inputs) == 3 * 120
+
+
+def test_another_seed_is_another_system():
+    first, second = (small(spectrum="uniform", seed=seed).system for seed in (0, 1))
+    for name in ("modes", "B", "C"):
+        assert not np.isclose(getattr(first, name), getattr(second, name)).any()
+    assert not np.isclose(np.diag(first.D), np.diag(second.D)).any()
+
+
+@spectra
+def test_another_spectrum_keeps_the_other_matrices(spectrum):
+    system, reference = small(spectrum=spectrum, radius=0.5).system, small().system
+    for name in "BCD":
+        np.testing.assert_array_equal(getattr(system, name), getattr(reference, name))
+
+
+def test_generator_is_the_one_of_this_version():
+    """Committed numbers: where these change, so must `VERSION`."""
+    inputs, targets = small(normalize=False).splits().train[0]
+    np.testing.assert_allclose(inputs[0], FIRST_INPUT, rtol=1e-5)
+    np.testing.assert_allclose(targets[-1], LAST_OUTPUT, rtol=1e-5)
+    assert lds.VERSION == 1
+
+
+@pytest.mark.parametrize("index", [-1, 7])
+def test_indices_beyond_the_split_are_refused(index):
+    with pytest.raises(IndexError, match=f"{index} is not in 0…6"):
+        small().splits().train[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("seq_len", "d_state", "d_input", "d_output")),
+        *((name, 0) for name in ("num_train", "num_val", "num_test")),
+        ("spectrum", "sign"),
+        *(("radius", value) for value in (0.0, -0.5, 1.0001, float("nan"))),
+        *((name, value) for name in ("process_noise", "observation_noise") for value in (-0.1, float("inf"))),
+        ("seed", -1),
+    ],
+)
+def test_bad_options_are_named(name, value):
+    with pytest.raises(OptionError) as error:
+        small(**{name: value})
+    assert error.value.name == name
+    assert error.value.value is value
+
+
+def test_complex_pairs_need_an_even_state():
+    assert len(small(d_state=3).system.A) == 3
+    with pytest.raises(OptionError, match="d_state=3: must be even"):
+        small(d_state=3, spectrum="complex")
+
+
+def test_task_and_data_must_agree_on_the_length():
+    with pytest.raises(OptionError, match="seq_len=16: must be the data's, 32"):
+        LDS(seq_len=16, causal=True, data=small())
+
+
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_padding_is_never_scored(lengths):
+    task = task_of(small())
+    train = task.datasets().train
+    batch = task.collate([(u[:n], y[:n]) for n, (u, y) in zip(lengths, train, strict=False)])
+    prediction = torch.randn(batch.targets.shape)
+    real = [(p[:n], y[:n]) for n, p, y in zip(lengths, prediction, batch.targets, strict=True)]
+    expected = sum(float(((p - y) ** 2).sum()) for p, y in real) / (3 * sum(lengths))
+    if batch.mask is not None:
+        prediction[~batch.mask] = torch.nan
+    scored = task.scored(prediction, batch)
+    assert [x.shape for x in scored] == [(sum(lengths), 3)] * 2
+    assert task.loss(*scored).item() == pytest.approx(expected, rel=1e-5)
+
+
+def whole_test(task: LDS) -> Batch:
+    return task.collate(list(task.datasets().test))
+
+
+def test_metrics_are_error_and_explained_variance():
+    task = task_of(small())
+    batch = whole_test(task)
+    scored = task.scored(batch.targets + 0.1 * torch.randn(batch.targets.shape), batch)
+    metrics = task.metrics()
+    for half in zip(*(x.chunk(2) for x in scored), strict=True):
+        for metric in metrics.values():
+            metric.update(*half)
+    prediction, target = (x.double() for x in scored)
+    error, variance = (prediction - target).square().mean(), target.var(0, correction=0).mean()
+    assert metrics["mse"].compute().item() == pytest.approx(error.item(), rel=1e-4)
+    assert metrics["r2"].compute().item() == pytest.approx(1 - (error / variance).item(), rel=1e-4)
+    assert task.monitor in metrics
+    assert task.mode == "min"
+    assert task.metrics()["mse"] is not metrics["mse"]
+
+
+def score(task: LDS, prediction: Tensor) -> float:
+    metric = task.metrics()[task.monitor]
+    metric.update(*task.scored(prediction, whole_test(task)))
+    return metric.compute().item()
+
+
+@spectra
+def test_baselines_are_scores_in_the_monitored_metric(spectrum):
+    task = task_of(small(spectrum=spectrum, num_test=200))
+    baselines = task.baselines()
+    batch = whole_test(task)
+    first = torch.tensor(task.data.system.impulse_response(1)[0] / task.data.scale, dtype=torch.float32)
+    assert baselines["zero"] == pytest.approx(score(task, torch.zeros_like(batch.targets)), rel=1e-5)
+    assert baselines["static"] == pytest.approx(score(task, batch.inputs @ first.T), rel=1e-2)
+    assert baselines["static"] < baselines["zero"]
+
+
+def test_baselines_know_memory_from_none():
+    static = {radius: task_of(small(radius=radius)).baselines()["static"] for radius in (1e-6, 0.9999)}
+    assert static[1e-6] < 1e-9
+    assert static[0.9999] > 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_normalized_targets_have_unit_power(noise):
+    data = LDSData(seq_len=128, process_noise=noise, observation_noise=noise, num_test=2000)
+    assert task_of(data).baselines()["zero"] == pytest.approx(1, abs=0.06)
+
+
+def test_baselines_read_a_bounded_number_of_steps(monkeypatch):
+    task = task_of(small())
+    sequences = task.datasets().test
+    for budget, count in ((1, 1), (100, 3), (10**6, 6)):
+        monkeypatch.setattr(lds, "BASELINE_STEPS", budget)
+        power = np.mean([np.square(sequences[i][1]).mean() for i in range(count)])
+        assert task.baselines()["zero"] == pytest.approx(power, rel=1e-5)
+
+
+def test_fingerprint_covers_every_option_and_the_version(monkeypatch):
+    fingerprints = [task_of(small()).fingerprint()]
+    assert task_of(small()).fingerprint() == fingerprints[0]
+    for name, value in asdict(small()).items():
+        other = {"spectrum": "complex", "radius": 0.5, "normalize": False}.get(name)
+        fingerprints.append(task_of(small(**{name: value + 2 if other is None else other})).fingerprint())
+    monkeypatch.setattr(lds, "VERSION", 0)
+    fingerprints.append(task_of(small()).fingerprint())
+    assert len(set(fingerprints)) == len(fingerprints) == 15
+
+
+def test_configuration_is_the_defaults_with_every_key_explained():
+    config = OmegaConf.load(CONFIG)
+    task = instantiate(OmegaConf.create({"task": config})).task
+    assert isinstance(task, LDS)
+    assert task.data == LDSData(seq_len=1024)
+    assert (task.seq_len, task.causal) == (1024, True)
+    assert set(config.data) == {"_target_", *asdict(task.data)}
+    keys = [line for line in CONFIG.read_text().splitlines() if ":" in line and "_target_" not in line]
+    assert all("  # " in line for line in keys[1:] if line != "data:")
+
+
+def test_encoder_and_head_lead_from_inputs_to_targets():
+    task = task_of(small(d_input=2, d_output=5))
+    task.prepare()
+    batch = whole_test(task)
+    assert batch.mask is None
+    assert task.datasets().test.lengths is None
+    prediction = task.head(8)(task.encoder(8)(batch.inputs), batch.mask)
+    assert prediction.shape == batch.targets.shape == (6, 32, 5)
+    assert task.scored(prediction, batch)[0].shape == (6 * 32, 5)
