@@ -38,7 +38,8 @@ def main(config: DictConfig) -> float:
     report.quiet()
     job = HydraConfig.get()
     task, model = job.runtime.choices["task"], job.runtime.choices["model"]
-    run = Run(Path(config.paths.runs) / task / model / (config.name or run_name(list(job.overrides.task))))
+    name = run_name(list(job.overrides.task)) if config.name is None else str(config.name)
+    run = Run(Path(config.paths.runs) / task / model / name)
     if config.mode == "test":
         return test(config, run)
     settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -143,6 +144,7 @@ def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceD
     for logger in trainer.loggers:
         logger.log_metrics({"epoch": plan.epoch(plan.total_steps), **last}, step=plan.total_steps)
     run.finish(summary)
+    trainer.strategy.barrier()  # every process reads it
 
 
 def test(config: DictConfig, run: Run) -> float:

@@ -16,8 +16,8 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# How many numbers of H(f) exist at a time: 2²² complex64 are 32 MiB, small enough to stay near the processor.
-CHUNK = 1 << 22
+# How many numbers of H exist at a time: few enough to stay in a processor's cache between their making and use.
+CHUNK = 1 << 18
 
 
 def filter_convolution(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
@@ -26,14 +26,10 @@ def filter_convolution(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
     u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient); weight: (K, I, O). Returns (B, L, O) in u's dtype.
     The FFTs run in float32 at least, whatever the dtype of u or an enclosing autocast.
     """
-    length = u.shape[1]
     dtype = torch.promote_types(torch.promote_types(u.dtype, weight.dtype), torch.float32)
-    n = next_fast_len(2 * length - 1, real=True)  # long enough that nothing wraps around
     with torch.autocast(u.device.type, enabled=False):
-        spectrum = torch.fft.rfft(filters[:length].to(dtype), n=n, dim=0)  # (F, K)
-        signal = torch.fft.rfft(u.to(dtype), n=n, dim=1)  # (B, F, I)
-        mixed = _SpectralMix.apply(signal, spectrum, weight.to(dtype))  # (B, F, O)
-        return torch.fft.irfft(mixed, n=n, dim=1)[:, :length].to(u.dtype)
+        y: Tensor = _FilterConvolution.apply(u.to(dtype), filters[: u.shape[1]].to(dtype), weight.to(dtype))
+    return y.to(u.dtype)
 
 
 def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
@@ -48,33 +44,73 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
     return torch.einsum("btki,kio->bto", features, weight)
 
 
-class _SpectralMix(torch.autograd.Function):
-    """Y(f) = U(f) Σ_k φ̂_k(f) M_k, in chunks of frequencies; H is recomputed in the backward pass, not stored."""
+class _FilterConvolution(torch.autograd.Function):
+    """U = rfft(u), Y(f) = U(f) H(f), y = irfft(Y), in real arithmetic and in chunks of frequencies.
+
+    Real matrix products are what every library does best: U's parts are stacked along the batch, so that two products
+    with Re H and Im H hold all four of a complex one. H is recomputed in the backward pass instead of stored, and no
+    gradient passes through a complex FFT: convolution's adjoint is correlation, G(f) H(f)ᴴ.
+    """
 
     @staticmethod
-    def forward(ctx: Any, signal: Tensor, spectrum: Tensor, weight: Tensor) -> Tensor:
-        """Signal (B, F, I), spectrum (F, K), weight (K, I, O) → (B, F, O)."""
-        ctx.save_for_backward(signal, spectrum, weight)
+    def forward(ctx: Any, u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
+        """Real (B, L, I), (L, K), (K, I, O) → (B, L, O)."""
+        length = u.shape[1]
+        n = next_fast_len(2 * length - 1, real=True)  # long enough that nothing wraps around
+        signal = _spectrum(u, n)  # (F, 2B, I)
+        response = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0))  # (F, K, 2)
+        ctx.save_for_backward(signal, response, weight)
+        ctx.n, ctx.length = n, length
         out = signal.new_empty(*signal.shape[:2], weight.shape[2])
-        for f in _frequency_chunks(spectrum.shape[0], weight):
-            out[:, f] = _per_frequency(signal[:, f], _transfer(spectrum[f], weight))
-        return out
+        for f in _frequency_chunks(len(response), weight):
+            real, imaginary = _transfer(response[f], weight)
+            out[f] = _turned(torch.bmm(signal[f], real), torch.bmm(signal[f], imaginary), 1)
+        return _samples(out, n, length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        """Gradients of signal and weight: grad Hᴴ, and Re Σ_f φ̂_k(f)* U(f)ᴴ grad(f)."""
-        signal, spectrum, weight = ctx.saved_tensors
-        grad_signal = torch.empty_like(signal) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+        """Gradients of u, irfft(G Hᴴ), and weight, Σ_f Re φ̂_k(f)* U(f)ᴴ G(f) over *all* n frequencies, by Parseval."""
+        signal, response, weight = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside one, too
-            for f in _frequency_chunks(spectrum.shape[0], weight):
+            gradient = _spectrum(grad, ctx.n)  # (F, 2B, O)
+            grad_signal = torch.empty_like(signal) if ctx.needs_input_grad[0] else None
+            grad_weight = weight.new_zeros(len(weight), weight[0].numel()) if ctx.needs_input_grad[2] else None
+            share = _parseval(ctx.n, response) if grad_weight is not None else None
+            for f in _frequency_chunks(len(response), weight):
                 if grad_signal is not None:
-                    grad_signal[:, f] = _per_frequency(grad[:, f], _transfer(spectrum[f], weight).mH)
-                if grad_weight is not None:
-                    grad_transfer = torch.bmm(signal[:, f].permute(1, 2, 0).conj(), grad[:, f].transpose(0, 1))
-                    grad_weight += _real_product(spectrum[f], grad_transfer).view_as(weight)
-        return grad_signal, None, grad_weight
+                    real, imaginary = _transfer(response[f], weight)
+                    by_real, by_imaginary = torch.bmm(gradient[f], real.mT), torch.bmm(gradient[f], imaginary.mT)
+                    grad_signal[f] = _turned(by_real, by_imaginary, -1)
+                if grad_weight is not None and share is not None:
+                    turned = _turned(torch.zeros_like(gradient[f]), gradient[f], -1)  # −i G
+                    transfer = torch.stack((torch.bmm(signal[f].mT, gradient[f]), torch.bmm(signal[f].mT, turned)))
+                    grad_weight.addmm_(share[f].permute(1, 2, 0).flatten(1), transfer.view(-1, grad_weight.shape[1]))
+            return (
+                None if grad_signal is None else _samples(grad_signal, ctx.n, ctx.length),
+                None,
+                None if grad_weight is None else grad_weight.view_as(weight),
+            )
+
+
+def _spectrum(x: Tensor, n: int) -> Tensor:
+    """The rfft over time, (B, L, I) → planes (F, 2B, I): all real parts, then all imaginary parts."""
+    return torch.view_as_real(torch.fft.rfft(x, n=n, dim=1)).permute(1, 3, 0, 2).flatten(1, 2)
+
+
+def _samples(planes: Tensor, n: int, length: int) -> Tensor:
+    """The inverse of `_spectrum`, cut to the first `length` samples: (F, 2B, O) → (B, L, O)."""
+    whole = torch.view_as_complex(planes.unflatten(1, (2, -1)).permute(2, 0, 3, 1).contiguous())  # (B, F, O)
+    return torch.fft.irfft(whole, n=n, dim=1)[:, :length]
+
+
+def _parseval(n: int, response: Tensor) -> Tensor:
+    """The response times each frequency's share of a sum over all n: 2/n, but 1/n for one that is its own mirror."""
+    count = torch.full((len(response), 1, 1), 2 / n, dtype=response.dtype, device=response.device)
+    count[0] = 1 / n
+    if n % 2 == 0:
+        count[-1] = 1 / n
+    return response * count
 
 
 def _frequency_chunks(frequencies: int, weight: Tensor) -> list[slice]:
@@ -83,20 +119,17 @@ def _frequency_chunks(frequencies: int, weight: Tensor) -> list[slice]:
     return [slice(start, min(start + size, frequencies)) for start in range(0, frequencies, size)]
 
 
-def _transfer(spectrum: Tensor, weight: Tensor) -> Tensor:
-    """H(f) = Σ_k φ̂_k(f) M_k: (F, K), (K, I, O) → (F, I, O), as one real matrix product."""
-    frequencies, filters = spectrum.shape
-    flat = weight.reshape(filters, -1)  # (K, I·O)
-    real, imaginary = spectrum.real @ flat, spectrum.imag @ flat
-    return torch.complex(real, imaginary).view(frequencies, *weight.shape[1:])
+def _transfer(response: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Re and Im of Σ_k φ̂_k(f) M_k, each (F, I, O), as one matrix product."""
+    planes = response.permute(2, 0, 1).flatten(0, 1) @ weight.flatten(1)  # (2F, I·O)
+    real, imaginary = planes.view(2, len(response), *weight.shape[1:])
+    return real, imaginary
 
 
-def _real_product(spectrum: Tensor, grad_transfer: Tensor) -> Tensor:
-    """Re Σ_f φ̂_k(f)* G(f): (F, K), (F, I, O) → (K, I·O)."""
-    flat = grad_transfer.flatten(1)
-    return spectrum.real.mT @ flat.real + spectrum.imag.mT @ flat.imag
-
-
-def _per_frequency(signal: Tensor, transfer: Tensor) -> Tensor:
-    """(B, F, I) by (F, I, O), frequency by frequency → (B, F, O)."""
-    return torch.bmm(signal.transpose(0, 1), transfer).transpose(0, 1)
+def _turned(real: Tensor, imaginary: Tensor, sign: int) -> Tensor:
+    """Add sign·i·imaginary to real, for planes (F, 2B, O): i maps (Re, Im) to (−Im, Re)."""
+    half = real.shape[1] // 2
+    out = real.clone()
+    out[:, :half].sub_(imaginary[:, half:], alpha=sign)
+    out[:, half:].add_(imaginary[:, :half], alpha=sign)
+    return out

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from stu.errors import require
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
 
@@ -35,6 +36,7 @@ class MetricsLog(Callback):
     """
 
     def __init__(self, plan: StepPlan, *, batch_size: int, every_n_steps: int) -> None:
+        require(every_n_steps >= 1, "log_every", every_n_steps, "must be at least 1")
         self.plan, self.batch_size, self.every = plan, batch_size, every_n_steps
         self.since = self.validation_began = time.perf_counter()
         self.steps_since = 0
@@ -111,6 +113,9 @@ class Checkpoints(Checkpoint):
         every_n_steps: int | None = None,
         check_every: int = 50,
     ) -> None:
+        require(every_minutes > 0, "every_minutes", every_minutes, "must be above 0")
+        require(every_n_steps is None or every_n_steps >= 1, "every_n_steps", every_n_steps, "must be at least 1")
+        require(check_every >= 1, "check_every", check_every, "must be at least 1")
         self.directory, self.plan = directory, plan
         self.monitor, self.mode = monitor, mode
         self.every_minutes, self.every_n_steps, self.check_every = every_minutes, every_n_steps, check_every
@@ -164,8 +169,13 @@ class Checkpoints(Checkpoint):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """A stop in mid-validation: save the state before it, so that a resumed run validates anew."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._should_stop(trainer):
+        """A stop in mid-validation: save the state before it, so that a resumed run validates anew.
+
+        Several devices stop behind it instead: they may have unlike numbers of batches, so they cannot agree here.
+        """
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.world_size > 1:
+            return
+        if not self._should_stop(trainer):
             return
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
         # what Lightning takes for a validation that had begun its first batch

@@ -54,12 +54,8 @@ class SequenceData(L.LightningDataModule):
         return self._evaluation_loader(self.splits.test)
 
     def _evaluation_loader(self, examples: Examples) -> DataLoader[Batch]:
-        """Longest first: like lengths share a batch, and what does not fit in memory shows at once."""
-        lengths = examples.lengths
-        order = np.arange(len(examples)) if lengths is None else np.argsort(-lengths.astype(np.int64), kind="stable")
-        mine = order[self._rank :: self._world_size].tolist()
         per_device = max(1, self.batch_size // self._world_size)
-        batches = [mine[i : i + per_device] for i in range(0, len(mine), per_device)]
+        batches = evaluation_batches(len(examples), examples.lengths, per_device, self._rank, self._world_size)
         return DataLoader(_as_dataset(examples), batch_sampler=batches, **self._loader_arguments())
 
     def _loader_arguments(self) -> dict[str, Any]:
@@ -119,6 +115,21 @@ class RunBatches(Sampler[list[int]]):
                 order = epoch_batches(self.examples, self.lengths, self.batch_size, self.bucket, self.seed, epoch)
             whole = order[step % self.plan.steps_per_epoch]
             yield whole[part * self.world_size + self.rank :: self.plan.accumulate * self.world_size].tolist()
+
+
+def evaluation_batches(
+    examples: int, lengths: np.ndarray | None, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """Indices of every example once, over all devices; like lengths share a batch.
+
+    The longest come first, so that what does not fit in memory shows at once; the other batches are in a fixed random
+    order, so that an evaluation of some of them is a fair sample of lengths.
+    """
+    order = np.arange(examples) if lengths is None else np.argsort(-lengths.astype(np.int64), kind="stable")
+    mine = order[rank::world_size].tolist()
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    order = np.random.default_rng(0).permutation(np.arange(1, len(batches)))
+    return batches[:1] + [batches[i] for i in order]
 
 
 def epoch_batches(

@@ -50,10 +50,9 @@ class MetricsCSV(Logger):
         """Append a row per number; `epoch` is taken from the metrics themselves."""
         epoch = metrics.get("epoch", "")
         rows = [(step, epoch, name, repr(float(value))) for name, value in metrics.items() if name != "epoch"]
-        fresh = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([COLUMNS, *rows] if fresh else rows)
+            writer.writerows(rows if file.tell() else [COLUMNS, *rows])
 
     @rank_zero_only
     def rewind(self, step: int) -> None:

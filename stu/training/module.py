@@ -87,7 +87,8 @@ class SequenceModule(L.LightningModule):
         for name, module in metrics.items():
             metric = cast(Metric, module)
             if name == "loss":
-                metric.update(loss.detach(), weight=len(target))
+                # once per element: torchmetrics 1.9 overlooks `weight` where the nan strategy is "disable"
+                metric.update(loss.detach().expand(len(target)))
             else:
                 metric.update(prediction.detach(), target)
         return loss

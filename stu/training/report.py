@@ -71,6 +71,7 @@ def quiet() -> None:
         ".*is smaller than the logging interval.*",
         ".*treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
         ".*Checkpoint directory.*exists and is not empty.*",
+        ".*functional.all_reduce is deprecated.*",  # torch 2.13; what is to replace it is not in 2.6
     ):
         warnings.filterwarnings("ignore", message)
 

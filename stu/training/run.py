@@ -58,15 +58,21 @@ class Run:
         """
         if getattr(rank_zero_only, "rank", 0) != 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
             raise OptionError("name", self.path, "another process is training this run; choose another name") from None
+        except OSError as error:
+            raise OptionError("paths.runs", self.path, f"must be a folder to write to: {error.strerror}") from error
         if overwrite and self.config.exists():
             shutil.rmtree(self.path)
         if self.last.exists() or self.finished:
-            self._check_same(config)
+            try:
+                self._check_same(config)
+            except OptionError:
+                self.close()
+                raise
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.manifest.exists():
             write_atomically(self.manifest, json.dumps({"id": secrets.token_hex(6), "starts": []}))
@@ -166,9 +172,9 @@ def run_name(overrides: list[str], choices: tuple[str, ...] = ("model", "task"))
             telling.append(override.lstrip("+"))
     name = ",".join(sorted(telling)) or "default"
     safe = "".join(c if c.isalnum() or c in "=,.-_" else "-" for c in name)
-    if safe != name or len(safe) > 100:
-        safe = f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}" if len(safe) > 100 else safe
-    return safe
+    if safe == name and len(name) <= 100:
+        return name
+    return f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # others may look like it now
 
 
 def git_state() -> dict[str, Any] | None:

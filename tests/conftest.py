@@ -1,0 +1,40 @@
+"""What every test runs under: few threads, a fixed seed, and NaN in all memory that nobody wrote."""
+
+import os
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: its spinning threads get in each other's way
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from tests.golden import ABSENT, path
+
+torch.set_num_threads(1)
+settings.register_profile("stu", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("stu")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """One seed a test; under deterministic algorithms `torch.empty` is NaN, so unwritten parameters show."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Load one golden file: array name → tensor (strings are left out)."""
+
+    def load(name: str) -> dict[str, Tensor]:
+        if not path(name).is_file():
+            pytest.skip(ABSENT.format(name))
+        with np.load(path(name)) as file:
+            return {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biufc"}
+
+    return load

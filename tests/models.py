@@ -1,0 +1,127 @@
+"""Small mixers and models: every one of conf/model, and variants of our own mixers that no file of conf/model has."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from conf.cli import CONF, options_of
+from stu.backbone import Backbone
+from stu.mixer import Mixer
+from stu.mixers.attention import Attention
+from stu.mixers.stu import STU
+
+M = TypeVar("M", bound=nn.Module)
+
+# What makes a model small, wherever it has an option of that name.
+SMALL: dict[str, Any] = {"d_model": 8, "depth": 2, "num_filters": 6, "num_heads": 2, "d_state": 8}
+
+MODELS = options_of("model")
+
+# Flash STU is purely spectral: no lags, no delay.
+STU_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"k_y": 0},
+    "fixed": {"k_y": 2, "recurrence": "fixed"},
+    "learned": {"k_y": 3},
+    "one_branch": {"two_sided": False, "k_u": 1, "k_y": 1},
+    "flash": {"k_u": 0, "k_y": 0, "delay": 0},
+    "hankel_l": {"hankel": "L", "two_sided": False, "delay": 1},
+}
+ATTENTION_VARIANTS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "bidirectional": {"causal": False},
+    "causal_rotary": {"causal": True, "positions": "rotary"},
+    "bidirectional_rotary": {"causal": False, "positions": "rotary"},
+}
+
+
+class Case(NamedTuple):
+    """One mixer to test: `build(seq_len=…)`, with options that overrule `SMALL`, makes a fresh one."""
+
+    name: str
+    build: Callable[..., Mixer]
+
+    def random(self, *, seq_len: int, dtype: torch.dtype = torch.float64, **options: Any) -> Mixer:
+        """In eval mode, its parameters far from what they are initialised to."""
+        return randomized(self.build(seq_len=seq_len, **options)).to(dtype).eval()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@cache
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of `python train.py …` with these overrides; not to be changed."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def model_config(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> DictConfig:
+    """The model node of a small model; `options` overrule `SMALL`."""
+    config = composed(f"model={model}", "task=lds", f"task.seq_len={seq_len}", f"task.causal={causal}").copy()
+    _set_everywhere(config.model, SMALL | options)
+    return config.model
+
+
+def small_backbone(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> Backbone:
+    """A small backbone of conf/model, its parameters far from what they are initialised to."""
+    return randomized(instantiate(model_config(model, seq_len=seq_len, causal=causal, **options)))
+
+
+def randomized(module: M, scale: float = 0.1) -> M:
+    """Move all parameters by noise, since some begin at zero and would hide what they do."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
+    return module
+
+
+def mixer_cases() -> list[Case]:
+    """Every mixer of every model of conf/model, for causal and other tasks, and the variants above."""
+    cases = []
+    for model in MODELS:
+        for index in range(_count_mixers(model)):
+            for causal in (True, False):
+                name = f"{model}-{index}-{'causal' if causal else 'free'}"
+                cases.append(Case(name, partial(_configured, model, index, causal)))
+    cases += stu_cases()
+    return cases + [Case(f"Attention-{name}", partial(_attention, **v)) for name, v in ATTENTION_VARIANTS.items()]
+
+
+def stu_cases() -> list[Case]:
+    """The variants of the STU."""
+    return [Case(f"STU-{name}", partial(_stu, **variant)) for name, variant in STU_VARIANTS.items()]
+
+
+def _configured(model: str, index: int, causal: bool, *, seq_len: int, **options: Any) -> Mixer:
+    config = model_config(model, seq_len=seq_len, causal=causal, **options)
+    factories = instantiate(config.mixer)
+    return (factories if callable(factories) else factories[index])(config.d_model)
+
+
+def _stu(*, seq_len: int, d_model: int = 8, num_filters: int = 6, num_heads: int = 0, **variant: Any) -> Mixer:
+    return STU(d_model, seq_len=seq_len, num_filters=num_filters, **variant)
+
+
+def _attention(*, seq_len: int, d_model: int = 8, num_filters: int = 0, num_heads: int = 2, **variant: Any) -> Mixer:
+    return Attention(d_model, num_heads=num_heads, **variant)
+
+
+def _count_mixers(model: str) -> int:
+    """How many mixers a model cycles, as far as its own file says; read without composing, which takes longer."""
+    node = OmegaConf.load(CONF / "model" / f"{model}.yaml")
+    mixer = node.get("model", node).get("mixer")
+    return len(mixer) if isinstance(mixer, ListConfig) else 1
+
+
+def _set_everywhere(node: DictConfig | ListConfig, options: dict[str, Any]) -> None:
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        if key in options:
+            node[key] = options[key]
+        elif OmegaConf.is_config(node._get_node(key)):
+            _set_everywhere(node[key], options)

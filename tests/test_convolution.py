@@ -1,0 +1,147 @@
+"""`filter_convolution` against its reference and against the sum written out."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from stu.ops import convolution
+from stu.ops.convolution import filter_convolution, filter_convolution_reference
+
+lengths = pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 31, 64, 100])
+
+
+def problem(length, *, batch=2, filters=3, width=4, out=5, built=None, dtype=torch.float64):
+    u = torch.randn(batch, length, width, dtype=dtype, requires_grad=True)
+    bank = torch.randn(built or length, filters, dtype=dtype)
+    weight = torch.randn(filters, width, out, dtype=dtype, requires_grad=True)
+    return u, bank, weight
+
+
+def assert_same(first, second, inputs, atol):
+    """The same outputs, and the same gradients of a random linear loss."""
+    assert_close(first, second, rtol=0, atol=atol)
+    loss_w = torch.randn_like(first)
+    for one, other in zip(
+        torch.autograd.grad((first * loss_w).sum(), inputs),
+        torch.autograd.grad((second * loss_w).sum(), inputs),
+        strict=True,
+    ):
+        assert_close(one, other, rtol=0, atol=atol)
+
+
+def test_reference_is_the_sum_written_out():
+    u, bank, weight = problem(6, built=8)
+    y = torch.zeros(2, 6, 5, dtype=torch.float64)
+    for t in range(6):
+        for i in range(t + 1):
+            for k in range(3):
+                y[:, t] += bank[i, k] * (u[:, t - i] @ weight[k]).detach()
+    assert_close(filter_convolution_reference(u, bank, weight).detach(), y, rtol=0, atol=1e-12)
+
+
+@lengths
+def test_equals_reference(length):
+    u, bank, weight = problem(length)
+    fast, slow = filter_convolution(u, bank, weight), filter_convolution_reference(u, bank, weight)
+    assert_same(fast, slow, (u, weight), 1e-10)
+
+
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (1, 6), (6, 1), (7, 3)])
+def test_equals_reference_at_other_widths(width, out):
+    u, bank, weight = problem(23, batch=1, width=width, out=out, built=40)
+    fast, slow = filter_convolution(u, bank, weight), filter_convolution_reference(u, bank, weight)
+    assert_same(fast, slow, (u, weight), 1e-10)
+
+
+@lengths
+def test_input_shorter_than_the_filters(length):
+    u, bank, weight = problem(length, built=127)
+    shorter = filter_convolution(u, bank, weight)
+    assert_same(shorter, filter_convolution_reference(u, bank, weight), (u, weight), 1e-10)
+    longer = torch.cat((u, torch.randn(2, 127 - length, 4, dtype=torch.float64)), 1)
+    assert_close(filter_convolution(longer, bank, weight)[:, :length], shorter, rtol=0, atol=1e-10)
+
+
+def test_nothing_wraps_around():
+    """The last input, large, must not come round to the first output."""
+    u, bank, weight = problem(32)
+    loud = torch.cat((u[:, :-1], 1e6 * torch.ones_like(u[:, :1])), 1)
+    quiet = filter_convolution(u, bank, weight)
+    assert_close(filter_convolution(loud, bank, weight)[:, :-1], quiet[:, :-1], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("entries", [1, 20, 61, 10_000])
+def test_chunks_do_not_change_the_result(entries, monkeypatch):
+    u, bank, weight = problem(40)
+    whole = filter_convolution(u, bank, weight)
+    monkeypatch.setattr(convolution, "CHUNK", entries)
+    assert len(convolution._frequency_chunks(41, weight)) == {1: 41, 20: 41, 61: 14, 10_000: 1}[entries]
+    assert_same(filter_convolution(u, bank, weight), whole, (u, weight), 1e-12)
+
+
+def test_gradcheck():
+    u, bank, weight = problem(5, width=2, out=3)
+    assert torch.autograd.gradcheck(lambda a, b: filter_convolution(a, bank, b), (u, weight))
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight"])
+def test_one_gradient_alone(wanted):
+    u, bank, weight = problem(19)
+    loss_w = torch.randn(2, 19, 5, dtype=torch.float64)
+    both = torch.autograd.grad((filter_convolution(u, bank, weight) * loss_w).sum(), (u, weight))
+    given = (u, weight.detach()) if wanted == "input" else (u.detach(), weight)
+    (filter_convolution(given[0], bank, given[1]) * loss_w).sum().backward()
+    assert_close((u if wanted == "input" else weight).grad, both[wanted == "weight"], rtol=0, atol=0)
+    assert (weight if wanted == "input" else u).grad is None
+
+
+def test_takes_arguments_of_any_layout():
+    u, bank, weight = problem(19)
+    turned = u.transpose(1, 2).contiguous().transpose(1, 2), bank, weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not turned[0].is_contiguous()
+    assert not turned[2].is_contiguous()
+    assert_same(filter_convolution(*turned), filter_convolution(u, bank, weight), (u, weight), 1e-12)
+
+
+def test_float32_is_as_good_as_float32():
+    u, bank, weight = problem(1000, batch=1, width=8, out=8)
+    exact = filter_convolution(u, bank, weight)
+    y = filter_convolution(u.float(), bank, weight.float())
+    assert y.dtype == torch.float32
+    assert (y - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_input_is_transformed_in_float32(weight_dtype):
+    u, bank, weight = problem(200, dtype=torch.float32)
+    low, low_weight = (v.detach().to(d).requires_grad_() for v, d in ((u, torch.bfloat16), (weight, weight_dtype)))
+    wide, wide_weight = (v.detach().float().requires_grad_() for v in (low, low_weight))
+    y = filter_convolution(low, bank, low_weight)
+    exact = filter_convolution(wide, bank, wide_weight)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.bfloat16())
+    grads = torch.autograd.grad(y.float().sum(), (low, low_weight))
+    exact_grads = torch.autograd.grad(exact.sum(), (wide, wide_weight))
+    for grad, exact_grad, dtype in zip(grads, exact_grads, (torch.bfloat16, weight_dtype), strict=True):
+        assert grad.dtype == dtype
+        assert_close(grad.float(), exact_grad, rtol=1e-4 if dtype == torch.float32 else 2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_changes_nothing(dtype):
+    u, bank, weight = problem(100, dtype=dtype)
+    outside = filter_convolution(u, bank, weight)
+    grads = torch.autograd.grad(outside.square().sum(), (u, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = filter_convolution(u, bank, weight)
+        inside_grads = torch.autograd.grad(inside.square().sum(), (u, weight))
+    assert torch.equal(inside, outside)
+    for inner, outer in zip(inside_grads, grads, strict=True):
+        assert_close(inner, outer, rtol=1e-4, atol=1e-3)
+
+
+def test_no_second_derivative_is_silently_wrong():
+    u, bank, weight = problem(5)
+    (grad,) = torch.autograd.grad(filter_convolution(u, bank, weight).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiated twice|once_differentiable"):
+        grad.sum().backward()
