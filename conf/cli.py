@@ -14,12 +14,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import yaml
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,9 +27,30 @@ from stu.errors import OptionError
 
 CONF = Path(__file__).parent
 USAGE = 2  # exit code of a command that asks for something impossible
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
-HINTS: dict[str, Any] = {"trainer.max_epochs": float | None}  # ours mean more than the constructor's own
+# The second variable: set by `run`, whose HYDRA_FULL_ERROR the processes of a distributed run inherit.
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "STU_ERROR_LINES" not in os.environ
+HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
+    "trainer.max_epochs": float | None,
+    "trainer.accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
+    "trainer.strategy": Literal["auto", "ddp", "fsdp"],
+    "mode": Literal["train", "test"],
+    "name": str | int | None,
+    "seed": int,
+    "overwrite": bool,
+    "checkpoint": str | None,
+    "log_every": int,
+    "paths.runs": str,
+    "paths.data": str,
+}
+# Arguments of the Trainer that would end or shorten a run behind the back of its `StepPlan`.
+NOT_OURS = ("min_epochs", "min_steps", "max_time", "limit_train_batches", "overfit_batches", "fast_dev_run",
+            "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs")  # fmt: skip
 R = TypeVar("R")
+
+
+class Refused(OptionError):
+    """By `check`, which knows the full key and gives it as the name."""
+
 
 EXAMPLES = """\
   python train.py model=stu task=lra_listops                       the full task
@@ -65,20 +86,29 @@ OmegaConf.register_new_resolver("help", help_text, replace=True)
 
 
 def check(config: DictConfig) -> None:
-    """Raise `OptionError` for a root key that does not exist, or a value that a constructor does not take."""
+    """Raise `Refused` for a root key that does not exist, or a value that a constructor does not take."""
     root = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     groups = {group for entry in root["defaults"] if isinstance(entry, dict) for group in entry}
     known = {key for key in root if key not in ("defaults", "hydra")} | {g for g in groups if " " not in g}
     for key in map(str, config):
         if key not in known:
-            raise OptionError(key, _brief(config[key]), f"no such key; {_suggest(key, known)}")
+            raise Refused(key, _brief(config[key]), f"no such key; {_suggest(key, known)}")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for key, value in _nodes(plain, ""):
+        if key in HINTS and not _fits(value, HINTS[key]):
+            raise Refused(key, _brief(value), f"must be {_describe(HINTS[key])}")
     for key, node in _calls(plain, ""):
         _check_call(key, node)
-    if config.mode not in ("train", "test"):
-        raise OptionError("mode", config.mode, "must be train or test")
+    if not 0 <= config.seed < 2**32:
+        raise Refused("seed", config.seed, f"must be in 0 … {2**32 - 1}")
+    for key in NOT_OURS:
+        if key in config.trainer:
+            raise Refused(f"trainer.{key}", config.trainer[key], "not supported; set max_epochs or max_steps")
+    for key in ("limit_val_batches", "limit_test_batches"):
+        if config.trainer[key] is not None and not config.trainer[key] > 0:
+            raise Refused(f"trainer.{key}", config.trainer[key], "must be above 0: a checkpoint is chosen and tested")
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise OptionError("trainer.accelerator", config.trainer.accelerator, "there is no GPU here; use trainer=cpu")
+        raise Refused("trainer.accelerator", config.trainer.accelerator, "there is no GPU here; use trainer=cpu")
 
 
 def reports_errors(job: Callable[[DictConfig], R]) -> Callable[[DictConfig], R]:
@@ -98,7 +128,8 @@ def reports_errors(job: Callable[[DictConfig], R]) -> Callable[[DictConfig], R]:
 
 def run(main: Callable[[], object]) -> None:
     """Run a `hydra.main`; what goes wrong while the configuration is composed is reported in one line too."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
+    if not TRACEBACKS:
+        os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra hands its exceptions on
     try:
         main()
     except KeyboardInterrupt:
@@ -107,6 +138,10 @@ def run(main: Callable[[], object]) -> None:
         if TRACEBACKS:
             raise
         _fail(_line(error, None) or _flat(str(error)))
+    except ValueError as error:
+        if TRACEBACKS or "Config group override must be" not in str(error):  # `model=null`
+            raise
+        _fail(f"{_flat(str(error))}; a group takes the name of an option")
 
 
 def _fail(line: str) -> NoReturn:
@@ -133,6 +168,8 @@ def _line(error: BaseException, config: DictConfig | None) -> str | None:
             return _composition_line(error)
         case HydraException():
             return _flat(str(error))
+        case Exception() if type(error).__name__ == "MisconfigurationException":  # Lightning's, slow to import
+            return f"trainer: {_flat(str(error))}"
     return None
 
 
@@ -150,30 +187,34 @@ def _composition_line(error: BaseException) -> str:
 
 def _full_key(error: OptionError, config: DictConfig | None) -> str:
     """Where the refused option stands in the configuration: the same keyword with the same value."""
-    if config is None or ("." in error.name and OmegaConf.select(config, error.name) is not None):
+    if (
+        config is None
+        or isinstance(error, Refused)
+        or ("." in error.name and OmegaConf.select(config, error.name) is not None)
+    ):
         return error.name
-    leaves = dict(_leaves(OmegaConf.to_container(config, resolve=True), ""))
-    named = [key for key in leaves if key == error.name or key.endswith(f".{error.name}")]
-    exact = [key for key in named if leaves[key] == error.value]
+    nodes = dict(_nodes(OmegaConf.to_container(config, resolve=True), ""))
+    named = [key for key in nodes if key == error.name or key.endswith(f".{error.name}")]
+    exact = [key for key in named if nodes[key] == error.value]
     return (exact or named or [error.name])[0]
 
 
 def _check_call(key: str, node: Mapping[str, Any]) -> None:
     """Compare a node with the signature of what it calls."""
     try:
-        target = get_object(node["_target_"])
+        target = resolve_name(node["_target_"])
     except Exception as error:
-        raise OptionError(f"{key}._target_", node["_target_"], f"cannot be imported ({_flat(str(error))})") from error
+        raise Refused(f"{key}._target_", node["_target_"], f"cannot be imported ({_flat(str(error))})") from error
     parameters = inspect.signature(target).parameters
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in node.items():
         if name.startswith("_"):
             continue
         if name not in parameters:
-            raise OptionError(f"{key}.{name}", _brief(value), f"no such key; {_suggest(name, parameters)}")
+            raise Refused(f"{key}.{name}", _brief(value), f"no such key; {_suggest(name, parameters)}")
         hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
         if not _fits(value, hint):
-            raise OptionError(f"{key}.{name}", _brief(value), f"must be {_describe(hint)}")
+            raise Refused(f"{key}.{name}", _brief(value), f"must be {_describe(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -190,6 +231,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
     if inspect.isclass(origin or hint) and issubclass(origin or hint, Mapping):
         return isinstance(value, Mapping)
+    if origin is tuple and ... not in arguments:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(_fits, value, arguments))
     if inspect.isclass(origin or hint) and issubclass(origin or hint, Sequence):
         element = arguments[0] if arguments else Any
         return isinstance(value, list) and all(_fits(item, element) for item in value)
@@ -204,6 +247,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple and ... not in arguments:
+        return f"a list of {len(arguments)}: {', '.join(map(_describe, arguments))}"
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))
 
@@ -220,12 +265,13 @@ def _calls(node: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _calls(child, f"{key}[{index}]")
 
 
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+def _nodes(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Everything in the configuration with its key, a mapping before what is in it."""
+    if key:
+        yield key, node
     if isinstance(node, Mapping):
         for name, child in node.items():
-            yield from _leaves(child, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
+            yield from _nodes(child, f"{key}.{name}" if key else str(name))
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

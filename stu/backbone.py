@@ -122,6 +122,8 @@ class Backbone(nn.Module):
             )
             for i in range(depth)
         )
+        rotary = any(block.mixer.rotary for block in self.blocks)
+        require(rotary or positions != "rotary", "positions", positions, "no mixer of this model has rotary positions")
         self.norm = make_norm(norm if final_norm else "none", d_model)
 
     @property

@@ -5,15 +5,19 @@ B batch, L length, D model width, O outputs
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from stu.errors import require
 
-Pool = Literal["mean", "last"]
+Pool = Literal["mean", "first", "last"]
 
 
 def pooled(x: Tensor, mask: Tensor | None, how: Pool = "mean") -> Tensor:
-    """Reduce (B, L, D) to (B, D) over the real positions of `mask` (B, L): their mean, or the last of them."""
+    """Reduce (B, L, D) to (B, D) over the real positions of `mask` (B, L): their mean, the first or the last."""
+    if how == "first":
+        first = x.new_zeros(len(x), dtype=torch.long) if mask is None else mask.int().argmax(1)  # (B,)
+        return x[torch.arange(len(x), device=x.device), first]
     if how == "last":
         if mask is None:
             return x[:, -1]
@@ -31,7 +35,7 @@ class PooledHead(nn.Module):
 
     def __init__(self, d_model: int, *, d_output: int, pool: Pool = "mean") -> None:
         super().__init__()
-        require(pool in ("mean", "last"), "pool", pool, "must be mean or last")
+        require(pool in ("mean", "first", "last"), "pool", pool, "must be mean, first or last")
         self.pool: Pool = pool
         self.linear = nn.Linear(d_model, d_output)
 

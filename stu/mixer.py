@@ -20,6 +20,7 @@ class Mixer(nn.Module, ABC):
     """
 
     causal: bool
+    rotary: bool = False  # whether it turns by the position itself, which `positions=rotary` of a backbone asks for
 
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

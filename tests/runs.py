@@ -1,49 +1,44 @@
-"""Runs of train.py as a user starts them, in processes and folders of their own, small enough to last a second.
+"""Small runs: of train.py, as a user starts it, in processes and folders of their own; and of a Trainer in this one.
 
 `train` forks from a server that has imported the libraries already, which saves six seconds a run; `train_afresh` is
-a new interpreter and a command line, with nothing prepared.
+a new interpreter and a command line, with nothing prepared; `Training` is what train.py sets up, piece by piece.
 """
 
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial, wraps
+from itertools import count
+from multiprocessing import get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
+import lightning as L
 import torch
-import yaml
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
+from stu.task import Task
+from stu.training import Checkpoints, MetricsCSV, MetricsLog, Run, SequenceData, SequenceModule, StepPlan
 from stu.training.loggers import read_metrics
-from stu.training.run import Run
+from stu.training.optim import adamw
+from tests.models import composed
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train.py"
 # What a run finds in its environment besides PATH and HOME: nothing of the tests'.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT), "NETRC": "/dev/null"}
 
-# What makes a run small. One list per task, for it has to agree with itself.
-TASKS: dict[str, tuple[str, ...]] = {
-    "lds": ("task=lds", "task.seq_len=16", "task.data.num_train=40", "task.data.num_val=10", "task.data.num_test=10"),
-    "lra_listops": (
-        "task=lra_listops",
-        "task.seq_len=64",
-        "task.data.min_length=10",
-        "task.data.max_length=60",
-        "task.data.train=40",
-        "task.data.val=10",
-        "task.data.test=10",
-    ),
-}
-SMALL_MODEL = ("model.d_model=8", "model.depth=1")
-SMALL_MIXER: dict[str, tuple[str, ...]] = {"num_filters": ("model.mixer.num_filters=4",)}
-SMALL_RUN = ("trainer=cpu", "trainer.max_epochs=2", "loader.batch_size=4", "logger=csv", "name=run")
+# What makes a run small, wherever a task or model has an option of that name.
+SMALL_TASK = {"seq_len": 64, "min_length": 10, "max_length": 60}
+SMALL_TASK |= {"num_train": 40, "num_val": 10, "num_test": 10, "train": 40, "val": 10, "test": 10}
+SMALL_MODEL = {"d_model": 8, "depth": 1, "num_filters": 4, "num_heads": 2, "d_state": 8}
+SMALL_RUN = ("trainer=cpu", "trainer.max_epochs=2", "loader.batch_size=4", "logger=csv")
 
 PRELOADED = ["lightning", "hydra", "torchmetrics.classification", "scipy.signal", "datasets", "filelock", "rich.table"]
 _server = get_context("forkserver")
@@ -110,6 +105,76 @@ def train_afresh(home: Path, *overrides: str, timeout: float = 240, **environmen
     return Finished(done.returncode if done.returncode >= 0 else 128 - done.returncode, done.stdout, done.stderr)
 
 
+def small(*overrides: str) -> list[str]:
+    """These overrides, and before them what makes the task and the model they choose small."""
+    config = composed(*overrides)
+    options = [*_options(config.task, "task", SMALL_TASK), *_options(config.model, "model", SMALL_MODEL)]
+    given = {override.split("=", 1)[0] for override in overrides}
+    return [*(o for o in (*options, *SMALL_RUN) if o.split("=", 1)[0] not in given), *overrides]
+
+
+def _options(node: Any, key: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Overrides for the keys of `sizes` in a configuration node; what refers to another key follows it."""
+    if not isinstance(node, DictConfig):
+        return
+    for name in node:
+        if OmegaConf.is_interpolation(node, name):
+            continue
+        if name in sizes:
+            yield f"{key}.{name}={sizes[name]}"
+        elif not OmegaConf.is_missing(node, name):
+            yield from _options(node[name], f"{key}.{name}", sizes)
+
+
+def signalled(number: int, where: str, call: int) -> Callable[[], None]:
+    """An `at` of `start`: the process sends itself signal `number` before call 1, 2, … of a "module:Class.method"."""
+    return partial(_signal_at, number, where, call)
+
+
+def _signal_at(number: int, where: str, call: int) -> None:
+    owner, name = where.rsplit(".", 1)
+    cls = resolve_name(owner)
+    method, calls = getattr(cls, name), count(1)
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return method(*args, **kwargs)
+
+    setattr(cls, name, wrapped)
+
+
+def run_of(home: Path, task: str, model: str, name: str) -> Run:
+    """The run directory that `name=…` made."""
+    return Run(home / "runs" / task / model / name)
+
+
+def results(run: Run) -> dict[str, Any]:
+    """All that a run computed: rows and checkpoints without times, and the summary."""
+    rows = [row for row in read_metrics(run.metrics) if not row[2].startswith("time/")]
+    last, best = (torch.load(path, weights_only=True) for path in (run.last, run.best))
+    summary = {key: value for key, value in run.read_summary().items() if key != "seconds"}
+    weights = {name: state["state_dict"] for name, state in (("last", last), ("best", best))}
+    return {"rows": rows, **weights, "optimizer": last["optimizer_states"], "summary": summary}
+
+
+def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
+    """Equal to the last bit, in nested containers."""
+    if isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys(), where
+        for key in expected:
+            assert_identical(actual[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, Tensor):
+        assert torch.equal(actual, expected), f"{where}: {actual} is not {expected}"
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), f"{where}: {actual} is not {expected}"
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_identical(*pair, f"{where}[{index}]")
+    else:
+        assert actual == expected, f"{where}: {actual} is not {expected}"
+
+
 def _environment(home: Path, extra: Mapping[str, str]) -> dict[str, str]:
     own = {
         "PATH": os.environ["PATH"],
@@ -139,6 +204,68 @@ def _run(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(SCRIPT), *overrides]
     torch.set_num_threads(1)
+    set_start_method("fork", force=True)  # what loader processes begin with; the server has left its own way here
     if at is not None:
         at()
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+class Training:
+    """A model, a task and a recipe as train.py puts them together, without Hydra; everything lies in `folder`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        task: Task,
+        model: nn.Module,
+        *,
+        optimizer: Any = adamw,
+        seed: int = 0,
+        log_every: int = 1,
+        batch_size: int = 4,
+        bucket: int = 1,
+        max_epochs: float = 2,
+        max_steps: int = -1,
+        val_check_interval: float = 1.0,
+        accumulate_grad_batches: int = 1,
+        checkpoints: Mapping[str, Any] | None = None,
+        callbacks: Sequence[L.Callback] = (),
+    ) -> None:
+        self.data = SequenceData(task, seed=seed, batch_size=batch_size, bucket=bucket)
+        self.plan = self.data.plan = StepPlan.make(
+            examples=len(self.data.splits.train),
+            batch_size=batch_size,
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            val_check_interval=val_check_interval,
+            accumulate_grad_batches=accumulate_grad_batches,
+        )
+        self.module = SequenceModule(model, task, optimizer=optimizer, total_steps=self.plan.total_steps, seed=seed)
+        self.csv = MetricsCSV(folder / "metrics.csv")
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", self.plan, monitor=task.monitor, mode=task.mode, **checkpoints or {}
+        )
+        self.trainer = L.Trainer(
+            **StepPlan.trainer_arguments,
+            accelerator="cpu",
+            devices=1,
+            accumulate_grad_batches=accumulate_grad_batches,
+            num_sanity_val_steps=1,
+            logger=[self.csv],
+            callbacks=[
+                MetricsLog(self.plan, batch_size=batch_size, every_n_steps=log_every), self.checkpoints, *callbacks,
+            ],
+            default_root_dir=folder,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )  # fmt: skip
+
+    def fit(self, checkpoint: Path | None = None) -> "Training":
+        self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
+        return self
+
+    def rows(self, metric: str) -> dict[int, float]:
+        """Step → value of one metric of metrics.csv."""
+        return {step: value for step, _, name, value in read_metrics(self.csv.path) if name == metric}

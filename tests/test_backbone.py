@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import Tensor, multiprocessing, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from stu.heads import PooledHead, StepHead, pooled
 from stu.mixer import Mixer
 from stu.norm import BatchNorm, PositionNorm, make_norm
 from tests.distributed import batch_norm
-from tests.models import MODELS, randomized, small_backbone
+from tests.models import MODELS, model_config, randomized, small_backbone
 
 SEQ_LEN = 24
 D = 8
@@ -195,6 +196,10 @@ def test_models_are_causal_where_the_task_is(model):
 @models
 @pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal", "rotary"])
 def test_models_run_step_by_step(model, positions):
+    if positions == "rotary" and "positions" not in model_config(model, seq_len=SEQ_LEN).mixer:
+        with pytest.raises(OptionError, match="positions=rotary"):  # said, not silently skipped
+            instantiate(model_config(model, seq_len=SEQ_LEN, positions=positions))
+        return
     backbone = trained(small_backbone(model, seq_len=SEQ_LEN, positions=positions))
     x = noise(2, SEQ_LEN, D)
     y = backbone(x)
@@ -484,6 +489,8 @@ def test_sinusoidal_positions_are_those_of_the_transformer(width):
 @pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal", "rotary"])
 def test_positions_are_added_to_the_input(positions):
     class Nothing(Running):
+        rotary = True
+
         def forward(self, x, mask=None):
             return 0 * x
 

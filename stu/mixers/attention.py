@@ -58,6 +58,8 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
+        if mask is not None:  # hidden values have weight zero, but zero times nan is nan
+            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
         query, key, value = self._heads(x, 0)
         return self._attend(query, key, value, self.causal and mask is None, self._visible(x, mask))
 

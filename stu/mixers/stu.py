@@ -37,24 +37,25 @@ class STUState(NamedTuple):
 class STU(Mixer):
     """Spectral Transform Unit: fixed spectral filters, learned matrices.
 
-    seq_len: the longest input, for which the filters are built. num_filters: filters of one branch.
+    seq_len: the longest input, for which the filters are built. causal: without it, a second unit with parameters of
+    its own (`reverse`) runs from the end and is added. num_filters: filters of one branch.
     two_sided: the second branch with alternating signs, which systems with negative eigenvalues need; Hankel-L
     covers them with its single branch. k_u: input lags with matrices M^u of their own. k_y: output lags;
     `recurrence="learned"` gives each a matrix M^y (AR-STU), "fixed" is the paper's y_{t−k_y} with coefficient I.
     delay: steps by which the spectral features lag (2 in the paper; 0 for the purely spectral unit of Flash STU,
     2409.10489, which also has k_u = k_y = 0).
 
-    Initialised as in the official code: M^φ and M^y at zero, M^u truncated normal of variance 1/D. Without M^u the
+    Initialised as in the official code: M^φ and M^y at zero, M^u normal of deviation
+    D^{−1/2}, truncated at twice that. Without M^u the
     layer would begin as zero, so M^φ is then normal of variance 1/(K·D).
     """
-
-    causal = True
 
     def __init__(
         self,
         d_model: int,
         *,
         seq_len: int,
+        causal: bool = True,
         num_filters: int = 24,
         two_sided: bool = True,
         k_u: int = 3,
@@ -74,7 +75,7 @@ class STU(Mixer):
             two_sided,
             "must be false with hankel=L (one branch)",
         )
-        self.d_model, self.seq_len, self.k_u = d_model, seq_len, k_u
+        self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
         eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
         fixed_lag = k_y if recurrence == "fixed" else 0
         # A plain attribute, no buffer: a model cast to half precision must not take its filters along.
@@ -87,6 +88,19 @@ class STU(Mixer):
         learned = k_y if recurrence == "learned" else 0
         self.m_y = nn.Parameter(torch.empty(learned, d_model, d_model)) if learned else None  # [lag, in, out]
         self.reset_parameters()
+        self.reverse: STU | None = None
+        if not causal:
+            self.reverse = STU(
+                d_model,
+                seq_len=seq_len,
+                num_filters=num_filters,
+                two_sided=two_sided,
+                k_u=k_u,
+                k_y=k_y,
+                recurrence=recurrence,
+                hankel=hankel,
+                delay=delay,
+            )
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters."""
@@ -104,11 +118,16 @@ class STU(Mixer):
         require(x.shape[1] <= self.seq_len, "seq_len", self.seq_len, f"is below the input's {x.shape[1]} steps")
         if mask is not None:
             x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
-        y = filter_convolution(x, self._filters_for(x), self._weight())
-        return y if self.m_y is None else linear_recurrence(y, self.m_y)
+        if self.reverse is None:
+            return self._run(x)
+        if self.m_y is not None:
+            return self._run(x) + self.reverse._run(x.flip(1)).flip(1)
+        return filter_convolution(x, self._filters_for(x), self._weight(), self.reverse._weight())
 
     def initial_state(self, batch_size: int) -> STUState:
         """Zeros: nothing was seen."""
+        if not self.causal:
+            raise NotImplementedError("an STU runs step by step only with causal=true")
         zeros = self.m_phi.new_zeros(batch_size, 1, self.d_model)
         lags = 0 if self.m_y is None else len(self.m_y)
         return STUState(zeros.expand(-1, self.seq_len, -1), zeros.expand(-1, lags, -1), 0)
@@ -134,6 +153,11 @@ class STU(Mixer):
         inputs = torch.cat((start.inputs[:, length:], x), 1)
         outputs = torch.cat((start.outputs, y), 1).flip(1)[:, :lags]
         return y, STUState(inputs, outputs, length)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """From the first step to the last, (B, L, D) → (B, L, D)."""
+        y = filter_convolution(x, self._filters_for(x), self._weight())
+        return y if self.m_y is None else linear_recurrence(y, self.m_y)
 
     def _weight(self) -> Tensor:
         """The matrices of all filters, (K, D, D)."""

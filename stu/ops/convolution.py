@@ -20,15 +20,16 @@ from torch.autograd.function import once_differentiable
 CHUNK = 1 << 18
 
 
-def filter_convolution(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
-    """y_t = Σ_k Σ_{i≤t} φ_k(i) u_{t−i} M_k.
+def filter_convolution(u: Tensor, filters: Tensor, weight: Tensor, reverse: Tensor | None = None) -> Tensor:
+    """y_t = Σ_k Σ_{i≤t} φ_k(i) u_{t−i} M_k, and with `reverse` also Σ_k Σ_i φ_k(i) u_{t+i} R_k, from the end.
 
-    u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient); weight: (K, I, O). Returns (B, L, O) in u's dtype.
+    u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient); weight, reverse: (K, I, O). Returns (B, L, O) in u's dtype.
     The FFTs run in float32 at least, whatever the dtype of u or an enclosing autocast.
     """
     dtype = torch.promote_types(torch.promote_types(u.dtype, weight.dtype), torch.float32)
+    matrices = weight if reverse is None else torch.cat((weight, reverse))
     with torch.autocast(u.device.type, enabled=False):
-        y: Tensor = _FilterConvolution.apply(u.to(dtype), filters[: u.shape[1]].to(dtype), weight.to(dtype))
+        y: Tensor = _FilterConvolution.apply(u.to(dtype), filters[: u.shape[1]].to(dtype), matrices.to(dtype))
     return y.to(u.dtype)
 
 
@@ -54,11 +55,13 @@ class _FilterConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
-        """Real (B, L, I), (L, K), (K, I, O) → (B, L, O)."""
+        """Real (B, L, I), (L, K), (K or 2K, I, O) → (B, L, O); the second K matrices are those of reversed filters."""
         length = u.shape[1]
         n = next_fast_len(2 * length - 1, real=True)  # long enough that nothing wraps around
         signal = _spectrum(u, n)  # (F, 2B, I)
         response = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0))  # (F, K, 2)
+        if len(weight) > filters.shape[1]:  # reversed in time is conjugate in frequency; with n ≥ 2L − 1 both sides fit
+            response = torch.cat((response, response * response.new_tensor([1.0, -1.0])), 1)  # (F, 2K, 2)
         ctx.save_for_backward(signal, response, weight)
         ctx.n, ctx.length = n, length
         out = signal.new_empty(*signal.shape[:2], weight.shape[2])

@@ -40,6 +40,7 @@ class MetricsLog(Callback):
         self.plan, self.batch_size, self.every = plan, batch_size, every_n_steps
         self.since = self.validation_began = time.perf_counter()
         self.steps_since = 0
+        self.rates: dict[str, float] = {}
         self.gradient_norm = math.nan
         self.latest: dict[str, float] = {}  # for whoever shows progress
 
@@ -48,8 +49,9 @@ class MetricsLog(Callback):
         self.since, self.steps_since = time.perf_counter(), 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Measure the gradient before it is clipped, where it will be logged."""
+        """Where this step is logged, note its rates, and its gradient before it is clipped."""
         if (trainer.global_step + 1) % self.every == 0:
+            self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
 
@@ -65,9 +67,7 @@ class MetricsLog(Callback):
         assert isinstance(pl_module, SequenceModule)
         seconds = time.perf_counter() - self.since
         row = {f"train/{name}": value for name, value in compute(pl_module.train_metrics).items()}
-        groups = trainer.optimizers[0].param_groups
-        row |= {f"lr/{group['name']}": group["lr"] for group in groups}
-        row |= {"gradient_norm": self.gradient_norm, "time/sequences_per_second": self._rate(seconds)}
+        row |= {**self.rates, "gradient_norm": self.gradient_norm, "time/sequences_per_second": self._rate(seconds)}
         self._write(trainer, row)
         self.since, self.steps_since = time.perf_counter(), 0
 
@@ -165,6 +165,11 @@ class Checkpoints(Checkpoint):
             raise Stopped(self.signal_number or signal.SIGTERM, step)
         if self._is_due(trainer, step):
             self._save(trainer, "last")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning would count on from a validation that was broken off, and never take this one for finished."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

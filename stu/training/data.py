@@ -171,7 +171,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind batch number `state["batches"]`."""
-        self.sampler_of_run.start = state["batches"]
+        self.sampler_of_run.start = self.handed_out = state["batches"]
 
 
 def _as_dataset(examples: Examples) -> Dataset[Any]:

@@ -38,6 +38,8 @@ def adamw(
     Raises `OptionError` for a group that matches nothing.
     """
     require(lr > 0, "lr", lr, "must be above 0")
+    require(all(0 <= beta < 1 for beta in betas), "betas", betas, "must be in [0, 1)")
+    require(eps >= 0, "eps", eps, "must be at least 0")
     require(weight_decay >= 0, "weight_decay", weight_decay, "must be at least 0")
     require(0 <= min_lr <= lr, "min_lr", min_lr, f"must be in 0 … lr ({lr})")
     require(schedule in ("cosine", "linear", "constant"), "schedule", schedule, "must be cosine, linear or constant")
@@ -61,7 +63,7 @@ def adamw(
 
 
 def _factor(step: int, *, total: int, warmup: int, peak: float, floor: float, schedule: Schedule) -> float:
-    return learning_rate(step, total, warmup, peak, min(floor, peak), schedule) / peak
+    return learning_rate(step, total, warmup, peak, min(floor, peak), schedule) / peak if peak else 0.0
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
@@ -89,10 +91,7 @@ def _assign(
 ) -> list[tuple[str, Mapping[str, Any], list[nn.Parameter]]]:
     """(name, options, parameters) of every group; "default" takes the rest and may be empty only if others are not."""
     for name, options in groups.items():
-        unknown = sorted(set(options) - set(GROUP_KEYS))
-        require(not unknown, f"groups.{name}", unknown, f"allowed: {', '.join(GROUP_KEYS)}")
-        require("match" in options, f"groups.{name}", dict(options), "needs match, a regular expression")
-        require("lr" not in options or "lr_scale" not in options, f"groups.{name}", dict(options), "lr or lr_scale")
+        _check_group(f"groups.{name}", options)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     rest, names = [], []
     for parameter_name, parameter in named_parameters:
@@ -112,3 +111,19 @@ def _assign(
             )
     assigned = [(name, groups[name], parameters) for name, parameters in members.items()]
     return [*assigned, ("default", {}, rest)] if rest else assigned
+
+
+def _check_group(key: str, options: Any) -> None:
+    require(key != "groups.default", key, options, "this name is for the parameters that no group matches")
+    require(isinstance(options, Mapping), key, options, f"must have some of the keys {', '.join(GROUP_KEYS)}")
+    for name, value in options.items():
+        require(name in GROUP_KEYS, f"{key}.{name}", value, f"no such key; allowed: {', '.join(GROUP_KEYS)}")
+        if name != "match":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(number and value >= 0, f"{key}.{name}", value, "must be a number, at least 0")
+    require("match" in options, key, dict(options), "needs match, a regular expression")
+    require(not {"lr", "lr_scale"} <= set(options), key, dict(options), "must have lr or lr_scale, not both")
+    try:
+        re.compile(options["match"])
+    except (TypeError, re.error) as error:
+        raise OptionError(f"{key}.match", options["match"], f"must be a regular expression: {error}") from error

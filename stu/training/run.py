@@ -171,7 +171,7 @@ def run_name(overrides: list[str], choices: tuple[str, ...] = ("model", "task"))
         if key not in choices and not is_free(key) and not key.startswith("hydra"):
             telling.append(override.lstrip("+"))
     name = ",".join(sorted(telling)) or "default"
-    safe = "".join(c if c.isalnum() or c in "=,.-_" else "-" for c in name)
+    safe = "".join(c if (c.isascii() and c.isalnum()) or c in "=,.-_" else "-" for c in name)
     if safe == name and len(name) <= 100:
         return name
     return f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # others may look like it now
