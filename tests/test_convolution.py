@@ -145,3 +145,14 @@ def test_no_second_derivative_is_silently_wrong():
     (grad,) = torch.autograd.grad(filter_convolution(u, bank, weight).square().sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiated twice|once_differentiable"):
         grad.sum().backward()
+
+
+@lengths
+@pytest.mark.parametrize("built", [None, 127])
+def test_reverse_matrices_run_from_the_end(length, built):
+    u, bank, weight = problem(length, built=built)
+    reverse = torch.randn_like(weight).requires_grad_()
+    both = filter_convolution(u, bank, weight, reverse)
+    forward = filter_convolution_reference(u, bank, weight)
+    backward = filter_convolution_reference(u.flip(1), bank, reverse).flip(1)
+    assert_same(both, forward + backward, (u, weight, reverse), 1e-10)

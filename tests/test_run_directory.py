@@ -109,7 +109,7 @@ class TestOpening:
         before.metrics.write_text("step,epoch,metric,value\n")
         run = Run(tmp_path / "run")
         run.open(changed(seed=1), overwrite=True)
-        assert not (run.finished or run.last.exists() or run.metrics.exists())
+        assert not any(path.exists() for path in (run.summary, run.last, run.metrics))
         assert run.id != before_id
         run.close()
 
@@ -296,19 +296,21 @@ class TestMetricsCSV:
         assert not list(tmp_path.iterdir())
 
 
+COMMAND = runs.small("task=lds", "model=stu", "trainer.max_epochs=1", "log_every=2")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With one finished run, named `run`."""
+    folder = tmp_path_factory.mktemp("home")
+    done = runs.train(folder, *COMMAND, "name=run")
+    assert done.code == 0, done.err
+    return folder
+
+
 @pytest.mark.e2e
 class TestTrainPy:
     """What a user sees of all this."""
-
-    COMMAND = runs.small("task=lds", "model=stu", "trainer.max_epochs=1", "log_every=2")
-
-    @pytest.fixture(scope="class")
-    def home(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """With one finished run, named `run`."""
-        home = tmp_path_factory.mktemp("home")
-        done = runs.train(home, *self.COMMAND, "name=run")
-        assert done.code == 0, done.err
-        return home
 
     @staticmethod
     def contents(path: Path) -> dict[str, bytes]:
@@ -331,7 +333,7 @@ class TestTrainPy:
         assert isinstance(begun["git"]["dirty"], bool)
         assert begun["packages"]["torch"] == torch.__version__
         assert begun["packages"].keys() >= {"lightning", "torchmetrics", "hydra-core", "numpy"}
-        assert begun["command"].endswith(" ".join([*self.COMMAND, "name=run"]))
+        assert begun["command"].endswith(" ".join([*COMMAND, "name=run"]))
         assert (begun["resumed"], "CPU" in begun["device"]) == (False, True)
         assert begun.keys() >= {"time", "host", "python"}
 
@@ -345,7 +347,7 @@ class TestTrainPy:
     def test_a_finished_run_is_shown_and_not_redone(self, home: Path):
         path = runs.run_of(home, "lds", "stu", "run").path
         before = self.contents(path)
-        done = runs.train(home, *self.COMMAND, "name=run", "loader.num_workers=1")
+        done = runs.train(home, *COMMAND, "name=run", "loader.num_workers=1")
         assert done.code == 0
         assert "Result" in done.out
         assert "step 10/10" not in done.out
@@ -357,7 +359,7 @@ class TestTrainPy:
     def test_other_settings_under_its_name_are_refused(self, home: Path):
         path = runs.run_of(home, "lds", "stu", "run").path
         before = self.contents(path)
-        done = runs.train(home, *self.COMMAND, "name=run", "optimizer.lr=0.1", "seed=3")
+        done = runs.train(home, *COMMAND, "name=run", "optimizer.lr=0.1", "seed=3")
         assert done.code == 2
         assert len(done.err.splitlines()) == 1
         assert "optimizer.lr (0.001 → 0.1), seed (0 → 3)" in done.err
@@ -367,7 +369,7 @@ class TestTrainPy:
         with_lock = runs.run_of(home, "lds", "stu", "locked")
         with_lock.open({}, overwrite=False)
         try:
-            done = runs.train(home, *self.COMMAND, "name=locked", "overwrite=true")
+            done = runs.train(home, *COMMAND, "name=locked", "overwrite=true")
         finally:
             with_lock.close()
         assert done.code == 2
@@ -376,7 +378,7 @@ class TestTrainPy:
         assert with_lock.config.exists()
 
     def test_without_a_name_the_command_finds_its_run_again(self, home: Path):
-        overrides = [*self.COMMAND, "trainer.max_steps=1", "optimizer.betas=[0.8,0.9]"]
+        overrides = [*COMMAND, "trainer.max_steps=1", "optimizer.betas=[0.8,0.9]"]
         first = runs.train(home, *overrides)
         assert first.code == 0, first.err
         parent = home / "runs" / "lds" / "stu"

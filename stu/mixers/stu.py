@@ -126,14 +126,14 @@ class STU(Mixer):
 
     def initial_state(self, batch_size: int) -> STUState:
         """Zeros: nothing was seen."""
-        if not self.causal:
-            raise NotImplementedError("an STU runs step by step only with causal=true")
+        self._require_causal()
         zeros = self.m_phi.new_zeros(batch_size, 1, self.d_model)
         lags = 0 if self.m_y is None else len(self.m_y)
         return STUState(zeros.expand(-1, self.seq_len, -1), zeros.expand(-1, lags, -1), 0)
 
     def step(self, x: Tensor, state: STUState) -> tuple[Tensor, STUState]:
         """x_t (B, D), state → y_t (B, D), state; at most seq_len steps."""
+        self._require_causal()
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
         inputs = torch.cat((state.inputs[:, 1:], x.unsqueeze(1)), 1)
         bank = self._filters_for(x).to(x.dtype)
@@ -153,6 +153,10 @@ class STU(Mixer):
         inputs = torch.cat((start.inputs[:, length:], x), 1)
         outputs = torch.cat((start.outputs, y), 1).flip(1)[:, :lags]
         return y, STUState(inputs, outputs, length)
+
+    def _require_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError("an STU runs step by step only with causal=true")
 
     def _run(self, x: Tensor) -> Tensor:
         """From the first step to the last, (B, L, D) → (B, L, D)."""

@@ -17,6 +17,7 @@ from stu.errors import require
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+SECONDS_TO_START = 30.0  # after which W&B is taken to be out of reach
 COLUMNS = ("step", "epoch", "metric", "value")
 
 
@@ -119,14 +120,15 @@ def wandb_logger(
         "project": project,
         "entity": entity,
         "resume": "allow",
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
+        "settings": wandb.Settings(silent=True, console="off", init_timeout=SECONDS_TO_START),
     }
     online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_MODE") != "offline" and _has_key())
     for where in ("online", "offline") if online else ("offline",):
         try:
             experiment = wandb.init(mode=where, **arguments)
         except Exception as error:  # a run must not die of its diary
-            log.warning("Weights & Biases did not start %s: %s", where, error)
+            log.warning("Weights & Biases did not start %s: %s", where, " ".join(str(error).split()))
+            wandb.teardown()  # what began to start would hold the run's id
             continue
         experiment.define_metric("trainer/global_step")
         experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
