@@ -32,7 +32,7 @@ from stu.training.run import describe_device, run_name
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 @cli.reports_errors
-def main(config: DictConfig) -> float:
+def main(config: DictConfig) -> float | None:
     """One run; returns its best monitored *validation* value, so that no sweep can select on the test set."""
     cli.check(config)
     report.quiet()
@@ -41,7 +41,8 @@ def main(config: DictConfig) -> float:
     name = run_name(list(job.overrides.task)) if config.name is None else str(config.name)
     run = Run(Path(config.paths.runs) / task / model / name)
     if config.mode == "test":
-        return test(config, run)
+        test(config, run)
+        return None
     settings: Any = OmegaConf.to_container(config, resolve=True)
     run.open(settings, overwrite=config.overwrite)
     try:
@@ -147,7 +148,7 @@ def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceD
     trainer.strategy.barrier()  # every process reads it
 
 
-def test(config: DictConfig, run: Run) -> float:
+def test(config: DictConfig, run: Run) -> None:
     """Evaluate a checkpoint on the test set and show the result; nothing is written."""
     checkpoint = Path(config.checkpoint) if config.checkpoint else run.best
     require(checkpoint.exists(), "checkpoint", checkpoint, "no such file; train first, or name one")
@@ -164,7 +165,6 @@ def test(config: DictConfig, run: Run) -> float:
     )
     trainer.test(module, data, verbose=False)
     report.tested(checkpoint, module.evaluated, task)
-    return module.evaluated[task.monitor]
 
 
 if __name__ == "__main__":

@@ -196,7 +196,8 @@ def _full_key(error: OptionError, config: DictConfig | None) -> str:
     nodes = dict(_nodes(OmegaConf.to_container(config, resolve=True), ""))
     named = [key for key in nodes if key == error.name or key.endswith(f".{error.name}")]
     exact = [key for key in named if nodes[key] == error.value]
-    return (exact or named or [error.name])[0]
+    written = dict(_nodes(OmegaConf.to_container(config, resolve=False), ""))  # what refers to another key comes last
+    return min(exact or named or [error.name], key=lambda key: str(written.get(key)).startswith("${"))
 
 
 def _check_call(key: str, node: Mapping[str, Any]) -> None:

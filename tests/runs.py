@@ -4,8 +4,10 @@
 a new interpreter and a command line, with nothing prepared; `Training` is what train.py sets up, piece by piece.
 """
 
+import contextlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,8 +69,7 @@ class Started:
         if self.process.exitcode is None:
             self.process.kill()
             raise TimeoutError(f"still running after {timeout} s: {self.out.read_text()} {self.err.read_text()}")
-        code = self.process.exitcode
-        return Finished(code if code >= 0 else 128 - code, self.out.read_text(), self.err.read_text())
+        return Finished(_as_a_shell(self.process.exitcode), self.out.read_text(), self.err.read_text())
 
 
 def start(home: Path, *overrides: str, at: Callable[[], None] | None = None, **environment: str) -> Started:
@@ -94,15 +95,25 @@ def train(home: Path, *overrides: str, at: Callable[[], None] | None = None, **e
 def train_afresh(home: Path, *overrides: str, timeout: float = 240, **environment: str) -> Finished:
     """The same as a command line in a new interpreter."""
     home.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *overrides],
         cwd=home,
         env=_environment(home, environment),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
-    return Finished(done.returncode if done.returncode >= 0 else 128 - done.returncode, done.stdout, done.stderr)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # nothing that it started may stay
+    return Finished(_as_a_shell(process.returncode), out, err)
+
+
+def _as_a_shell(code: int) -> int:
+    return code if code >= 0 else 128 - code
 
 
 def small(*overrides: str) -> list[str]:
@@ -126,12 +137,12 @@ def _options(node: Any, key: str, sizes: Mapping[str, int]) -> Iterator[str]:
             yield from _options(node[name], f"{key}.{name}", sizes)
 
 
-def signalled(number: int, where: str, call: int) -> Callable[[], None]:
+def signalled(number: int, where: str, call: int, times: int = 1) -> Callable[[], None]:
     """An `at` of `start`: the process sends itself signal `number` before call 1, 2, … of a "module:Class.method"."""
-    return partial(_signal_at, number, where, call)
+    return partial(_signal_at, number, where, call, times)
 
 
-def _signal_at(number: int, where: str, call: int) -> None:
+def _signal_at(number: int, where: str, call: int, times: int) -> None:
     owner, name = where.rsplit(".", 1)
     cls = resolve_name(owner)
     method, calls = getattr(cls, name), count(1)
@@ -139,7 +150,8 @@ def _signal_at(number: int, where: str, call: int) -> None:
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return method(*args, **kwargs)
 
     setattr(cls, name, wrapped)
@@ -196,6 +208,8 @@ def _run(
     """What the forked process does."""
     os.environ.clear()
     os.environ.update(environment)
+    for module in ("conf", "conf.cli"):  # which reads the environment
+        sys.modules.pop(module, None)
     os.chdir(home)
     for path, number in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -231,6 +245,7 @@ class Training:
         checkpoints: Mapping[str, Any] | None = None,
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
+        folder.mkdir(exist_ok=True)
         self.data = SequenceData(task, seed=seed, batch_size=batch_size, bucket=bucket)
         self.plan = self.data.plan = StepPlan.make(
             examples=len(self.data.splits.train),

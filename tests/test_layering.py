@@ -1,0 +1,147 @@
+"""Who may import whom: the arrows of the design, read from the source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(path for folder in ("stu", "data", "conf") for path in (ROOT / folder).rglob("*.py"))
+# Distributions of the `train` extra by what one imports: a library user has none of them.
+TRAINING_ONLY = {"lightning", "hydra", "omegaconf", "torchmetrics", "wandb", "datasets", "filelock", "yaml", "rich"}
+ABOVE = {"data", "experiments", "conf", "train", "tests", "hydra", "omegaconf"}
+
+
+def module_of(path: Path) -> str:
+    """stu/ops/filters.py → stu.ops.filters."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, for_types_too: bool = True) -> set[str]:
+    """Absolute names of all that a file imports, wherever in the file: stu.ops.filters.Hankel counts as such."""
+    return set(_imports(ast.parse(path.read_text(encoding="utf-8")), for_types_too))
+
+
+def _imports(node: ast.AST, for_types_too: bool) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert not child.level, "relative imports are not used here"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not for_types_too:
+            continue
+        else:
+            yield from _imports(child, for_types_too)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def ours(path: Path) -> set[str]:
+    """What a file imports from the library."""
+    return {name for name in imports(path) if within(name, "stu")}
+
+
+def under(*places: str) -> list:
+    """The files in these folders, or these files, as test parameters."""
+    wanted = [ROOT / place for place in places]
+    found = [path for path in FILES if any(place == path or place in path.parents for place in wanted)]
+    assert found, f"nothing lies in {places}"
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in found]
+
+
+def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
+    file = tmp_path / "file.py"
+    file.write_text(
+        "import a.b as c\nfrom d import e, f\nif TYPE_CHECKING:\n    import g\ndef h():\n    from i.j import k\n"
+        "try:\n    import l\nexcept ImportError:\n    pass\n"
+    )
+    assert imports(file) == {"a.b", "d.e", "d.f", "g", "i.j.k", "l"}
+    assert imports(file, for_types_too=False) == {"a.b", "d.e", "d.f", "i.j.k", "l"}
+
+
+@pytest.mark.parametrize("path", under("stu"))
+def test_the_library_sees_nothing_above_it(path: Path):
+    assert {name for name in imports(path) if within(name, *ABOVE)} == set()
+
+
+@pytest.mark.parametrize("path", [p for p in under("stu") if "training" not in p.id])
+def test_what_only_training_needs_is_imported_only_there(path: Path):
+    assert {name for name in imports(path, for_types_too=False) if within(name, *TRAINING_ONLY)} == set()
+    assert {name for name in imports(path) if within(name, "lightning", "stu.training")} == set()
+
+
+@pytest.mark.parametrize("path", under("stu/ops"))
+def test_operations_rest_on_nothing(path: Path):
+    assert {name for name in ours(path) if not within(name, "stu.ops", "stu.errors")} == set()
+
+
+@pytest.mark.parametrize("path", under("stu/mixers"))
+def test_a_mixer_knows_neither_the_stack_nor_the_task(path: Path):
+    forbidden = ("stu.backbone", "stu.task", "stu.heads", "stu.norm", "stu.channel")
+    assert {name for name in ours(path) if within(name, *forbidden)} == set()
+
+
+@pytest.mark.parametrize(
+    "path", under("stu/backbone.py", "stu/mixer.py", "stu/task.py", "stu/heads.py", "stu/encoders.py")
+)
+def test_interfaces_know_no_mixer(path: Path):
+    assert {name for name in ours(path) if within(name, "stu.mixers")} == set()
+
+
+@pytest.mark.parametrize("path", under("stu/task.py", "stu/heads.py", "stu/encoders.py"))
+def test_a_task_knows_no_model(path: Path):
+    assert {name for name in ours(path) if within(name, "stu.backbone", "stu.mixer", "stu.channel")} == set()
+
+
+@pytest.mark.parametrize("path", under("stu/training"))
+def test_training_knows_no_mixer(path: Path):
+    assert {name for name in ours(path) if within(name, "stu.mixers", "stu.mixer", "stu.ops")} == set()
+
+
+@pytest.mark.parametrize("path", under("data"))
+def test_data_sees_what_a_task_is_made_of(path: Path):
+    allowed = ("stu.task", "stu.encoders", "stu.heads", "stu.errors")
+    assert {name for name in ours(path) if not within(name, *allowed)} == set()
+    assert {name for name in imports(path) if within(name, "hydra", "omegaconf", "lightning", "conf", "train")} == set()
+
+
+@pytest.mark.parametrize("path", under("conf"))
+def test_the_configuration_knows_neither_models_nor_training(path: Path):
+    assert {name for name in ours(path) if not within(name, "stu.errors")} == set()
+    assert {name for name in imports(path) if within(name, "lightning", "data", "train")} == set()
+
+
+def test_the_library_imports_without_the_training_extra():
+    """Torch, NumPy and SciPy are all that a user of the layers installs."""
+    library = [m for m in map(module_of, FILES) if within(m, "stu") and not within(m, "stu.training")]
+    assert len(library) > 10
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(TRAINING_ONLY)}))\n"  # None: importing it raises
+        f"for name in {library}: importlib.import_module(name)\n"
+        "import stu\n"
+        "print(*(hasattr(stu, name) for name in stu.__all__))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {"True"}
+
+
+def test_the_training_extra_is_what_the_test_above_does_without():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {"hydra-core": "hydra", "pyyaml": "yaml"}
+    listed = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["train"]}
+    assert {names.get(name, name) for name in listed} == TRAINING_ONLY
+    roots = {name.split(".")[0] for path in FILES for name in imports(path)} - {"stu", "data", "conf", "experiments"}
+    third_party = {name for name in roots if name not in sys.stdlib_module_names}
+    base = {requirement.split(">=")[0] for requirement in project["dependencies"]}
+    assert third_party - TRAINING_ONLY - {"pyarrow"} <= base  # pyarrow comes with datasets
