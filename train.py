@@ -1,14 +1,20 @@
 """Train a model on a task, or test what was trained: python train.py model=stu task=lra_listops. See --help."""
 
+# ruff: noqa: E402
+from conf import usage
+
+usage.answer()  # --help, before the imports that take seconds
+
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from conf import cli
@@ -26,6 +32,7 @@ from stu.training import (
     Stopped,
     report,
 )
+from stu.training.data import require_divisible
 from stu.training.loggers import close_wandb
 from stu.training.run import describe_device, run_name
 
@@ -40,23 +47,30 @@ def main(config: DictConfig) -> float | None:
     task, model = job.runtime.choices["task"], job.runtime.choices["model"]
     name = run_name(list(job.overrides.task)) if config.name is None else str(config.name)
     run = Run(Path(config.paths.runs) / task / model / name)
-    if config.mode == "test":
-        test(config, run)
-        return None
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    run.open(settings, overwrite=config.overwrite)
+    if config.mode == "test":
+        test(config, run, settings)
+        return None
     try:
-        if not run.finished:
-            train(config, run, settings, tags=[task, model])
+        # a process beside the first may still see what the first is about to delete
+        if config.overwrite or not run.finished:
+            built = build(config)  # what cannot be built leaves no directory
+            run.open(settings, overwrite=config.overwrite)
+            train(config, run, settings, *built, tags=[task, model])
+        else:
+            run.open(settings, overwrite=False)
         report.result(run)
         return float(run.read_summary()["best"]["value"])
     except Stopped as stop:
         report.stopped(run, stop)
         raise SystemExit(128 + stop.signal_number) from None
+    except (KeyboardInterrupt, SystemExit) as end:  # outside of training Lightning has its own way to end
+        code = getattr(end, "code", 1)
+        number = {None: signal.SIGTERM, 1: signal.SIGINT}.get(code) or code - 128
+        report.stopped(run, Stopped(number, run.last_step))
+        raise SystemExit(128 + number) from None
     except Diverged as error:
         report.diverged(run, error)
-        if job.mode == RunMode.MULTIRUN:  # one diverged run is no reason to give up a sweep
-            return math.inf if instantiate(config.task).mode == "min" else -math.inf
         raise SystemExit(1) from None
     finally:
         close_wandb()
@@ -82,9 +96,20 @@ def load_data(config: DictConfig, task: Task) -> SequenceData:
     return data
 
 
-def train(config: DictConfig, run: Run, settings: dict[str, Any], tags: list[str]) -> None:
+def make_trainer(config: DictConfig, **arguments: Any) -> L.Trainer:
+    """Lightning's Trainer, what it refuses said in one line."""
+    try:
+        trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(**StepPlan.trainer_arguments, **arguments)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        asked = {key: config.trainer[key] for key in ("accelerator", "devices", "strategy", "precision")}
+        raise OptionError("trainer", asked, f"Lightning refuses this: {error}".partition("\n")[0]) from error
+    return trainer
+
+
+def train(
+    config: DictConfig, run: Run, settings: dict[str, Any], task: Task, model: SequenceModel, *, tags: list[str]
+) -> None:
     """Fit, from the last checkpoint on if there is one; test the best; write the summary."""
-    task, model = build(config)
     data = load_data(config, task)
     plan = data.plan
     assert plan is not None
@@ -99,12 +124,13 @@ def train(config: DictConfig, run: Run, settings: dict[str, Any], tags: list[str
     wandb = instantiate(config.logger)(
         directory=run.path, run_id=run.id, name=f"{tags[1]}/{run.path.name}", group=tags[0], default_tags=tags
     )
-    trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(
-        **StepPlan.trainer_arguments,
+    trainer = make_trainer(
+        config,
         callbacks=[log, report.progress(plan, log), checkpoints],
         logger=[rows, *([wandb] if wandb else [])],
         default_root_dir=run.path,
     )
+    require_divisible(data.batch_size, plan, trainer.world_size)
     device = describe_device(trainer.strategy.root_device)
     run.record_start(seed=config.seed, fingerprint=task.fingerprint(), device=device, parameters=report.count(model))
     for logger in trainer.loggers:
@@ -148,10 +174,15 @@ def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceD
     trainer.strategy.barrier()  # every process reads it
 
 
-def test(config: DictConfig, run: Run) -> None:
+def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     """Evaluate a checkpoint on the test set and show the result; nothing is written."""
     checkpoint = Path(config.checkpoint) if config.checkpoint else run.best
-    require(checkpoint.exists(), "checkpoint", checkpoint, "no such file; train first, or name one")
+    require(checkpoint.is_file(), "checkpoint", checkpoint, "no such file; train first, or name one")
+    trained = Run(checkpoint.absolute().parent.parent)
+    if trained.config.exists() and (changes := trained.changes(settings, within=("task", "model"))):
+        others = f"was trained with other settings: {', '.join(changes)}"
+        require(config.checkpoint is not None, "checkpoint", checkpoint, others + "; name it to test it all the same")
+        report.note(f"{checkpoint} {others}")
     task, model = build(config)
     data = load_data(config, task)
     module = SequenceModule(model, task, optimizer=instantiate(config.optimizer), total_steps=1, seed=config.seed)
@@ -160,9 +191,7 @@ def test(config: DictConfig, run: Run) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise OptionError("checkpoint", checkpoint, f"belongs to another model or task: {first}") from error
-    trainer: L.Trainer = instantiate(config.trainer, _partial_=True)(
-        **StepPlan.trainer_arguments, logger=False, enable_progress_bar=False
-    )
+    trainer = make_trainer(config, logger=False, enable_progress_bar=False)
     trainer.test(module, data, verbose=False)
     report.tested(checkpoint, module.evaluated, task)
 

@@ -7,26 +7,29 @@ twice. `HYDRA_FULL_ERROR=1` shows tracebacks instead of lines.
 import difflib
 import functools
 import inspect
+import math
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
-import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.usage import CONF, options_of
 from stu.errors import OptionError
 
-CONF = Path(__file__).parent
 USAGE = 2  # exit code of a command that asks for something impossible
+STOPPED = 128  # and more: stopped by a signal
 # The second variable: set by `run`, whose HYDRA_FULL_ERROR the processes of a distributed run inherit.
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "STU_ERROR_LINES" not in os.environ
 HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
@@ -45,44 +48,16 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
 # Arguments of the Trainer that would end or shorten a run behind the back of its `StepPlan`.
 NOT_OURS = ("min_epochs", "min_steps", "max_time", "limit_train_batches", "overfit_batches", "fast_dev_run",
             "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs")  # fmt: skip
-R = TypeVar("R")
+# Arguments of the Trainer that train.py gives itself.
+GIVEN = ("logger", "callbacks", "default_root_dir", "log_every_n_steps", "barebones", "enable_progress_bar",
+         "enable_checkpointing", "enable_model_summary", "use_distributed_sampler")  # fmt: skip
 
 
 class Refused(OptionError):
     """By `check`, which knows the full key and gives it as the name."""
 
 
-EXAMPLES = """\
-  python train.py model=stu task=lra_listops                       the full task
-  python train.py experiment=quick                                 ten minutes on two CPU cores
-  python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
-  python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination, one after another"""
-
-
-def help_text() -> str:
-    """What `--help` prints: the groups with their options, and examples."""
-    groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and options_of(folder.name))
-    lines = [f"  {group:<12}{', '.join(options_of(group))}" for group in groups]
-    return "\n".join(
-        [
-            "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",
-            "\nGroups:",
-            *lines,
-            "\nExamples:",
-            EXAMPLES,
-            "\nSee a whole configuration: python train.py ... --cfg job --resolve",
-            "Tracebacks instead of one-line errors: HYDRA_FULL_ERROR=1",
-        ]
-    )
-
-
-def options_of(group: str) -> list[str]:
-    """The options of a configuration group, nested ones as folder/name."""
-    files = (CONF / group).rglob("*.yaml")
-    return sorted(f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if not f.name.startswith("_"))
-
-
-OmegaConf.register_new_resolver("help", help_text, replace=True)
+FAILED: list[str] = []  # jobs of a sweep that did not end well, by their overrides
 
 
 def check(config: DictConfig) -> None:
@@ -104,26 +79,47 @@ def check(config: DictConfig) -> None:
     for key in NOT_OURS:
         if key in config.trainer:
             raise Refused(f"trainer.{key}", config.trainer[key], "not supported; set max_epochs or max_steps")
+    for key in GIVEN:
+        if key in config.trainer:
+            raise Refused(f"trainer.{key}", config.trainer[key], "not supported; train.py sets it itself")
+    if config.trainer.gradient_clip_val is not None and not config.trainer.gradient_clip_val > 0:
+        raise Refused("trainer.gradient_clip_val", config.trainer.gradient_clip_val, "must be above 0, or null")
+    if config.name is not None and (str(config.name).strip() in ("", ".", "..") or set(str(config.name)) & set("/\\")):
+        raise Refused("name", repr(str(config.name)), "must be a plain folder name")
     for key in ("limit_val_batches", "limit_test_batches"):
         if config.trainer[key] is not None and not config.trainer[key] > 0:
             raise Refused(f"trainer.{key}", config.trainer[key], "must be above 0: a checkpoint is chosen and tested")
+    import torch
+
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise Refused("trainer.accelerator", config.trainer.accelerator, "there is no GPU here; use trainer=cpu")
 
 
-def reports_errors(job: Callable[[DictConfig], R]) -> Callable[[DictConfig], R]:
-    """Make a Hydra job report what its user can mend in one line and exit with `USAGE`."""
+def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+    """Make a Hydra job report what its user can mend in one line and exit with `USAGE`; a sweep goes on to the next."""
 
     @functools.wraps(job)
-    def wrapped(config: DictConfig) -> R:
+    def wrapped(config: DictConfig) -> float | None:
         try:
             return job(config)
         except Exception as error:
-            if TRACEBACKS or (line := _line(error, config)) is None:
+            line = None if TRACEBACKS else _line(error, config)
+            if not _sweeping():
+                if line is None:
+                    raise
+                _fail(line)
+            _report(line or traceback.format_exc())
+        except SystemExit as end:
+            if not _sweeping() or (isinstance(end.code, int) and end.code >= STOPPED):
                 raise
-            _fail(line)
+        FAILED.append(" ".join(HydraConfig.get().overrides.task))
+        return math.nan
 
     return wrapped
+
+
+def _sweeping() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def run(main: Callable[[], object]) -> None:
@@ -132,8 +128,15 @@ def run(main: Callable[[], object]) -> None:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra hands its exceptions on
     try:
         main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        if FAILED:
+            failed = "".join(f"\n  {overrides}" for overrides in FAILED)
+            print(f"error: {len(FAILED)} jobs of the sweep failed:{failed}", file=sys.stderr)
+            raise SystemExit(1)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Lightning makes a plain 1 of the first
+        if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         if TRACEBACKS:
             raise
@@ -145,8 +148,12 @@ def run(main: Callable[[], object]) -> None:
 
 
 def _fail(line: str) -> NoReturn:
-    print(f"error: {line}", file=sys.stderr)
+    _report(line)
     raise SystemExit(USAGE) from None
+
+
+def _report(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def _line(error: BaseException, config: DictConfig | None) -> str | None:
@@ -278,6 +285,8 @@ def _nodes(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(name, names, n=1))
+    if not names:
+        return "to add a key, write + before it"
     return near + f"allowed: {', '.join(n for n in names if n[0] != '_')}"
 
 

@@ -104,8 +104,9 @@ class Backbone(nn.Module):
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(depth >= 1, "depth", depth, "must be at least 1")
         require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")
-        mixers = [mixer] if callable(mixer) else list(mixer)
-        require(len(mixers) > 0, "mixer", mixers, "must name at least one mixer")
+        mixers = [mixer] if callable(mixer) or mixer is None else list(mixer)
+        require(len(mixers) > 0 and all(map(callable, mixers)), "mixer", mixer, "must name at least one mixer")
+        require(callable(channel_mixer), "channel_mixer", channel_mixer, "must name a channel mixer, such as GLU")
         self.d_model = d_model
         self.positions = _make_positions(positions, d_model, seq_len)
         self.longest = seq_len if positions == "learned" else math.inf

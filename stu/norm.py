@@ -71,10 +71,12 @@ class BatchNorm(nn.Module):
             return ((wide - mean) * scale + self.bias).to(x.dtype)
 
     def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        real = (x if mask is None else x[mask]).reshape(-1, x.shape[-1])  # (positions, D)
-        count = _sum_over_devices(real.new_tensor([float(len(real))]))
-        mean = _sum_over_devices(real.sum(0)) / count
-        var = _sum_over_devices((real - mean).square().sum(0)) / count
+        keep = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)  # (…, 1)
+        over = tuple(range(x.ndim - 1))
+        count = _sum_over_devices(keep.sum())
+        real = x if mask is None else x.where(mask.unsqueeze(-1), x.new_zeros(()))  # padding may hold nan
+        mean = _sum_over_devices(real.sum(over)) / count
+        var = _sum_over_devices(((real - mean).square() * keep).sum(over)) / count
         with torch.no_grad():
             self.hidden_mean.lerp_(mean.to(self.hidden_mean.dtype), self.momentum)
             self.hidden_var.lerp_(var.to(self.hidden_var.dtype), self.momentum)

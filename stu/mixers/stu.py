@@ -82,6 +82,7 @@ class STU(Mixer):
         self.filters = filter_bank(
             eigenvalues**0.25 * filters, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=fixed_lag
         )
+        self._placed = self.filters, self.filters.device, self.filters  # their last copy for a device and dtype
         spectral = self.filters.shape[1] - k_u
         self.m_phi = nn.Parameter(torch.empty(spectral, d_model, d_model))  # [filter, in, out]
         self.m_u = nn.Parameter(torch.empty(k_u, d_model, d_model)) if k_u else None  # [lag, in, out]
@@ -170,9 +171,10 @@ class STU(Mixer):
     def _filters_for(self, x: Tensor) -> Tensor:
         """The filters on the device of x, float64 only where x is."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.filters.device != x.device or self.filters.dtype != dtype:
-            return self.filters.to(x.device, dtype)
-        return self.filters
+        source, device, placed = self._placed
+        if source is not self.filters or device != x.device or placed.dtype != dtype:
+            self._placed = self.filters, x.device, self.filters.to(x.device, dtype)
+        return self._placed[2]
 
 
 def filter_bank(

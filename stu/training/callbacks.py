@@ -15,6 +15,8 @@ from stu.errors import require
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
 
+AGREE_EVERY = 10  # steps between two questions to all devices whether to stop
+
 
 class Stopped(Exception):
     """A signal asked for an end; everything is in the last checkpoint."""
@@ -29,7 +31,8 @@ class Diverged(Exception):
 
 
 class MetricsLog(Callback):
-    """Logs training metrics, learning rates, gradient norm and throughput every `every_n_steps` optimiser steps.
+    """Logs training metrics, learning rates, gradient norm, throughput and the share of time spent
+    waiting for data, every `every_n_steps` optimiser steps.
 
     All of them speak about the steps since the last row; a resumed run writes the rows of an uninterrupted one, but
     for those of time.
@@ -47,6 +50,13 @@ class MetricsLog(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.since, self.steps_since = time.perf_counter(), 0
+        self.batch_ended, self.waited = self.since, 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note how long the batch was waited for."""
+        self.waited += time.perf_counter() - self.batch_ended
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Where this step is logged, note its rates, and its gradient before it is clipped."""
@@ -59,6 +69,7 @@ class MetricsLog(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a row of the training log where one is due."""
+        self.batch_ended = time.perf_counter()
         if (batch_idx + 1) % self.plan.accumulate:
             return
         self.steps_since += 1
@@ -68,8 +79,10 @@ class MetricsLog(Callback):
         seconds = time.perf_counter() - self.since
         row = {f"train/{name}": value for name, value in compute(pl_module.train_metrics).items()}
         row |= {**self.rates, "gradient_norm": self.gradient_norm, "time/sequences_per_second": self._rate(seconds)}
+        row["time/data_share"] = self.waited / max(seconds, 1e-9)
         self._write(trainer, row)
         self.since, self.steps_since = time.perf_counter(), 0
+        self.batch_ended, self.waited = self.since, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the time, which does not count as training."""
@@ -77,7 +90,8 @@ class MetricsLog(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a row of the validation log."""
-        self.since += time.perf_counter() - self.validation_began
+        self.batch_ended = time.perf_counter()
+        self.since += self.batch_ended - self.validation_began
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, SequenceModule)
@@ -156,7 +170,7 @@ class Checkpoints(Checkpoint):
             return
         step = trainer.global_step
         if step % self.check_every == 0:
-            self._check_finite(pl_module)
+            self._check_finite(trainer)
         self._schedule_validation(trainer, step)
         if self.plan.validates_after(step):
             return  # the checkpoint is written behind the validation
@@ -196,6 +210,8 @@ class Checkpoints(Checkpoint):
             return
         assert isinstance(pl_module, SequenceModule)
         value = pl_module.evaluated[self.monitor]
+        if not (math.isfinite(value) and math.isfinite(pl_module.evaluated["loss"])):
+            raise Diverged(f"the validation loss is not finite after step {trainer.global_step}")
         if self._improves(value):
             self.best_value, self.best_step = value, trainer.global_step
             self._save(trainer, "best")
@@ -212,8 +228,6 @@ class Checkpoints(Checkpoint):
         self._restore_signals()
 
     def _improves(self, value: float) -> bool:
-        if math.isnan(value):
-            return False
         if self.best_value is None:
             return True
         return value > self.best_value if self.mode == "max" else value < self.best_value
@@ -225,6 +239,8 @@ class Checkpoints(Checkpoint):
         return _agree(trainer, late) if step % self.check_every == 0 else False
 
     def _should_stop(self, trainer: L.Trainer) -> bool:
+        if trainer.world_size > 1 and trainer.global_step % AGREE_EVERY:
+            return False  # to agree costs time
         return _agree(trainer, self.signal_number is not None)
 
     def _schedule_validation(self, trainer: L.Trainer, step: int) -> None:
@@ -233,7 +249,7 @@ class Checkpoints(Checkpoint):
         trainer.val_check_batch = step * self.plan.accumulate if due else float("inf")
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
-        self._check_finite(trainer.lightning_module)
+        self._check_finite(trainer)
         self.directory.mkdir(parents=True, exist_ok=True)
         fresh = self.directory / f".{name}.tmp"
         trainer.save_checkpoint(fresh)
@@ -242,15 +258,21 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier()
         self._saved_at = time.monotonic()
 
-    def _check_finite(self, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, SequenceModule)
-        if pl_module.first_bad_batch is not None and (batch := int(pl_module.first_bad_batch)) >= 0:
-            raise Diverged(f"the loss is not finite at step {batch // self.plan.accumulate + 1}")
+    def _check_finite(self, trainer: L.Trainer) -> None:
+        """Raise `Diverged` on all devices if one has seen a loss that is not finite, or has such weights."""
+        module = trainer.lightning_module
+        assert isinstance(module, SequenceModule)
+        bad = -1 if module.first_bad_batch is None else int(module.first_bad_batch)
+        if _agree(trainer, bad >= 0):
+            where = f"at step {bad // self.plan.accumulate + 1}" if bad >= 0 else "on another device"
+            raise Diverged(f"the loss is not finite {where}")
+        if _agree(trainer, not all(bool(p.isfinite().all()) for p in module.parameters())):
+            raise Diverged(f"the weights are not finite after step {trainer.global_step}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
             self._restore_signals()
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self.signal_number = number
 
     def _restore_signals(self) -> None:

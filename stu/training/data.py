@@ -89,13 +89,7 @@ class RunBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        parts = world_size * plan.accumulate
-        require(
-            batch_size % parts == 0,
-            "batch_size",
-            batch_size,
-            f"must be a multiple of devices x accumulate_grad_batches ({world_size} x {plan.accumulate})",
-        )
+        require_divisible(batch_size, plan, world_size)
         self.examples, self.lengths, self.plan = examples, lengths, plan
         self.batch_size, self.bucket, self.seed = batch_size, bucket, seed
         self.rank, self.world_size = rank, world_size
@@ -115,6 +109,16 @@ class RunBatches(Sampler[list[int]]):
                 order = epoch_batches(self.examples, self.lengths, self.batch_size, self.bucket, self.seed, epoch)
             whole = order[step % self.plan.steps_per_epoch]
             yield whole[part * self.world_size + self.rank :: self.plan.accumulate * self.world_size].tolist()
+
+
+def require_divisible(batch_size: int, plan: StepPlan, world_size: int) -> None:
+    """Raise `OptionError` unless every device has the same share of every micro-batch."""
+    require(
+        batch_size % (world_size * plan.accumulate) == 0,
+        "batch_size",
+        batch_size,
+        f"must be a multiple of devices x accumulate_grad_batches ({world_size} x {plan.accumulate})",
+    )
 
 
 def evaluation_batches(

@@ -14,8 +14,15 @@ class StepPlan:
     step. An epoch here is `steps_per_epoch` optimiser steps, one pass over the training data.
     """
 
-    # What a Trainer is told instead: one pass over all batches, validated when `Checkpoints` says so.
-    trainer_arguments: ClassVar[dict[str, Any]] = {"max_epochs": 1, "max_steps": -1, "val_check_interval": 1.0}
+    # What a Trainer is told instead: one pass over all batches, validated when `Checkpoints` says so, and divided over
+    # devices by the data module.
+    trainer_arguments: ClassVar[dict[str, Any]] = {
+        "max_epochs": 1,
+        "max_steps": -1,
+        "val_check_interval": 1.0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+    }
 
     total_steps: int
     steps_per_epoch: int

@@ -130,9 +130,16 @@ def tested(checkpoint: Path, values: Mapping[str, float], task: Task) -> None:
 
 
 @rank_zero_only
+def note(text: str) -> None:
+    """A remark that is no error."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@rank_zero_only
 def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
-    print(f"{stop}; saved in {run.last}. The same command goes on from there.", flush=True)
+    saved = f"saved in {run.last}" if run.last.exists() else "nothing was trained yet"
+    print(f"{stop}; {saved}. The same command goes on from there.", flush=True)
 
 
 @rank_zero_only

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import platform
 import secrets
 import shutil
@@ -25,7 +26,7 @@ from stu.errors import OptionError
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 # Keys that do not change what is computed: they may differ when a run is resumed.
 FREE_KEYS = ("mode", "overwrite", "checkpoint", "logger", "paths", "name", "checkpoints.every_minutes",
-             "loader.num_workers")  # fmt: skip
+             "loader.num_workers", "task.data.dir")  # fmt: skip
 
 
 class Run:
@@ -81,24 +82,27 @@ class Run:
     def close(self) -> None:
         """Let others have it."""
         if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # before it is free: another may lock its own at once
             self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        before = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        now = flatten(config)
-        changed = [
-            f"{key} ({_show(before, key)} → {_show(now, key)})"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not is_free(key)
-        ]
-        if changed:
+        if changed := self.changes(config):
             raise OptionError(
                 "name",
                 self.path,
                 f"holds a run with other settings: {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''}; "
                 "choose another name, or overwrite=true to delete it",
             )
+
+    def changes(self, config: Mapping[str, Any], within: tuple[str, ...] = ()) -> list[str]:
+        """Settings of this run that `config` has otherwise, as "key (then → now)"; only below `within`, if given."""
+        before = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        now = flatten(config)
+        return [
+            f"{key} ({_show(before, key)} → {_show(now, key)})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not is_free(key) and (not within or key.split(".")[0] in within)
+        ]
 
     @property
     def id(self) -> str:
@@ -114,7 +118,10 @@ class Run:
 
     def weights(self, checkpoint: Path) -> dict[str, torch.Tensor]:
         """The model's part of a checkpoint, on the CPU."""
-        state: dict[str, torch.Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        try:
+            state: dict[str, torch.Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise OptionError("checkpoint", checkpoint, "is no checkpoint of a run, or not a whole one") from error
         return state
 
     @rank_zero_only
