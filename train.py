@@ -182,7 +182,8 @@ def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     if trained.config.exists() and (changes := trained.changes(settings, within=("task", "model"))):
         others = f"was trained with other settings: {', '.join(changes)}"
         require(config.checkpoint is not None, "checkpoint", checkpoint, others + "; name it to test it all the same")
-        report.note(f"{checkpoint} {others}")
+    else:
+        others = ""
     task, model = build(config)
     data = load_data(config, task)
     module = SequenceModule(model, task, optimizer=instantiate(config.optimizer), total_steps=1, seed=config.seed)
@@ -191,6 +192,8 @@ def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise OptionError("checkpoint", checkpoint, f"belongs to another model or task: {first}") from error
+    if others:
+        report.note(f"{checkpoint} {others}")
     trainer = make_trainer(config, logger=False, enable_progress_bar=False)
     trainer.test(module, data, verbose=False)
     report.tested(checkpoint, module.evaluated, task)

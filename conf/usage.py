@@ -31,7 +31,7 @@ def answer() -> None:
 
 def text() -> str:
     """The groups with a line each, and examples."""
-    lines = [f"  {group:<12}{', '.join(options_of(group)):<44}{meaning}" for group, meaning in GROUPS.items()]
+    lines = [f"  {group:<12}{', '.join(options_of(group)):<43} {meaning}" for group, meaning in GROUPS.items()]
     return "\n".join(
         [
             "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",

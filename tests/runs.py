@@ -272,8 +272,6 @@ class Training:
             ],
             default_root_dir=folder,
             log_every_n_steps=1,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
             enable_progress_bar=False,
         )  # fmt: skip
 

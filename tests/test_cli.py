@@ -70,7 +70,13 @@ LATE: Refused = [
     (("log_every=0",), ("log_every=0: must be at least 1",)),
     (("checkpoints.every_n_steps=0",), ("checkpoints.every_n_steps=0: must be at least 1",)),
     (("trainer.max_epochs=null",), ("trainer.max_steps=-1", "max_steps or max_epochs")),
-    (("trainer.devices=0",), ("trainer: ", "devices=0")),
+    (("trainer.devices=0",), ("trainer=", "devices=0")),
+    (("trainer.devices=-3",), ("trainer=", "-3", "should be an int > 0")),
+    (("name=..",), ("name=", "must be a plain folder name")),
+    (("name=a/b",), ("name=", "must be a plain folder name")),
+    (("+trainer.logger=true",), ("trainer.logger=True", "train.py sets it itself")),
+    (("trainer.gradient_clip_val=-1",), ("trainer.gradient_clip_val=-1", "above 0")),
+    (("model.mixer=null",), ("model.mixer=None", "must name at least one mixer")),
     (("task.data.radius=2",), ("task.data.radius=2: must be above 0 and at most 1",)),
     (("paths.runs=/dev/null",), ("paths.runs=/dev/null/lds/stu", "must be a folder to write to")),
     (("mode=test", "name=never"), ("checkpoint=", "never/checkpoints/best.ckpt: no such file", "train first")),
@@ -182,7 +188,8 @@ def test_help_lists_every_option_of_every_group(help_text: str):
         [line] = re.findall(rf"^  {group} +(.*)$", help_text, re.MULTILINE)
         files = (cli.CONF / group).rglob("*.yaml")
         names = {f.relative_to(cli.CONF / group).with_suffix("").as_posix() for f in files if f.name[0] != "_"}
-        assert set(line.split(", ")) == names
+        assert set(line.split("  ")[0].split(", ")) == names
+        assert line.split("  ")[-1].strip()  # and what the group is
 
 
 @pytest.mark.e2e

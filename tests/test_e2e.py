@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import signal
 import time
 from pathlib import Path
@@ -101,7 +102,7 @@ class TestARun:
         summary, rows = of.read_summary(), read_metrics(of.metrics)
         measured = summary["test"].keys()
         training = {f"train/{name}" for name in measured}
-        training |= {"gradient_norm", "time/sequences_per_second", "lr/default"}
+        training |= {"gradient_norm", "time/sequences_per_second", "time/data_share", "lr/default"}
         steps: dict[str, list[int]] = {}
         for step, epoch, name, value in rows:
             assert epoch == step / 10
@@ -355,9 +356,12 @@ class TestSweeps:
     def test_a_diverged_run_does_not_end_a_sweep(self, tmp_path: Path):
         command = runs.small("task=lds", "model=stu", "optimizer.warmup=0", "trainer.max_steps=8")
         done = runs.train(tmp_path, "-m", *command, "optimizer.lr=1e30,1e-3")
-        assert done.code == 0
-        assert done.err.startswith("error: the loss is not finite at step ")
-        assert len(done.err.splitlines()) == 1
+        assert done.code == 1
+        reason, count, *failed = done.err.splitlines()
+        assert re.match("error: the (validation )?loss is not finite (at|after) step ", reason)
+        assert count == "error: 1 jobs of the sweep failed:"
+        assert len(failed) == 1
+        assert "optimizer.lr=1e+30" in failed[0]
         finished = [path for path in (tmp_path / "runs" / "lds" / "stu").iterdir() if Run(path).finished]
         assert [yaml.safe_load(Run(path).config.read_text())["optimizer"]["lr"] for path in finished] == [1e-3]
 

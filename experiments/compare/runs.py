@@ -1,0 +1,256 @@
+"""What run directories say of themselves.
+
+Their files are read with the standard library and yaml: `stu.training` has readers of them, but importing it imports
+PyTorch and Lightning, which takes seconds. Whatever lies in a file, a row comes of it, which says what is unreadable.
+(Therefore not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with it.)
+"""
+
+import ast
+import fcntl
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+HIGHER_IS_BETTER = ("acc", "auroc", "f1", "r2")  # in a metric's name, where the task is not there to tell
+Mode = Literal["min", "max"]
+Status = Literal["finished", "running", "stopped", "failed", "never trained"]
+Metrics = list[tuple[int, float, str, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run; None is what it does not say."""
+
+    task: str
+    model: str
+    name: str
+    seed: int | None
+    metric: str | None  # the monitored one
+    mode: Mode  # whether less of it is better, or more
+    test: float | None
+    best_val: float | None
+    parameters: int | None
+    sequences_per_second: float | None  # in training, the median
+    seconds: float | None  # of training, all starts together
+    status: Status
+    step: int | None  # the last one that was logged
+    total_steps: int | None
+    unreadable: tuple[str, ...]
+    path: str
+
+    @property
+    def state(self) -> str:
+        """The status in words, and what could not be read."""
+        words: str = self.status
+        if self.status in ("running", "stopped") and self.step is not None:
+            of = "" if self.total_steps is None else f" of {self.total_steps:,}"
+            words += f" at step {self.step:,}{of}"
+        elif self.status in ("failed", "stopped"):
+            words += " before a step was logged"
+        return "; ".join((words, *self.unreadable))
+
+
+def find(folders: Iterable[Path]) -> Iterator[Path]:
+    """Run directories below these folders, links included, each once."""
+    seen = set()
+    for folder in folders:
+        for directory, below, files in os.walk(folder, followlinks=True):
+            real = os.path.realpath(directory)
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            if {"manifest.json", "config.yaml"} <= set(files):
+                below.clear()
+                yield Path(directory)
+
+
+def read(path: Path) -> Row:
+    """The row of one run directory <task>/<model>/<name>."""
+    path = Path(os.path.abspath(path))
+    finished = os.path.exists(path / "summary.json")
+    unreadable: list[str] = []
+    config = _read_mapping(path / "config.yaml", yaml.safe_load, unreadable)
+    manifest = _read_mapping(path / "manifest.json", json.loads, unreadable)
+    summary = _read_mapping(path / "summary.json", json.loads, unreadable) if finished else {}
+    metrics = _read_metrics(path / "metrics.csv", unreadable)
+
+    monitor, mode = monitored(str(_at(config, "task", "_target_")))
+    named = _at(summary, "best", "metric")
+    metric = _printable(named).removeprefix("val/") if isinstance(named, str) else monitor
+    if mode is None or metric != monitor:
+        mode = "max" if any(word in (metric or "") for word in HIGHER_IS_BETTER) else "min"
+    values = [value for _, _, name, value in metrics if name == f"val/{metric}" and math.isfinite(value)]
+    best = _number(_at(summary, "best", "value"))
+    if best is None and values:
+        best = max(values) if mode == "max" else min(values)
+    test = _number(_at(summary, "test", metric))
+    if finished and test is None and "summary.json is unreadable" not in unreadable:
+        unreadable.append(f"summary.json has no test {metric}")
+    rates = [value for _, _, name, value in metrics if name == "time/sequences_per_second" and math.isfinite(value)]
+    steps = _whole(_at(summary, "steps"))
+    return Row(
+        task=_printable(path.parent.parent.name),
+        model=_printable(path.parent.name),
+        name=_printable(path.name),
+        seed=_first(_whole(_at(config, "seed")), _whole(_at(manifest, "seed"))),
+        metric=metric,
+        mode=mode,
+        test=test,
+        best_val=best,
+        parameters=_first(_whole(_at(summary, "parameters")), _whole(_at(manifest, "parameters"))),
+        sequences_per_second=statistics.median(rates) if rates else None,
+        seconds=_number(_at(summary, "seconds")),
+        status="finished" if finished else _unfinished(path, manifest, metrics),
+        step=metrics[-1][0] if metrics else None,
+        total_steps=steps if steps is not None else total_steps(config, metrics),
+        unreadable=tuple(unreadable),
+        path=_printable(str(path)),
+    )
+
+
+def best_first(rows: Iterable[Row]) -> list[Row]:
+    """By task, then by the test metric, then, also for what has none, by the validation metric."""
+
+    def rank(value: float | None, mode: Mode) -> tuple[bool, float]:
+        if value is None or math.isnan(value):
+            return True, 0.0
+        return False, -value if mode == "max" else value
+
+    return sorted(rows, key=lambda r: (r.task, rank(r.test, r.mode), rank(r.best_val, r.mode), r.model, r.name))
+
+
+@cache
+def monitored(target: str) -> tuple[str | None, Mode | None]:
+    """The `monitor` and `mode` of a task class "data.lds.LDS", as its source says: importing it imports PyTorch."""
+    module, _, name = target.rpartition(".")
+    found: dict[str, Any] = {}
+    try:
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return None, None
+    for body in (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name):
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = getattr(node, "value", None)
+            if isinstance(targets[0], ast.Name) and isinstance(value, ast.Constant):
+                found[targets[0].id] = value.value
+    return found.get("monitor"), found.get("mode")
+
+
+def total_steps(config: Any, metrics: Metrics) -> int | None:
+    """The steps of the whole run, as `StepPlan` counts them; the metrics tell how long an epoch is."""
+    max_steps, max_epochs = (_number(_at(config, "trainer", key)) for key in ("max_steps", "max_epochs"))
+    try:
+        limits = [round(max_steps)] if max_steps is not None and max_steps > 0 else []
+        if max_epochs is not None:
+            steps_per_epoch = next(round(step / epoch) for step, epoch, _, _ in metrics if epoch > 0)
+            limits.append(max(1, round(max_epochs * steps_per_epoch)))
+    except (StopIteration, ValueError, OverflowError):
+        return None
+    return min(limits, default=None)
+
+
+def held(lock: Path) -> bool:
+    """Whether a process holds this file lock.
+
+    Asked with a shared lock through a descriptor that only reads, for the blink of an eye: unlike a `FileLock` it
+    never creates, writes or deletes the file, and others who ask at the same time are not in the way.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
+    if held(path.with_name(f".{path.name}.lock")):
+        return "running"
+    if metrics or os.path.exists(path / "checkpoints" / "last.ckpt"):
+        return "stopped"
+    return "failed" if _at(manifest, "starts") else "never trained"
+
+
+def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]) -> dict[str, Any]:
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except Exception:  # parsers raise anything when they are fed with anything
+        content = None
+    if isinstance(content, dict):
+        return content
+    unreadable.append(f"{file.name} is unreadable")
+    return {}
+
+
+def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
+    """Rows (step, epoch, metric, value), without those that are broken."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError:
+        unreadable.append(f"{file.name} is unreadable")
+        return []
+    lines, rest = text[: text.rfind("\n") + 1].split("\n")[1:-1], text[text.rfind("\n") + 1 :]
+    rows = [row for line in lines if (row := _parse_row(line))]
+    if bad := len(lines) - len(rows):
+        unreadable.append(f"{file.name} has {bad:,} unreadable row{'s' * (bad > 1)}")
+    if rest:
+        unreadable.append(f"{file.name} ends in half a row")
+    return rows
+
+
+def _parse_row(line: str) -> tuple[int, float, str, float] | None:
+    try:
+        step, epoch, metric, value = line.split(",")
+        return int(step), float(epoch), metric, float(value)
+    except ValueError:
+        return None
+
+
+def _at(content: Any, *keys: str | None) -> Any:
+    """content[key][key]…, None where there is none."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and math.isfinite(number) else None
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _printable(name: str) -> str:
+    """Names of files, and strings in JSON, may hold what no encoding has."""
+    return name.encode("utf-8", errors="replace").decode("utf-8")
