@@ -71,6 +71,7 @@ def main(config: DictConfig) -> float | None:
         raise SystemExit(128 + number) from None
     except Diverged as error:
         report.diverged(run, error)
+        run.record_failure(str(error))
         raise SystemExit(1) from None
     finally:
         close_wandb()
@@ -132,7 +133,15 @@ def train(
     )
     require_divisible(data.batch_size, plan, trainer.world_size)
     device = describe_device(trainer.strategy.root_device)
-    run.record_start(seed=config.seed, fingerprint=task.fingerprint(), device=device, parameters=report.count(model))
+    run.record_start(
+        device=device,
+        seed=config.seed,
+        data=task.fingerprint(),
+        monitor=task.monitor,
+        mode=task.mode,
+        total_steps=plan.total_steps,
+        parameters=report.count(model),
+    )
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     rows.rewind(run.last_step)

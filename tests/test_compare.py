@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from data.lds import LDS
-from data.lra_listops import ListOps
 from experiments.compare.__main__ import main
-from experiments.compare.runs import Row, best_first, find, held, monitored, read, total_steps
-from stu.training import MetricsCSV, Run, StepPlan
+from experiments.compare.runs import Row, best_first, find, held, read
+from stu.training import MetricsCSV, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"lds": "data.lds.LDS", "lra_listops": "data.lra_listops.ListOps"}
@@ -44,7 +42,9 @@ def made(
     trainer = trainer or {"max_epochs": 3, "max_steps": -1}
     run.open({"seed": seed, "task": {"_target_": TARGETS[task]}, "trainer": dict(trainer)}, overwrite=False)
     if started:
-        run.record_start(seed=seed, fingerprint="f00", device="cpu", parameters=1234)
+        mode = {"mse": "min", "accuracy": "max"}[MONITORS[task]]
+        facts = {"seed": seed, "data": "f00", "monitor": MONITORS[task], "mode": mode, "total_steps": 36}
+        run.record_start(device="cpu", parameters=1234, **facts)
     log = MetricsCSV(run.metrics)
     for step, rate in enumerate(rates, start=1):
         log.log_metrics({"epoch": step / STEPS_PER_EPOCH, "time/sequences_per_second": rate}, step=step)
@@ -114,35 +114,12 @@ class TestARow:
         run.open(yaml.safe_load(run.config.read_text()), overwrite=False)  # and asking does not keep it
         run.close()
 
-    @pytest.mark.parametrize(
-        "limits",
-        [(3, -1), (3, 20), (3, 50), (0.01, -1), (0.6, -1), (None, 17)],
-    )
-    def test_total_steps_are_those_of_the_plan(self, limits: tuple[float | None, int]):
-        trainer = {"max_epochs": limits[0], "max_steps": limits[1]}
-        for examples in (7, 1000, 96_000):
-            plan = StepPlan.make(
-                examples=examples, batch_size=7, val_check_interval=1.0, accumulate_grad_batches=1, **trainer
-            )
-            rows = [(step, plan.epoch(step), "m", 0.0) for step in (1, 10, 333)]
-            for row in rows:
-                assert total_steps({"trainer": trainer}, [row]) == plan.total_steps
-        known = None if limits[0] is not None else limits[1]
-        assert total_steps({"trainer": trainer}, []) == known
-
-    def test_tasks_are_read_as_python_reads_them(self):
-        for task in (LDS, ListOps):
-            assert monitored(f"{task.__module__}.{task.__name__}") == (task.monitor, task.mode)
-        for unknown in ("", "None", "data.lds.Nothing", "nowhere.Task", "..", "\0.x"):
-            assert monitored(unknown) == (None, None)
-
-    def test_a_task_of_elsewhere_is_known_by_its_summary(self, tmp_path: Path):
-        for metric, mode in (("mse", "min"), ("top5_accuracy", "max")):
-            run = made(tmp_path, f"lds/stu/{metric}", test=0.1)
-            run.config.write_text("task: {_target_: gone.Task}")
-            run.finish({"test": {metric: 0.1}, "best": {"metric": f"val/{metric}", "value": 0.2}})
-            row = read(run.path)
-            assert (row.metric, row.mode, row.test, row.best_val, row.unreadable) == (metric, mode, 0.1, 0.2, ())
+    def test_a_failure_is_no_stop(self, tmp_path: Path):
+        run = made(tmp_path, val={7: 0.3})
+        run.record_failure("the loss is not finite at step 8")
+        assert (read(run.path).status, read(run.path).state) == ("failed", "failed at step 7 of 36")
+        run.record_start(device="cpu")  # it is tried again
+        assert read(run.path).status == "stopped"
 
 
 class TestBrokenFiles:

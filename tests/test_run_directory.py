@@ -319,7 +319,7 @@ class TestTrainPy:
     def test_the_manifest_tells_how_it_came_about(self, home: Path):
         run = runs.run_of(home, "lds", "stu", "run")
         manifest = json.loads(run.manifest.read_text())
-        assert manifest.keys() == {"id", "seed", "data", "parameters", "starts"}
+        assert manifest.keys() == {"id", "seed", "data", "monitor", "mode", "total_steps", "parameters", "starts"}
         assert manifest["seed"] == 0
         weights = run.weights(run.best)
         learned = [w for name, w in weights.items() if name.startswith("model.") and w.is_floating_point()]

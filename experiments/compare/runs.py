@@ -5,7 +5,6 @@ PyTorch and Lightning, which takes seconds. Whatever lies in a file, a row comes
 (Therefore not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with it.)
 """
 
-import ast
 import fcntl
 import json
 import math
@@ -13,14 +12,11 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-HIGHER_IS_BETTER = ("acc", "auroc", "f1", "r2")  # in a metric's name, where the task is not there to tell
 Mode = Literal["min", "max"]
 Status = Literal["finished", "running", "stopped", "failed", "never trained"]
 Metrics = list[tuple[int, float, str, float]]
@@ -51,7 +47,7 @@ class Row:
     def state(self) -> str:
         """The status in words, and what could not be read."""
         words: str = self.status
-        if self.status in ("running", "stopped") and self.step is not None:
+        if self.status in ("running", "stopped", "failed") and self.step is not None:
             of = "" if self.total_steps is None else f" of {self.total_steps:,}"
             words += f" at step {self.step:,}{of}"
         elif self.status in ("failed", "stopped"):
@@ -84,11 +80,10 @@ def read(path: Path) -> Row:
     summary = _read_mapping(path / "summary.json", json.loads, unreadable) if finished else {}
     metrics = _read_metrics(path / "metrics.csv", unreadable)
 
-    monitor, mode = monitored(str(_at(config, "task", "_target_")))
-    named = _at(summary, "best", "metric")
-    metric = _printable(named).removeprefix("val/") if isinstance(named, str) else monitor
-    if mode is None or metric != monitor:
-        mode = "max" if any(word in (metric or "") for word in HIGHER_IS_BETTER) else "min"
+    direction = _at(manifest, "mode")
+    monitored = (_at(manifest, "monitor"), _at(summary, "best", "metric"))  # the manifest may be unreadable
+    metric = next((_printable(name).removeprefix("val/") for name in monitored if isinstance(name, str)), None)
+    mode: Mode = "max" if direction == "max" else "min"
     values = [value for _, _, name, value in metrics if name == f"val/{metric}" and math.isfinite(value)]
     best = _number(_at(summary, "best", "value"))
     if best is None and values:
@@ -97,7 +92,6 @@ def read(path: Path) -> Row:
     if finished and test is None and "summary.json is unreadable" not in unreadable:
         unreadable.append(f"summary.json has no test {metric}")
     rates = [value for _, _, name, value in metrics if name == "time/sequences_per_second" and math.isfinite(value)]
-    steps = _whole(_at(summary, "steps"))
     return Row(
         task=_printable(path.parent.parent.name),
         model=_printable(path.parent.name),
@@ -112,7 +106,7 @@ def read(path: Path) -> Row:
         seconds=_number(_at(summary, "seconds")),
         status="finished" if finished else _unfinished(path, manifest, metrics),
         step=metrics[-1][0] if metrics else None,
-        total_steps=steps if steps is not None else total_steps(config, metrics),
+        total_steps=_whole(_at(manifest, "total_steps")),
         unreadable=tuple(unreadable),
         path=_printable(str(path)),
     )
@@ -127,37 +121,6 @@ def best_first(rows: Iterable[Row]) -> list[Row]:
         return False, -value if mode == "max" else value
 
     return sorted(rows, key=lambda r: (r.task, rank(r.test, r.mode), rank(r.best_val, r.mode), r.model, r.name))
-
-
-@cache
-def monitored(target: str) -> tuple[str | None, Mode | None]:
-    """The `monitor` and `mode` of a task class "data.lds.LDS", as its source says: importing it imports PyTorch."""
-    module, _, name = target.rpartition(".")
-    found: dict[str, Any] = {}
-    try:
-        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):
-        return None, None
-    for body in (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name):
-        for node in body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            value = getattr(node, "value", None)
-            if isinstance(targets[0], ast.Name) and isinstance(value, ast.Constant):
-                found[targets[0].id] = value.value
-    return found.get("monitor"), found.get("mode")
-
-
-def total_steps(config: Any, metrics: Metrics) -> int | None:
-    """The steps of the whole run, as `StepPlan` counts them; the metrics tell how long an epoch is."""
-    max_steps, max_epochs = (_number(_at(config, "trainer", key)) for key in ("max_steps", "max_epochs"))
-    try:
-        limits = [round(max_steps)] if max_steps is not None and max_steps > 0 else []
-        if max_epochs is not None:
-            steps_per_epoch = next(round(step / epoch) for step, epoch, _, _ in metrics if epoch > 0)
-            limits.append(max(1, round(max_epochs * steps_per_epoch)))
-    except (StopIteration, ValueError, OverflowError):
-        return None
-    return min(limits, default=None)
 
 
 def held(lock: Path) -> bool:
@@ -184,9 +147,13 @@ def held(lock: Path) -> bool:
 def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
     if held(path.with_name(f".{path.name}.lock")):
         return "running"
+    starts = _at(manifest, "starts")
+    latest = starts[-1] if isinstance(starts, list) and starts else {}
+    if _at(latest, "failed"):
+        return "failed"
     if metrics or os.path.exists(path / "checkpoints" / "last.ckpt"):
         return "stopped"
-    return "failed" if _at(manifest, "starts") else "never trained"
+    return "failed" if latest else "never trained"
 
 
 def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]) -> dict[str, Any]:

@@ -125,10 +125,10 @@ class Run:
         return state
 
     @rank_zero_only
-    def record_start(self, *, seed: int, fingerprint: str, device: str, parameters: int) -> None:
-        """Add this start to the manifest."""
+    def record_start(self, *, device: str, **facts: Any) -> None:
+        """Add this start to the manifest, and what is known of the run: its seed, data, metric, steps and so on."""
         manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
-        manifest |= {"seed": seed, "data": fingerprint, "parameters": parameters}
+        manifest |= facts
         manifest["starts"].append(
             {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -142,6 +142,14 @@ class Run:
             }
         )
         write_atomically(self.manifest, json.dumps(manifest, indent=2))
+
+    @rank_zero_only
+    def record_failure(self, reason: str) -> None:
+        """Say in the manifest why this start ended."""
+        manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        if manifest["starts"]:
+            manifest["starts"][-1]["failed"] = reason
+            write_atomically(self.manifest, json.dumps(manifest, indent=2))
 
     @rank_zero_only
     def finish(self, summary: Mapping[str, Any]) -> None:
