@@ -5,6 +5,11 @@ from conf import usage
 
 usage.answer()  # --help, before the imports that take seconds
 
+import os
+
+# Threads that wait leave their core to others: a busy machine then costs its share and not a multiple of it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import math
 import signal
 from pathlib import Path
