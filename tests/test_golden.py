@@ -125,6 +125,22 @@ def test_layer_by_its_module(case, variant, golden):
     assert_equal(layer.step(x[:, -1], state)[0], wanted["y"][:, -1], "last step")
 
 
+@pytest.mark.parametrize(("case", "variant"), cases("stu_layer", r"(.+?)__(ar|noar)__y"))
+def test_layer_in_float32(case, variant, golden):
+    arrays = part(golden("stu_layer"), f"{case}__")
+    wanted = part(arrays, f"{variant}__")
+    num_filters, k_u = arrays["eig_vecs"].shape[1], arrays["m_u"].shape[2]
+    m_y = arrays["m_y"] if variant == "ar" else torch.zeros_like(arrays["m_y"])
+    x, m_phi, m_u, m_y = (v.float().requires_grad_() for v in (arrays["x"], arrays["m_phi"], arrays["m_u"], m_y))
+    weight = torch.cat((our_phi(m_phi, num_filters), our_u(m_u)))
+    y = linear_recurrence(filter_convolution(x, filter_bank(scaled_filters(arrays), k_u=k_u), weight), our_y(m_y))
+    (y * arrays["loss_w"].float()).sum().backward()
+    got = {"y": y, "g_x": x.grad, "g_m_phi": m_phi.grad, "g_m_u": m_u.grad, "g_m_y": m_y.grad}
+    for name, tensor in got.items():
+        error = (tensor.double() - wanted[name]).norm() / wanted[name].norm()
+        assert error < 1e-5, (name, float(error))
+
+
 @pytest.mark.parametrize("case", cases("stu_layer", r"(.+?)__x_tilde", optional=True))
 def test_layer_features(case, golden):
     arrays = part(golden("stu_layer"), f"{case}__")

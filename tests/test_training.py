@@ -126,13 +126,13 @@ class TestMetrics:
             errors(training.module.model, training.data.splits.test), rel=1e-5
         )
 
-    def test_an_evaluation_that_was_broken_off_leaves_nothing_behind(self, tmp_path: Path):
+    @pytest.mark.parametrize(("method", "split"), [("validate", "val"), ("test", "test")])
+    def test_an_evaluation_that_was_broken_off_leaves_nothing_behind(self, tmp_path: Path, method: str, split: str):
         training = Training(tmp_path, Steps(), model())
         module, data = training.module, training.data
-        for name, split in (("validate", data.splits.val), ("test", data.splits.test)):
-            module.validation_step(next(iter(data.val_dataloader())), 0)
-            getattr(training.trainer, name)(module, data, verbose=False)
-            assert module.evaluated == pytest.approx(errors(module.model, split), rel=1e-5)
+        module.validation_step(next(iter(data.val_dataloader())), 0)
+        getattr(training.trainer, method)(module, data, verbose=False)
+        assert module.evaluated == pytest.approx(errors(module.model, getattr(data.splits, split)), rel=1e-5)
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_a_row_of_training_is_exact_over_its_steps(self, tmp_path: Path, accumulate: int):
