@@ -121,13 +121,13 @@ class LDSData:
     process_noise: float = 0.0
     observation_noise: float = 0.0
     normalize: bool = True
-    num_train: int = 10_000
-    num_val: int = 500
-    num_test: int = 500
+    train: int = 10_000
+    val: int = 500
+    test: int = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "d_state", "d_input", "d_output", "num_train", "num_val", "num_test"):
+        for name in ("seq_len", "d_state", "d_input", "d_output", "train", "val", "test"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("process_noise", "observation_noise"):
             value = getattr(self, name)
@@ -170,9 +170,9 @@ class LDSData:
     def splits(self) -> Splits:
         """The three data sets."""
         return Splits(
-            train=Sequences(self, TRAIN, self.num_train),
-            val=Sequences(self, VAL, self.num_val),
-            test=Sequences(self, TEST, self.num_test),
+            train=Sequences(self, TRAIN, self.train),
+            val=Sequences(self, VAL, self.val),
+            test=Sequences(self, TEST, self.test),
         )
 
 

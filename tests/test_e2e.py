@@ -276,9 +276,7 @@ class TestStopping:
 
     def test_killed_from_outside(self, tmp_path: Path):
         """At whatever moment that is: as soon as there is a checkpoint."""
-        command = runs.small(
-            *PLAIN, "task.data.num_train=800", "trainer.val_check_interval=0.5", "trainer.max_epochs=1"
-        )
+        command = runs.small(*PLAIN, "task.data.train=800", "trainer.val_check_interval=0.5", "trainer.max_epochs=1")
         started = runs.start(tmp_path, *command, "name=run")
         run = runs.run_of(tmp_path, "lds", "stu", "run")
         deadline = time.monotonic() + 60

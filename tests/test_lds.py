@@ -38,7 +38,7 @@ options = st.fixed_dictionaries(
 
 
 def small(**changes) -> LDSData:
-    return LDSData(**{"seq_len": 32, "num_train": 7, "num_val": 5, "num_test": 6} | changes)
+    return LDSData(**{"seq_len": 32, "train": 7, "val": 5, "test": 6} | changes)
 
 
 def task_of(data: LDSData) -> LDS:
@@ -191,14 +191,14 @@ def test_a_sequence_depends_on_seed_split_and_index_alone(noise):
 
 
 def test_sizes_do_not_change_the_sequences():
-    few, many = small().splits(), small(num_train=700, num_val=500, num_test=600).splits()
+    few, many = small().splits(), small(train=700, val=500, test=600).splits()
     assert [len(split) for split in few] == [7, 5, 6]
     for mine, theirs in zip(few, many, strict=True):
         np.testing.assert_array_equal(mine[4][1], theirs[4][1])
 
 
 def test_splits_and_seeds_share_no_sequence():
-    datasets = [small(seed=seed, num_train=50, num_val=40, num_test=30).splits() for seed in (0, 1, 2**32)]
+    datasets = [small(seed=seed, train=50, val=40, test=30).splits() for seed in (0, 1, 2**32)]
     inputs = [u.tobytes() for splits in datasets for split in splits for u, _ in split]
     assert len(set(inputs)) == len(inputs) == 3 * 120
 
@@ -235,7 +235,7 @@ def test_indices_beyond_the_split_are_refused(index):
     ("name", "value"),
     [
         *((name, 0) for name in ("seq_len", "d_state", "d_input", "d_output")),
-        *((name, 0) for name in ("num_train", "num_val", "num_test")),
+        *((name, 0) for name in ("train", "val", "test")),
         ("spectrum", "sign"),
         *(("radius", value) for value in (0.0, -0.5, 1.0001, float("nan"))),
         *((name, value) for name in ("process_noise", "observation_noise") for value in (-0.1, float("inf"))),
@@ -305,7 +305,7 @@ def score(task: LDS, prediction: Tensor) -> float:
 
 @spectra
 def test_baselines_are_scores_in_the_monitored_metric(spectrum):
-    task = task_of(small(spectrum=spectrum, num_test=200))
+    task = task_of(small(spectrum=spectrum, test=200))
     baselines = task.baselines()
     batch = whole_test(task)
     first = torch.tensor(task.data.system.impulse_response(1)[0] / task.data.scale, dtype=torch.float32)
@@ -322,7 +322,7 @@ def test_baselines_know_memory_from_none():
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_normalized_targets_have_unit_power(noise):
-    data = LDSData(seq_len=128, process_noise=noise, observation_noise=noise, num_test=2000)
+    data = LDSData(seq_len=128, process_noise=noise, observation_noise=noise, test=2000)
     assert task_of(data).baselines()["zero"] == pytest.approx(1, abs=0.06)
 
 

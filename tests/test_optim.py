@@ -222,7 +222,7 @@ class Rates(L.Callback):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_real_trainer_steps_by_the_formula(tmp_path: Path, schedule: str, accumulate: int):
-    task = LDS(seq_len=4, causal=True, data=LDSData(seq_len=4, num_train=16, num_val=2, num_test=1))
+    task = LDS(seq_len=4, causal=True, data=LDSData(seq_len=4, train=16, val=2, test=1))
     model = SequenceModel(task.encoder(4), small_backbone("transformer", seq_len=4, d_model=4), task.head(4))
     groups = {"slow": {"match": "encoder", "lr_scale": 0.1}, "head": {"match": "head", "lr": 5e-3}}
     options = {"lr": 2e-3, "min_lr": 1e-4, "warmup": 0.25, "schedule": schedule, "groups": groups}

@@ -429,8 +429,8 @@ class Nth(Metric):
 def trajectory(folder: Path, name: str) -> list[float]:
     """The losses of 20 steps of a small model of conf/model on a small system, from the seed 0."""
     config = composed(
-        f"model={name}", "task=lds", "task.seq_len=32", "task.data.num_train=40", "task.data.num_val=2",
-        "task.data.num_test=1", "optimizer.lr=1e-2",
+        f"model={name}", "task=lds", "task.seq_len=32", "task.data.train=40", "task.data.val=2",
+        "task.data.test=1", "optimizer.lr=1e-2",
     )  # fmt: skip
     task = instantiate(config.task)
     torch.manual_seed(0)
