@@ -137,6 +137,8 @@ def train(
         default_root_dir=run.path,
     )
     require_divisible(data.batch_size, plan, trainer.world_size)
+    smallest = min(map(len, data.splits))
+    require(smallest >= trainer.world_size, "devices", trainer.world_size, f"must be at most {smallest} (examples)")
     device = describe_device(trainer.strategy.root_device)
     run.record_start(
         device=device,
