@@ -15,7 +15,7 @@ from stu.errors import require
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
 
-AGREE_EVERY = 10  # steps between two questions to all devices whether to stop
+AGREE_EVERY = 10  # steps between two questions to all devices whether to stop or save
 
 
 class Stopped(Exception):
@@ -235,13 +235,10 @@ class Checkpoints(Checkpoint):
     def _is_due(self, trainer: L.Trainer, step: int) -> bool:
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
             return True
-        late = time.monotonic() - self._saved_at > 60 * self.every_minutes
-        return _agree(trainer, late) if step % self.check_every == 0 else False
+        return _agree_at_times(trainer, time.monotonic() - self._saved_at > 60 * self.every_minutes)
 
     def _should_stop(self, trainer: L.Trainer) -> bool:
-        if trainer.world_size > 1 and trainer.global_step % AGREE_EVERY:
-            return False  # to agree costs time
-        return _agree(trainer, self.signal_number is not None)
+        return _agree_at_times(trainer, self.signal_number is not None)
 
     def _schedule_validation(self, trainer: L.Trainer, step: int) -> None:
         """Lightning validates when batches · accumulate % `val_check_batch` is 0; at infinity, after the last batch."""
@@ -279,6 +276,11 @@ class Checkpoints(Checkpoint):
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
+
+
+def _agree_at_times(trainer: L.Trainer, decision: bool) -> bool:
+    """`_agree`, but several devices are asked every `AGREE_EVERY` steps only, for to agree costs time."""
+    return trainer.global_step % (AGREE_EVERY if trainer.world_size > 1 else 1) == 0 and _agree(trainer, decision)
 
 
 def _agree(trainer: L.Trainer, decision: bool) -> bool:
