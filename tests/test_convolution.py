@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from stu.errors import OptionError
 from stu.ops import convolution
-from stu.ops.convolution import filter_convolution, filter_convolution_reference
+from stu.ops.bank import FilterBank
+from stu.ops.convolution import choose_algorithm, filter_convolution, filter_convolution_reference
 
 lengths = pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 31, 64, 100])
+
+
+algorithms = pytest.mark.parametrize("algorithm", ["transfer", "features"])
 
 
 def problem(length, *, batch=2, filters=3, width=4, out=5, built=None, dtype=torch.float64):
@@ -40,23 +45,26 @@ def test_reference_is_the_sum_written_out():
 
 
 @lengths
-def test_equals_reference(length):
+@algorithms
+def test_equals_reference(length, algorithm):
     u, bank, weight = problem(length)
-    fast, slow = filter_convolution(u, bank, weight), filter_convolution_reference(u, bank, weight)
-    assert_same(fast, slow, (u, weight), 1e-10)
+    fast = filter_convolution(u, bank, weight, algorithm=algorithm)
+    assert_same(fast, filter_convolution_reference(u, bank, weight), (u, weight), 1e-10)
 
 
+@algorithms
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (1, 6), (6, 1), (7, 3)])
-def test_equals_reference_at_other_widths(width, out):
+def test_equals_reference_at_other_widths(width, out, algorithm):
     u, bank, weight = problem(23, batch=1, width=width, out=out, built=40)
-    fast, slow = filter_convolution(u, bank, weight), filter_convolution_reference(u, bank, weight)
-    assert_same(fast, slow, (u, weight), 1e-10)
+    fast = filter_convolution(u, bank, weight, algorithm=algorithm)
+    assert_same(fast, filter_convolution_reference(u, bank, weight), (u, weight), 1e-10)
 
 
 @lengths
-def test_input_shorter_than_the_filters(length):
+@algorithms
+def test_input_shorter_than_the_filters(length, algorithm):
     u, bank, weight = problem(length, built=127)
-    shorter = filter_convolution(u, bank, weight)
+    shorter = filter_convolution(u, bank, weight, algorithm=algorithm)
     assert_same(shorter, filter_convolution_reference(u, bank, weight), (u, weight), 1e-10)
     longer = torch.cat((u, torch.randn(2, 127 - length, 4, dtype=torch.float64)), 1)
     assert_close(filter_convolution(longer, bank, weight)[:, :length], shorter, rtol=0, atol=1e-10)
@@ -70,18 +78,29 @@ def test_nothing_wraps_around():
     assert_close(filter_convolution(loud, bank, weight)[:, :-1], quiet[:, :-1], rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("entries", [1, 20, 61, 10_000])
-def test_chunks_do_not_change_the_result(entries, monkeypatch):
+@algorithms
+@pytest.mark.parametrize("numbers", [1, 61, 10_000])
+def test_chunks_do_not_change_the_result(numbers, algorithm, monkeypatch):
     u, bank, weight = problem(40)
-    whole = filter_convolution(u, bank, weight)
-    monkeypatch.setattr(convolution, "CHUNK", entries)
-    assert len(convolution._frequency_chunks(41, weight)) == {1: 41, 20: 41, 61: 14, 10_000: 1}[entries]
-    assert_same(filter_convolution(u, bank, weight), whole, (u, weight), 1e-12)
+    whole = filter_convolution(u, bank, weight, algorithm=algorithm)
+    monkeypatch.setitem(convolution.PRODUCT_CHUNK, "cpu", numbers)
+    monkeypatch.setitem(convolution.SIGNAL_CHUNK, "cpu", numbers)
+    assert_same(filter_convolution(u, bank, weight, algorithm=algorithm), whole, (u, weight), 1e-12)
 
 
-def test_gradcheck():
+def test_chunks_cover_everything_within_the_budget():
+    slices = convolution._chunks(41, 20, torch.empty(0), {"cpu": 61})
+    assert [i for f in slices for i in range(41)[f]] == list(range(41))
+    assert [f.stop - f.start for f in slices] == [3] * 13 + [2]
+    assert convolution._chunks(5, 100, torch.empty(0), {"cpu": 61}) == [slice(i, i + 1) for i in range(5)]
+
+
+@algorithms
+@pytest.mark.parametrize("two_way", [False, True])
+def test_gradcheck(two_way, algorithm):
     u, bank, weight = problem(5, width=2, out=3)
-    assert torch.autograd.gradcheck(lambda a, b: filter_convolution(a, bank, b), (u, weight))
+    matrices = (weight, torch.randn_like(weight).requires_grad_()) if two_way else (weight,)
+    assert torch.autograd.gradcheck(lambda a, *m: filter_convolution(a, bank, *m, algorithm=algorithm), (u, *matrices))
 
 
 @pytest.mark.parametrize("wanted", ["input", "weight"])
@@ -100,7 +119,7 @@ def test_takes_arguments_of_any_layout():
     turned = u.transpose(1, 2).contiguous().transpose(1, 2), bank, weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not turned[0].is_contiguous()
     assert not turned[2].is_contiguous()
-    assert_same(filter_convolution(*turned), filter_convolution(u, bank, weight), (u, weight), 1e-12)
+    assert_same(filter_convolution(turned[0], bank, turned[2]), filter_convolution(u, bank, weight), (u, weight), 1e-12)
 
 
 def test_float32_is_as_good_as_float32():
@@ -143,16 +162,58 @@ def test_autocast_changes_nothing(dtype):
 def test_no_second_derivative_is_silently_wrong():
     u, bank, weight = problem(5)
     (grad,) = torch.autograd.grad(filter_convolution(u, bank, weight).square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiated twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 
 @lengths
+@algorithms
 @pytest.mark.parametrize("built", [None, 127])
-def test_reverse_matrices_run_from_the_end(length, built):
+def test_reverse_matrices_run_from_the_end(length, built, algorithm):
     u, bank, weight = problem(length, built=built)
     reverse = torch.randn_like(weight).requires_grad_()
-    both = filter_convolution(u, bank, weight, reverse)
+    both = filter_convolution(u, bank, weight, reverse, algorithm=algorithm)
     forward = filter_convolution_reference(u, bank, weight)
     backward = filter_convolution_reference(u.flip(1), bank, reverse).flip(1)
     assert_same(both, forward + backward, (u, weight, reverse), 1e-10)
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_auto_is_one_of_the_algorithms(batch, two_way):
+    u, bank, weight = problem(30, batch=batch)
+    reverse = torch.randn_like(weight) if two_way else None
+    chosen = choose_algorithm(batch, two_way=two_way)
+    assert chosen == ("features" if (batch, two_way) == (1, False) else "transfer")
+    assert torch.equal(
+        filter_convolution(u, bank, weight, reverse), filter_convolution(u, bank, weight, reverse, algorithm=chosen)
+    )
+
+
+def test_an_unknown_algorithm_is_named():
+    u, bank, weight = problem(3)
+    with pytest.raises(OptionError, match="algorithm"):
+        filter_convolution(u, bank, weight, algorithm="direct")
+
+
+def test_compiles_into_one_graph():
+    u, filters, weight = problem(50)
+    bank = FilterBank(filters)
+
+    def loss(u, weight):
+        return filter_convolution(2 * u, bank, weight).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(loss(u, weight), (u, weight))
+    for one, other in zip(torch.autograd.grad(compiled(u, weight), (u, weight)), expected, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_operators_keep_their_promises():
+    u, filters, weight = problem(20)
+    bank = FilterBank(filters)
+    reverse = torch.randn_like(weight).requires_grad_()
+    for algorithm in ("transfer", "features"):
+        for other in (None, reverse):
+            torch.library.opcheck(convolution._convolution, (u, weight, other, bank.number, algorithm))

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from stu.ops import recurrence
-from stu.ops.recurrence import BLOCK, linear_recurrence, linear_recurrence_reference
+from stu.ops.recurrence import choose_block, linear_recurrence, linear_recurrence_reference
+
+BLOCK = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _blocks():
+    """Short blocks, so that short sequences have many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recurrence, "choose_block", lambda *_: BLOCK)
+        yield
 
 
 def problem(length, order, *, batch=2, width=3, initial=False, radius=0.9, dtype=torch.float64):
@@ -69,7 +79,7 @@ def test_equals_reference_at_any_shape(batch, length, width, order, initial, rad
 def test_blocks_do_not_change_the_result(block, monkeypatch):
     drive, weight, start = problem(50, 2, initial=True)
     whole = linear_recurrence(drive, weight, start)
-    monkeypatch.setattr(recurrence, "BLOCK", block)
+    monkeypatch.setattr(recurrence, "choose_block", lambda *_: block)
     assert_same(linear_recurrence(drive, weight, start), whole, (drive, weight, start), 1e-11)
 
 
@@ -123,3 +133,34 @@ def test_low_precision_does_not_reach_into_the_recurrence(dtype):
     assert torch.equal(y, exact.to(dtype))
     (grad,) = torch.autograd.grad(y.sum(), weight)
     assert_close(grad, exact_grad, rtol=1e-4, atol=1e-4 * exact_grad.abs().max().item())
+
+
+def test_block_lengths_balance_product_and_seam():
+    """T = √(seam flops / 2BD²) within its bounds: long blocks for narrow problems."""
+    assert [choose_block(*shape, "cpu") for shape in ((8, 128), (1, 64), (1, 16), (1, 4))] == [4, 9, 37, 64]
+    assert choose_block(8, 128, "cuda") == 20
+
+
+def test_compiles_into_one_graph():
+    drive, weight, start = problem(30, 2, initial=True)
+
+    def loss(drive, weight, start):
+        return linear_recurrence(2 * drive, weight, start).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    inputs = (drive, weight, start)
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for one, other in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_operator_keeps_its_promises():
+    torch.library.opcheck(recurrence._recurrence, problem(20, 2, initial=True))
+
+
+def test_no_second_derivative_is_silently_wrong():
+    drive, weight, _ = problem(5, 1)
+    (grad,) = torch.autograd.grad(linear_recurrence(drive, weight).square().sum(), drive, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()

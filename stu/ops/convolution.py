@@ -1,42 +1,72 @@
 r"""Causal convolution with a bank of fixed filters, mixed by learned matrices: one MIMO transfer function.
 
-B batch, L length, K filters, I input width, O output width, n FFT length, F = n/2 + 1 frequencies
+B batch, L length, K filters, R ≤ K basis functions of a band, I input width, O output width, n FFT length,
+F frequencies (of a band, or fewer)
 
     y_t = Σ_k Σ_{i≤t} φ_k(i) · u_{t−i} M_k
 
 Convolving every channel with every filter costs K FFTs a channel and B·L·K·I numbers of memory. But the layer is
 linear and time-invariant: with φ̂_k = rfft(φ_k) its transfer function is H(f) = Σ_k φ̂_k(f) M_k, and
-Y(f) = U(f) H(f) needs one FFT a channel on either side, independent of K.
+Y(f) = U(f) H(f) needs one FFT a channel on either side, independent of K. A `FilterBank` has written the filters of
+a band of frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
 """
 
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# How many numbers of H exist at a time: few enough to stay in a processor's cache between their making and use.
-CHUNK = 1 << 18
+from stu.errors import require
+from stu.ops.bank import Band, FilterBank
+
+# What is computed first: "transfer" the matrices H(f), which the whole batch shares, or "features" the filtered inputs
+# a_r(f) U(f), which one large matrix product then mixes.
+Algorithm = Literal["auto", "transfer", "features"]
+
+# Numbers of H or of the features at a time, and of the signal under the FFT: few enough to stay in a processor's
+# cache between their making and their use. Other devices rather want large calls.
+PRODUCT_CHUNK = {"cpu": 1 << 18}
+SIGNAL_CHUNK = {"cpu": 1 << 19}
+CHUNK_ELSEWHERE = 1 << 26
 
 
-def filter_convolution(u: Tensor, filters: Tensor, weight: Tensor, reverse: Tensor | None = None) -> Tensor:
+def filter_convolution(
+    u: Tensor,
+    filters: FilterBank | Tensor,
+    weight: Tensor,
+    reverse: Tensor | None = None,
+    *,
+    algorithm: Algorithm = "auto",
+) -> Tensor:
     """y_t = Σ_k Σ_{i≤t} φ_k(i) u_{t−i} M_k, and with `reverse` also Σ_k Σ_i φ_k(i) u_{t+i} R_k, from the end.
 
-    u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient); weight, reverse: (K, I, O). Returns (B, L, O) in u's dtype.
-    The FFTs run in float32 at least, whatever the dtype of u or an enclosing autocast.
+    u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient), best as a `FilterBank`, which keeps their spectra;
+    weight, reverse: (K, I, O). Returns (B, L, O) in u's dtype. The FFTs run in float32 at least, whatever the dtype of
+    u or an enclosing autocast. To `torch.compile` this is one opaque operator; the bank has to be made outside.
     """
+    require(algorithm in ("auto", "transfer", "features"), "algorithm", algorithm, "must be auto, transfer or features")
     dtype = torch.promote_types(torch.promote_types(u.dtype, weight.dtype), torch.float32)
-    matrices = weight if reverse is None else torch.cat((weight, reverse))
-    with torch.autocast(u.device.type, enabled=False):
-        y: Tensor = _FilterConvolution.apply(u.to(dtype), filters[: u.shape[1]].to(dtype), matrices.to(dtype))
+    chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
+    mirrored = None if reverse is None else reverse.to(dtype)
+    bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
+    y: Tensor = _convolution(u.to(dtype), weight.to(dtype), mirrored, bank.number, chosen)
     return y.to(u.dtype)
+
+
+def choose_algorithm(batch: int, *, two_way: bool) -> Algorithm:
+    """The faster one. In units of F·D² flops "transfer" takes 4R + 8B, "features" 4RB, or 8RB with both directions.
+
+    With R about 12 they are equal at two sequences, as measured on a CPU (`python -m experiments.speed`); for one,
+    "features" wins by its larger matrix products.
+    """
+    return "features" if batch == 1 and not two_way else "transfer"
 
 
 def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
     """The same sum, written out: every feature Σ_i φ_k(i) u_{t−i} by a Toeplitz matrix, then M_k.
 
-    Shapes as in `filter_convolution`; O(K·L²) time and memory.
+    u: (B, L, I); filters: (L' ≥ L, K); weight: (K, I, O). O(K·L²) time and memory.
     """
     length = u.shape[1]
     lag = torch.arange(length)[:, None] - torch.arange(length)  # (t, s)
@@ -45,94 +75,249 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
     return torch.einsum("btki,kio->bto", features, weight)
 
 
-class _FilterConvolution(torch.autograd.Function):
-    """U = rfft(u), Y(f) = U(f) H(f), y = irfft(Y), in real arithmetic and in chunks of frequencies.
+# --- the operator ---
 
-    Real matrix products are what every library does best: U's parts are stacked along the batch, so that two products
-    with Re H and Im H hold all four of a complex one. H is recomputed in the backward pass instead of stored, and no
-    gradient passes through a complex FFT: convolution's adjoint is correlation, G(f) H(f)ᴴ.
+
+@torch.library.custom_op("stu::filter_convolution", mutates_args=())
+def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: int, algorithm: str) -> Tensor:
+    """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
+    with torch.autocast(u.device.type, enabled=False):
+        n = _fft_length(u)
+        bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
+        products = []
+        for band, signal in zip(bands, _spectrum(u, n, bands), strict=True):
+            products.append(signal.new_empty(*signal.shape[:3], weight.shape[2]))
+            _PRODUCTS[algorithm](band, weight, reverse).multiply(products[-1], signal)
+        return _samples(products, bands, n, u.shape[1])
+
+
+@_convolution.register_fake
+def _(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: int, algorithm: str) -> Tensor:
+    return u.new_empty(*u.shape[:2], weight.shape[2])
+
+
+@torch.library.custom_op("stu::filter_convolution_backward", mutates_args=())
+def _convolution_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    reverse: Tensor | None,
+    bank: int,
+    algorithm: str,
+    wants_u: bool,
+    wants_matrices: bool,
+) -> list[Tensor]:
+    """Gradients of u, irfft(G Hᴴ), and of weight and reverse, Σ_f Re φ̂_k(f)* U(f)ᴴ G(f); empty where not wanted.
+
+    No gradient passes through a complex FFT: convolution's adjoint is correlation. U and H are computed again rather
+    than kept: an FFT costs less than keeping every layer's spectra.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        n = _fft_length(u)
+        bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
+        gradients = _spectrum(grad, n, bands)
+        signals = _spectrum(u, n, bands) if wants_matrices else gradients
+        by_u = []
+        by_weight = weight.new_zeros(weight.shape) if wants_matrices else u.new_empty(0)
+        by_reverse = weight.new_zeros(weight.shape) if wants_matrices and reverse is not None else u.new_empty(0)
+        for band, signal, gradient in zip(bands, signals, gradients, strict=True):
+            product = _PRODUCTS[algorithm](band, weight, reverse)
+            if wants_u:
+                by_u.append(gradient.new_empty(*gradient.shape[:3], weight.shape[1]))
+                product.multiply_adjoint(by_u[-1], gradient)
+            if wants_matrices:
+                for total, part in zip((by_weight, by_reverse), product.correlate(signal, gradient, n), strict=False):
+                    total.view(len(weight), -1).addmm_(band.mix.mT, part)
+        by_input = _samples(by_u, bands, n, u.shape[1]) if wants_u else u.new_empty(0)
+        return [by_input, by_weight, by_reverse]
+
+
+@_convolution_backward.register_fake
+def _(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    reverse: Tensor | None,
+    bank: int,
+    algorithm: str,
+    wants_u: bool,
+    wants_matrices: bool,
+) -> list[Tensor]:
+    wanted = (u, wants_u), (weight, wants_matrices), (weight, wants_matrices and reverse is not None)
+    return [like.new_empty(like.shape) if wants else u.new_empty(0) for like, wants in wanted]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    u, weight, reverse, number, ctx.algorithm = inputs
+    ctx.save_for_backward(u, weight, reverse)
+    ctx.number, ctx.bank = number, FilterBank.of(number)  # the bank lives as long as the graph
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:3]
+    gradients = _convolution_backward(
+        grad, *ctx.saved_tensors, ctx.number, ctx.algorithm, needed[0], needed[1] or needed[2]
+    )
+    return *(gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)), None, None
+
+
+_convolution.register_autograd(_backward, setup_context=_save)
+
+
+# --- between samples and bands ---
+
+
+def _fft_length(u: Tensor) -> int:
+    """Long enough that nothing wraps around, on either side."""
+    n: int = next_fast_len(2 * u.shape[1] - 1, real=True)
+    return n
+
+
+def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:
+    """The rfft over time, (B, L, I) → (F, B, 2, I) for each band, real and imaginary parts apart."""
+    planes = [x.new_empty(band.basis.shape[1], len(x), 2, x.shape[2]) for band in bands]
+    for rows in _chunks(len(x), n * x.shape[2], x, SIGNAL_CHUNK):
+        whole = torch.view_as_real(torch.fft.rfft(x[rows], n=n, dim=1)).permute(1, 0, 3, 2)  # (F, B, 2, I)
+        for band, plane in zip(bands, planes, strict=True):
+            plane[:, rows] = whole[band.frequencies]
+    return planes
+
+
+def _samples(planes: list[Tensor], bands: list[Band], n: int, length: int) -> Tensor:
+    """The inverse of `_spectrum`, cut to the first `length` samples: (B, L, O)."""
+    _, batch, _, width = planes[0].shape
+    y = planes[0].new_empty(batch, length, width)
+    for rows in _chunks(batch, n * width, y, SIGNAL_CHUNK):
+        whole = y.new_empty(len(y[rows]), width, n // 2 + 1, 2)
+        for band, plane in zip(bands, planes, strict=True):
+            whole[:, :, band.frequencies] = plane[:, rows].permute(1, 3, 0, 2)
+        y[rows] = torch.fft.irfft(torch.view_as_complex(whole), n=n, dim=2)[..., :length].mT
+    return y
+
+
+def _chunks(count: int, size: int, like: Tensor, budget: dict[str, int]) -> list[slice]:
+    """Slices of `count` items of `size` numbers each, within the device's budget."""
+    step = max(1, budget.get(like.device.type, CHUNK_ELSEWHERE) // max(1, size))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+# --- the products on one band ---
+
+
+class _Product(Protocol):
+    """Multiplication by H on a band, and its derivatives; signals and gradients as (F, B, 2, width)."""
+
+    def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None: ...
+
+    def multiply(self, out: Tensor, signal: Tensor) -> None:
+        """out(f) = signal(f) H(f)."""
+
+    def multiply_adjoint(self, out: Tensor, gradient: Tensor) -> None:
+        """out(f) = gradient(f) H(f)ᴴ."""
+
+    def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
+        """The gradients of M̃, and of R̃ if there is one, (R, I·O) each: Σ_f Re a_r(f)* signal(f)ᴴ gradient(f)."""
+
+
+class _Transfer:
+    """H(f) for some frequencies at a time.
+
+    A filter that runs from the end has the conjugate spectrum, so both directions cost what one does:
+    H = Σ_r a_r M̃_r + a_r* R̃_r = Σ_r Re a_r (M̃_r + R̃_r) + i Im a_r (M̃_r − R̃_r).
     """
 
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
-        """Real (B, L, I), (L, K), (K or 2K, I, O) → (B, L, O); the second K matrices are those of reversed filters."""
-        length = u.shape[1]
-        n = next_fast_len(2 * length - 1, real=True)  # long enough that nothing wraps around
-        signal = _spectrum(u, n)  # (F, 2B, I)
-        response = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0))  # (F, K, 2)
-        if len(weight) > filters.shape[1]:  # reversed in time is conjugate in frequency; with n ≥ 2L − 1 both sides fit
-            response = torch.cat((response, response * response.new_tensor([1.0, -1.0])), 1)  # (F, 2K, 2)
-        ctx.save_for_backward(signal, response, weight)
-        ctx.n, ctx.length = n, length
-        out = signal.new_empty(*signal.shape[:2], weight.shape[2])
-        for f in _frequency_chunks(len(response), weight):
-            real, imaginary = _transfer(response[f], weight)
-            out[f] = _turned(torch.bmm(signal[f], real), torch.bmm(signal[f], imaginary), 1)
-        return _samples(out, n, length)
+    def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
+        self.band, self.basis, self.shape, self.two_way = band, band.basis, weight.shape[1:], reverse is not None
+        self.even = self.odd = band.mix @ weight.flatten(1)  # (R, I·O)
+        if reverse is not None:
+            mirrored = band.mix @ reverse.flatten(1)
+            self.even, self.odd = self.even + mirrored, self.odd - mirrored
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        """Gradients of u, irfft(G Hᴴ), and weight, Σ_f Re φ̂_k(f)* U(f)ᴴ G(f) over *all* n frequencies, by Parseval."""
-        signal, response, weight = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside one, too
-            gradient = _spectrum(grad, ctx.n)  # (F, 2B, O)
-            grad_signal = torch.empty_like(signal) if ctx.needs_input_grad[0] else None
-            grad_weight = weight.new_zeros(len(weight), weight[0].numel()) if ctx.needs_input_grad[2] else None
-            share = _parseval(ctx.n, response) if grad_weight is not None else None
-            for f in _frequency_chunks(len(response), weight):
-                if grad_signal is not None:
-                    real, imaginary = _transfer(response[f], weight)
-                    by_real, by_imaginary = torch.bmm(gradient[f], real.mT), torch.bmm(gradient[f], imaginary.mT)
-                    grad_signal[f] = _turned(by_real, by_imaginary, -1)
-                if grad_weight is not None and share is not None:
-                    turned = _turned(torch.zeros_like(gradient[f]), gradient[f], -1)  # −i G
-                    transfer = torch.stack((torch.bmm(signal[f].mT, gradient[f]), torch.bmm(signal[f].mT, turned)))
-                    grad_weight.addmm_(share[f].permute(1, 2, 0).flatten(1), transfer.view(-1, grad_weight.shape[1]))
-            return (
-                None if grad_signal is None else _samples(grad_signal, ctx.n, ctx.length),
-                None,
-                None if grad_weight is None else grad_weight.view_as(weight),
-            )
+    def multiply(self, out: Tensor, signal: Tensor) -> None:
+        for f in self._frequencies(signal):
+            real, imaginary = self._at(f)
+            _complex_product(out[f], signal[f], real, imaginary)
+
+    def multiply_adjoint(self, out: Tensor, gradient: Tensor) -> None:
+        for f in self._frequencies(gradient):
+            real, imaginary = self._at(f)
+            _complex_product(out[f], gradient[f], real.mT, imaginary.mT, conjugate=True)
+
+    def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
+        even, odd = torch.zeros_like(self.even), torch.zeros_like(self.odd)
+        real, imaginary = self.basis * _shares(self.band, n)
+        for f in self._frequencies(signal):
+            left, right = signal[f].flatten(1, 2).mT, gradient[f]
+            turned = torch.stack((right[:, :, 1], -right[:, :, 0]), 2)  # −i times the gradient
+            even.addmm_(real[f].mT, torch.bmm(left, right.flatten(1, 2)).flatten(1))
+            odd.addmm_(imaginary[f].mT, torch.bmm(left, turned.flatten(1, 2)).flatten(1))
+        return [even + odd, even - odd] if self.two_way else [even + odd]
+
+    def _frequencies(self, signal: Tensor) -> list[slice]:
+        return _chunks(len(signal), self.shape.numel(), signal, PRODUCT_CHUNK)
+
+    def _at(self, f: slice) -> tuple[Tensor, Tensor]:
+        """Re H and Im H, each (F, I, O)."""
+        real, imaginary = self.basis[0, f] @ self.even, self.basis[1, f] @ self.odd
+        return real.view(-1, *self.shape), imaginary.view(-1, *self.shape)
 
 
-def _spectrum(x: Tensor, n: int) -> Tensor:
-    """The rfft over time, (B, L, I) → planes (F, 2B, I): all real parts, then all imaginary parts."""
-    return torch.view_as_real(torch.fft.rfft(x, n=n, dim=1)).permute(1, 3, 0, 2).flatten(1, 2)
+class _Features:
+    """a_r(f) U(f) for some frequencies at a time; the other direction adds the features a_r(f)* U(f)."""
+
+    def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
+        matrices = [band.mix @ matrix.flatten(1) for matrix in (weight, reverse) if matrix is not None]
+        self.band, self.directions = band, len(matrices)
+        self.matrix = torch.cat(matrices).view(-1, weight.shape[2])  # (R·I, O), or (2R·I, O)
+        real, imaginary = band.basis
+        if reverse is not None:
+            real, imaginary = torch.cat((real, real), 1), torch.cat((imaginary, -imaginary), 1)
+        to_real, to_imaginary = torch.stack((real, -imaginary), -1), torch.stack((imaginary, real), -1)
+        self.turn = torch.cat((to_real, to_imaginary), 1)  # (F, 2R, 2): multiplication by a_r as a real matrix
+
+    def multiply(self, out: Tensor, signal: Tensor) -> None:
+        for f in self._frequencies(signal):
+            out[f] = (self._features(self.turn[f], signal[f]) @ self.matrix).view_as(out[f])
+
+    def multiply_adjoint(self, out: Tensor, gradient: Tensor) -> None:
+        for f in self._frequencies(gradient):
+            frequencies, batch = gradient[f].shape[:2]
+            features = (gradient[f].flatten(0, 2) @ self.matrix.mT).view(frequencies, batch, self.turn.shape[1], -1)
+            out[f] = self.turn[f].mT.unsqueeze(1) @ features
+
+    def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
+        total = torch.zeros_like(self.matrix)
+        turn = self.turn * _shares(self.band, n).unsqueeze(-1)
+        for f in self._frequencies(signal):
+            total.addmm_(self._features(turn[f], signal[f]).mT, gradient[f].flatten(0, 2))
+        return list(total.view(self.directions, -1, signal.shape[-1] * gradient.shape[-1]))
+
+    def _frequencies(self, signal: Tensor) -> list[slice]:
+        return _chunks(len(signal), 2 * signal.shape[1] * len(self.matrix), signal, PRODUCT_CHUNK)
+
+    def _features(self, turn: Tensor, signal: Tensor) -> Tensor:
+        """(F, 2R, 2) and (F, B, 2, I) → rows (F·B·2, R·I)."""
+        return (turn.unsqueeze(1) @ signal).view(2 * signal.shape[0] * signal.shape[1], -1)
 
 
-def _samples(planes: Tensor, n: int, length: int) -> Tensor:
-    """The inverse of `_spectrum`, cut to the first `length` samples: (F, 2B, O) → (B, L, O)."""
-    whole = torch.view_as_complex(planes.unflatten(1, (2, -1)).permute(2, 0, 3, 1).contiguous())  # (B, F, O)
-    return torch.fft.irfft(whole, n=n, dim=1)[:, :length]
+def _complex_product(out: Tensor, x: Tensor, real: Tensor, imaginary: Tensor, *, conjugate: bool = False) -> None:
+    """Write x (real ± i·imaginary) to out, for planes x (F, B, 2, I), out (F, B, 2, O) and matrices (F, I, O)."""
+    by_real = torch.bmm(x.flatten(1, 2), real).view_as(out)
+    by_imaginary = torch.bmm(x.flatten(1, 2), imaginary).view_as(out)
+    sign = -1 if conjugate else 1
+    torch.sub(by_real[:, :, 0], by_imaginary[:, :, 1], alpha=sign, out=out[:, :, 0])
+    torch.add(by_real[:, :, 1], by_imaginary[:, :, 0], alpha=sign, out=out[:, :, 1])
 
 
-def _parseval(n: int, response: Tensor) -> Tensor:
-    """The response times each frequency's share of a sum over all n: 2/n, but 1/n for one that is its own mirror."""
-    count = torch.full((len(response), 1, 1), 2 / n, dtype=response.dtype, device=response.device)
-    count[0] = 1 / n
-    if n % 2 == 0:
-        count[-1] = 1 / n
-    return response * count
+def _shares(band: Band, n: int) -> Tensor:
+    """Each frequency's share of a sum over all n of them, (F, 1): 2/n, but 1/n for one that is its own mirror."""
+    shares = band.basis.new_full((band.basis.shape[1], 1), 2 / n)
+    if band.frequencies.start == 0:
+        shares[0] = 1 / n
+    last = band.frequencies.start + 2 * (len(shares) - 1)
+    if 2 * last == n:
+        shares[-1] = 1 / n
+    return shares
 
 
-def _frequency_chunks(frequencies: int, weight: Tensor) -> list[slice]:
-    """Slices of the frequency axis with about `CHUNK` entries of H each."""
-    size = max(1, CHUNK // (weight.shape[1] * weight.shape[2]))
-    return [slice(start, min(start + size, frequencies)) for start in range(0, frequencies, size)]
-
-
-def _transfer(response: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Re and Im of Σ_k φ̂_k(f) M_k, each (F, I, O), as one matrix product."""
-    planes = response.permute(2, 0, 1).flatten(0, 1) @ weight.flatten(1)  # (2F, I·O)
-    real, imaginary = planes.view(2, len(response), *weight.shape[1:])
-    return real, imaginary
-
-
-def _turned(real: Tensor, imaginary: Tensor, sign: int) -> Tensor:
-    """Add sign·i·imaginary to real, for planes (F, 2B, O): i maps (Re, Im) to (−Im, Re)."""
-    half = real.shape[1] // 2
-    out = real.clone()
-    out[:, :half].sub_(imaginary[:, half:], alpha=sign)
-    out[:, half:].add_(imaginary[:, :half], alpha=sign)
-    return out
+_PRODUCTS: dict[str, type[_Product]] = {"transfer": _Transfer, "features": _Features}

@@ -1,29 +1,45 @@
 r"""Linear recurrences with learned matrices: y_t = w_t + Σ_i y_{t−i} M_i.
 
-B batch, L length, D width, P order of the recurrence, T block length
+B batch, L length, D width, P order of the recurrence, T block length, S = ⌈L/T⌉ blocks
+
+Inside a block the response to the drive is a block-Toeplitz product with the recurrence's impulse response; the P
+outputs at the seam of two blocks are carried in sequence, by S small products. The gradient needs no second look at
+any of it: a recurrence's adjoint is the same recurrence with transposed matrices, run from the end.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 16
+SHORTEST, LONGEST = 4, 64  # block lengths
+# Flops that take as long as the small product at a seam, in which the call itself counts most.
+SEAM_FLOPS = {"cpu": 7e5}
+SEAM_FLOPS_ELSEWHERE = 1e8
 
 
 def linear_recurrence(drive: Tensor, weight: Tensor, initial: Tensor | None = None) -> Tensor:
-    """y_t = drive_t + Σ_{i=1…P} y_{t−i} M_i, without a loop over time.
+    """y_t = drive_t + Σ_{i=1…P} y_{t−i} M_i, in blocks of time.
 
     drive: (B, L, D); weight: (P, D, D), M_i as `y @ weight[i-1]`; initial: (B, P, D), the outputs before the first,
-    newest first, zeros where None. Returns (B, L, D) in drive's dtype.
-
-    Blocks of T steps: inside a block the response to the drive is a block-Toeplitz product with the impulse response
-    of the recurrence; only the P outputs at the seam of two blocks are carried in sequence. All of it in float32 at
-    least, whatever the dtypes or an enclosing autocast: near |pole| = 1 the rounding of thousands of steps adds up.
+    newest first, zeros where None. Returns (B, L, D) in drive's dtype. All of it in float32 at least, whatever the
+    dtypes or an enclosing autocast: near |pole| = 1 the rounding of thousands of steps adds up. To `torch.compile` this
+    is one opaque operator.
     """
     dtype = torch.promote_types(torch.promote_types(drive.dtype, weight.dtype), torch.float32)
     start = drive.new_zeros(len(drive), *weight.shape[:2]) if initial is None else initial
-    with torch.autocast(drive.device.type, enabled=False):
-        return _blockwise(drive.to(dtype), weight.to(dtype), start.to(dtype)).to(drive.dtype)
+    y: Tensor = _recurrence(drive.to(dtype), weight.to(dtype), start.to(dtype))
+    return y.to(drive.dtype)
+
+
+def choose_block(batch: int, width: int, device: str) -> int:
+    """The block length T that balances a step's Toeplitz product, 2·B·T·D² flops, with its share of a seam, 1/T.
+
+    Alternatives are measured by `python -m experiments.speed.recurrence`.
+    """
+    seam = SEAM_FLOPS.get(device, SEAM_FLOPS_ELSEWHERE)
+    return min(max(round((seam / (2 * batch * width**2)) ** 0.5), SHORTEST), LONGEST)
 
 
 def linear_recurrence_reference(drive: Tensor, weight: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -38,22 +54,90 @@ def linear_recurrence_reference(drive: Tensor, weight: Tensor, initial: Tensor |
     return torch.stack(outputs, 1)
 
 
-def _blockwise(drive: Tensor, weight: Tensor, seam: Tensor) -> Tensor:
+# --- the operator ---
+
+
+@torch.library.custom_op("stu::linear_recurrence", mutates_args=())
+def _recurrence(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
+    with torch.autocast(drive.device.type, enabled=False):
+        return _blockwise(drive, weight, initial)
+
+
+@_recurrence.register_fake
+def _(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
+    return drive.new_empty(drive.shape)
+
+
+@torch.library.custom_op("stu::linear_recurrence_backward", mutates_args=())
+def _recurrence_backward(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> list[Tensor]:
+    """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
+    with torch.autocast(grad.device.type, enabled=False):
+        order, width = weight.shape[:2]
+        nothing = torch.zeros_like(initial)
+        by_drive = _blockwise(grad.flip(1), weight.mT, nothing).flip(1)
+        history = torch.cat((initial.flip(1), y), 1)  # (B, P + L, D), oldest first
+        by_weight = torch.stack(
+            [
+                history[:, order - i : -i].reshape(-1, width).mT @ by_drive.reshape(-1, width)
+                for i in range(1, order + 1)
+            ]
+        )
+        # y_{1−i} enters step t through M_{t−1+i}
+        by_initial = torch.stack(
+            [
+                sum(
+                    (by_drive[:, t] @ weight[t + i - 1].mT for t in range(min(order - i + 1, y.shape[1]))),
+                    nothing[:, 0],
+                )
+                for i in range(1, order + 1)
+            ],
+            1,
+        )
+        return [by_drive, by_weight, by_initial]
+
+
+@_recurrence_backward.register_fake
+def _(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> list[Tensor]:
+    return [like.new_empty(like.shape) for like in (grad, weight, initial)]
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    _, weight, initial = inputs
+    ctx.save_for_backward(output, weight, initial)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_recurrence_backward(grad, *ctx.saved_tensors))
+
+
+_recurrence.register_autograd(_backward, setup_context=_save)
+
+
+# --- blocks ---
+
+
+def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     batch, length, width = drive.shape
-    order = weight.shape[0]
-    block = max(BLOCK, order)
+    order = len(weight)
+    block = max(min(choose_block(batch, width, drive.device.type), length), order)
     steps = -(-length // block)
     response = _impulse_response(weight, block)  # (T, D, D)
-    padded = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch * steps, block * width)
-    local = (padded @ _toeplitz(response)).view(batch, steps, block, width)
     free = _free_response(weight, response)  # (P·D, T·D)
-    seams = []
-    for local_end in local[:, :, block - order :].unbind(1):  # oldest first: (B, P, D)
-        seams.append(seam)
-        free_end = (seam.reshape(batch, -1) @ free[:, (block - order) * width :]).view(batch, order, width)
-        seam = (local_end + free_end).flip(1)
-    carried = torch.stack(seams, 1).view(batch * steps, -1) @ free  # (B·steps, T·D)
-    return (local + carried.view_as(local)).view(batch, steps * block, width)[:, :length]
+    blocks = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch, steps, block * width)
+    y = (blocks.flatten(0, 1) @ _toeplitz(response)).view_as(blocks)  # what each block's drive does in it
+    seams = _seams(y[:, :, -order * width :], free[:, -order * width :], initial.flip(1).flatten(1))
+    y.view(-1, block * width).addmm_(seams.flatten(0, 1), free)
+    return y.view(batch, steps * block, width)[:, :length]
+
+
+def _seams(ends: Tensor, free: Tensor, seam: Tensor) -> Tensor:
+    """The P outputs before each block, (B, S, P·D), oldest first: s_{j+1} = ends_j + s_j free."""
+    seams = ends.new_empty(ends.shape[1], *seam.shape)
+    seams[0] = seam
+    ends = ends.transpose(0, 1)
+    for j in range(1, len(seams)):
+        torch.addmm(ends[j - 1], seams[j - 1], free, out=seams[j])
+    return seams.transpose(0, 1)
 
 
 def _impulse_response(weight: Tensor, length: int) -> Tensor:
@@ -75,17 +159,17 @@ def _toeplitz(response: Tensor) -> Tensor:
 
 
 def _free_response(weight: Tensor, response: Tensor) -> Tensor:
-    """(P·D, T·D): what the P outputs before a block, newest first, leave in it without any drive.
+    """(P·D, T·D): what the P outputs before a block, oldest first, leave in it without any drive.
 
     Output t−i (i = 1…P) re-enters step t' of the block through M_{t'+i}, t' ≤ P − i, and then rings as P_{t−t'}.
     """
     order, width, _ = weight.shape
     block = len(response)
     rows = []
-    for i in range(1, order + 1):
+    for i in range(order, 0, -1):
         entries = torch.zeros(width, block, width, dtype=weight.dtype, device=weight.device)
         for start in range(order - i + 1):
             ringing = weight[start + i - 1] @ response[: block - start]  # (T − start, D, D)
-            entries = entries + F.pad(ringing.transpose(0, 1), (0, 0, start, 0))
-        rows.append(entries.reshape(width, block * width))
+            entries[:, start:] += ringing.transpose(0, 1)
+        rows.append(entries.view(width, block * width))
     return torch.cat(rows)
