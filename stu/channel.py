@@ -3,27 +3,54 @@
 D model width
 """
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stu.errors import require
 
+Gelu = Literal["tanh", "exact"]
+
 
 class GLU(nn.Module):
     """GELU → dropout → linear to 2D → gated linear unit: what follows the mixer in S4 and STU blocks.
 
-    Sources: Dauphin et al., 1612.08083; block of S4 (2111.00396) and of the STU (2312.06837, section 4), whose
-    official code uses the tanh form of GELU.
+    gelu: the exact function, as in S4, or its tanh form, as in the STU. Sources: Dauphin et al., 1612.08083; the blocks
+    of S4 (2111.00396) and of the STU (2312.06837, section 4) and their official codes.
     """
 
-    def __init__(self, d_model: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, *, dropout: float = 0.0, gelu: Gelu = "tanh") -> None:
         super().__init__()
+        require(gelu in ("tanh", "exact"), "gelu", gelu, "must be tanh or exact")
+        self.approximate = "tanh" if gelu == "tanh" else "none"
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(d_model, 2 * d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) → (…, D)."""
-        return F.glu(self.linear(self.dropout(F.gelu(x, approximate="tanh"))), dim=-1)
+        return F.glu(self.linear(self.dropout(F.gelu(x, approximate=self.approximate))), dim=-1)
+
+
+class HalfGLU(nn.Module):
+    """z · sigmoid(W z) of z = dropout(GELU(x)): what follows the mixer in S5 blocks (2208.04933).
+
+    gated: "activated", the z above, or "input", x · sigmoid(W z); the official code calls them half_glu1 and half_glu2.
+    """
+
+    def __init__(
+        self, d_model: int, *, dropout: float = 0.0, gated: Literal["activated", "input"] = "activated"
+    ) -> None:
+        super().__init__()
+        require(gated in ("activated", "input"), "gated", gated, "must be activated or input")
+        self.gated = gated
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D)."""
+        z = self.dropout(F.gelu(x, approximate="tanh"))
+        return (z if self.gated == "activated" else x) * self.linear(z).sigmoid()
 
 
 class MLP(nn.Module):

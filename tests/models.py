@@ -19,7 +19,7 @@ from stu.mixers.stu import STU
 M = TypeVar("M", bound=nn.Module)
 
 # What makes a model small, wherever it has an option of that name.
-SMALL: dict[str, Any] = {"d_model": 8, "depth": 2, "num_filters": 6, "num_heads": 2, "d_state": 8}
+SMALL: dict[str, Any] = {"d_model": 8, "depth": 2, "num_filters": 6, "num_heads": 2, "d_state": 8, "num_blocks": 2}
 
 MODELS = options_of("model")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from stu.backbone import Backbone, Block, SequenceModel
-from stu.channel import GLU, MLP
+from stu.channel import GLU, MLP, HalfGLU
 from stu.encoders import LearnedPositions, LinearEncoder, SinusoidalPositions, TokenEncoder
 from stu.errors import OptionError
 from stu.heads import PooledHead, StepHead, pooled
@@ -415,12 +415,33 @@ def test_batch_norm_of_two_processes_is_that_of_one(tmp_path: Path):
 # --- channel mixers ---
 
 
-def test_glu_is_its_formula():
-    glu = GLU(D).double()
+def gelu(x, form="tanh"):
+    if form == "exact":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("form", ["tanh", "exact"])
+def test_glu_is_its_formula(form):
+    glu = GLU(D, gelu=form).double()
     x = noise(2, 3, D)
-    gelu = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    value, gate = (gelu @ glu.linear.weight.T + glu.linear.bias).split(D, -1)
+    value, gate = (gelu(x, form) @ glu.linear.weight.T + glu.linear.bias).split(D, -1)
     assert_close(glu(x), value * torch.sigmoid(gate), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", ["activated", "input"])
+def test_half_glu_is_its_formula(gated):
+    glu = HalfGLU(D, gated=gated).double()
+    x = noise(2, 3, D)
+    gate = torch.sigmoid(gelu(x) @ glu.linear.weight.T + glu.linear.bias)
+    assert_close(glu(x), (gelu(x) if gated == "activated" else x) * gate, rtol=0, atol=1e-12)
+
+
+def test_unknown_forms_are_named():
+    with pytest.raises(OptionError, match="gelu"):
+        GLU(D, gelu="sigmoid")
+    with pytest.raises(OptionError, match="gated"):
+        HalfGLU(D, gated="output")
 
 
 @pytest.mark.parametrize(("expand", "hidden"), [(4.0, 32), (1.5, 12), (0.01, 1)])
@@ -429,11 +450,10 @@ def test_mlp_is_its_formula(expand, hidden):
     assert mlp.up.weight.shape == (hidden, D)
     x = noise(2, 3, D)
     inner = x @ mlp.up.weight.T + mlp.up.bias
-    inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-    assert_close(mlp(x), inner @ mlp.down.weight.T + mlp.down.bias, rtol=0, atol=1e-12)
+    assert_close(mlp(x), gelu(inner, "exact") @ mlp.down.weight.T + mlp.down.bias, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [GLU, MLP])
+@pytest.mark.parametrize("make", [GLU, HalfGLU, MLP])
 def test_channel_mixers_drop_out_in_training_only(make):
     layer = make(D, dropout=0.5)
     x = noise(20, D, dtype=torch.float32)

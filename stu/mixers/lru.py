@@ -1,0 +1,134 @@
+r"""The Linear Recurrent Unit.
+
+B batch, L length, D model width, N size of the state
+
+    x_t = λ ⊙ x_{t−1} + exp(γ^log) ⊙ B u_t,    y_t = Re(C x_t) + D ⊙ u_t,    λ = exp(−exp(ν^log) + i exp(θ^log))
+
+with complex x, B and C. Source: Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De, "Resurrecting Recurrent Neural
+Networks for Long Sequences", 2303.06349, section 3 and appendix A, and NicolasZucchet/minimal-LRU.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stu.errors import require
+from stu.mixer import Mixer
+from stu.ops.kernels import complex_parameter, widened
+from stu.ops.scan import diagonal_ssm, diagonal_step
+
+
+class LRUState(NamedTuple):
+    """The complex state x, (B, N)."""
+
+    x: Tensor
+
+
+class LRU(Mixer):
+    """A diagonal complex recurrence, and what makes it trainable.
+
+    exponential: λ has the stable form above (section 3.3); without it λ itself is learned, and nothing keeps it inside
+    the unit disk. ring: λ begins uniform on the ring of radii r_min and r_max, with phases from 0 to max_phase
+    (section 3.4); without it, on all of the unit disk, like the eigenvalues of a random dense matrix (section 3.2).
+    normalize: the input is scaled by the learned exp(γ^log), which begins as √(1 − |λ|²) (section 3.4); without it, not
+    at all. causal: without it, a second state with the same λ, γ^log and B runs from the end, and has a C of its own.
+
+    Complex parameters are real pairs (…, 2). They begin normal, B_ij of variance 1/D, C_ij of 2/N, D of 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = True,
+        d_state: int = 256,
+        exponential: bool = True,
+        ring: bool = True,
+        normalize: bool = True,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 2 * math.pi,
+    ) -> None:
+        super().__init__()
+        require(d_state >= 1, "d_state", d_state, "must be at least 1")
+        require(0 <= r_min < r_max, "r_min", r_min, f"must be at least 0 and below r_max ({r_max})")
+        require(r_max <= 1, "r_max", r_max, "must be at most 1")
+        require(0 < max_phase <= 2 * math.pi, "max_phase", max_phase, "must be above 0 and at most 2π")
+        self.d_model, self.causal = d_model, causal
+        self.r_min, self.r_max, self.max_phase = (r_min, r_max, max_phase) if ring else (0.0, 1.0, 2 * math.pi)
+        self.nu_log = nn.Parameter(torch.empty(d_state)) if exponential else None
+        self.theta_log = nn.Parameter(torch.empty(d_state)) if exponential else None
+        self.eigenvalues = None if exponential else nn.Parameter(torch.empty(d_state, 2))
+        self.gamma_log = nn.Parameter(torch.empty(d_state)) if normalize else None
+        self.B = nn.Parameter(torch.empty(d_state, d_model, 2))
+        self.C = nn.Parameter(torch.empty(1 if causal else 2, d_model, d_state, 2))  # [direction, out, state]
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+        radius, phase = torch.empty(2, len(self.B), dtype=torch.float64).uniform_(1e-6, 1 - 1e-6)  # has logarithms
+        nu, theta = ring_eigenvalues(radius, phase, self.r_min, self.r_max, self.max_phase)
+        with torch.no_grad():
+            if self.nu_log is not None and self.theta_log is not None:
+                self.nu_log.copy_(nu.log())
+                self.theta_log.copy_(theta.log())
+            if self.eigenvalues is not None:
+                self.eigenvalues.copy_(torch.view_as_real(torch.polar((-nu).exp(), theta)))
+            if self.gamma_log is not None:
+                self.gamma_log.copy_((-torch.expm1(-2 * nu)).log() / 2)
+        nn.init.normal_(self.B, std=(2 * self.d_model) ** -0.5)
+        nn.init.normal_(self.C, std=len(self.B) ** -0.5)
+        nn.init.normal_(self.D)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        if mask is not None:
+            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
+        return self._run(x)[0]
+
+    def initial_state(self, batch_size: int) -> LRUState:
+        """Zeros: nothing was seen."""
+        self._require_causal()
+        return LRUState(complex_parameter(self.C).new_zeros(batch_size, len(self.B)))
+
+    def step(self, x: Tensor, state: LRUState) -> tuple[Tensor, LRUState]:
+        """x_t (B, D), state → y_t (B, D), state."""
+        self._require_causal()
+        y, after = diagonal_step(x, *self._system(), state.x)
+        return y + (self.D * x).to(x.dtype), LRUState(after)
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, LRUState]:
+        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
+        self._require_causal()
+        return self._run(x)
+
+    def _require_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError("an LRU runs step by step only with causal=true")
+
+    def _run(self, x: Tensor) -> tuple[Tensor, LRUState]:
+        y, last = diagonal_ssm(x, *self._system())
+        return y + (self.D * x).to(x.dtype), LRUState(last)
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """λ (N,), exp(γ^log) B (N, D), C (directions, D, N)."""
+        B = complex_parameter(self.B)
+        if self.gamma_log is not None:
+            B = widened(self.gamma_log).exp().unsqueeze(-1) * B
+        return self._decay(), B, complex_parameter(self.C)
+
+    def _decay(self) -> Tensor:
+        if self.nu_log is None or self.theta_log is None:
+            assert self.eigenvalues is not None
+            return complex_parameter(self.eigenvalues)
+        return torch.polar((-widened(self.nu_log).exp()).exp(), widened(self.theta_log).exp())
+
+
+def ring_eigenvalues(
+    radius: Tensor, phase: Tensor, r_min: float, r_max: float, max_phase: float
+) -> tuple[Tensor, Tensor]:
+    """ν and θ of λ = exp(−ν + iθ), uniform on the ring's area if radius and phase are so in 0 … 1 (lemma 3.2)."""
+    return -(radius * (r_max**2 - r_min**2) + r_min**2).log() / 2, max_phase * phase

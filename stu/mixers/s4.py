@@ -1,0 +1,163 @@
+r"""S4, the structured state space model: diagonal plus low rank.
+
+B batch, L length, D model width, R rank, N size of the state, of which N/2 modes are kept: their conjugates follow
+
+    x'(t) = (Λ − P Pᴴ) x(t) + B u(t),    y(t) = C x(t) + D u(t)        (in every channel, in time steps dt of its own)
+
+The low rank term is a feedback. With w_t = Pᴴ (x_t + x_{t−1})/2 the bilinear rule reads
+
+    x_t = Ā x_{t−1} + G (B u_t − P w_t),    Ā = (1 + dt Λ/2)/(1 − dt Λ/2),    G = dt/(1 − dt Λ/2)
+
+so that a step costs O(R·N). The kernel k_l = C Ā_P^l B̄ comes from the dense Ā_P of the same step. As Re Λ < 0 and
+−P Pᴴ ≤ 0, it never lengthens a vector, and its powers are exact to rounding. The Cauchy kernel of the paper needs
+Ā_P^L as well wherever C itself is the parameter; at the usual N ≤ 64 the other powers cost little more, and nothing
+here depends on a length chosen beforehand.
+
+Source: Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, and the official
+code (state-spaces/s4).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stu.errors import require
+from stu.mixer import Mixer
+from stu.ops.hippo import clipped_input, nplr_legs
+from stu.ops.kernels import complex_parameter, dense_kernel, dense_state, discretize, widened
+from stu.ops.long_convolution import long_convolution
+
+
+class S4State(NamedTuple):
+    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it."""
+
+    modes: Tensor
+
+
+class ClosedLoop(NamedTuple):
+    """One step with its feedback, a channel each: Ā and G B (D, N/2), P (R, D, N/2), response (D, N/2, R).
+
+    response: what of x_t the Pᴴ (x_t + x_{t−1}) without feedback takes away, G P (1 + Pᴴ G P/2)^{−1}/2.
+    """
+
+    a: Tensor
+    b: Tensor
+    P: Tensor
+    response: Tensor
+
+    def advance(self, modes: Tensor, u: Tensor) -> Tensor:
+        """x_{t−1} (…, D, N/2), u_t (…, D) → x_t."""
+        free = self.a * modes + self.b * u.unsqueeze(-1)
+        seen = 2 * torch.einsum("rdn,...dn->...dr", self.P.conj(), free + modes).real
+        return free - torch.einsum("dnr,...dr->...dn", self.response, seen.to(free.dtype))
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Ā_P (D, N, N) and B̄ (D, N) on real and imaginary parts in turn."""
+        width, half = self.a.shape
+        basis = torch.eye(2 * half, dtype=self.a.real.dtype, device=self.a.device).view(-1, 1, half, 2)
+        columns = self.advance(torch.view_as_complex(basis), self.a.real.new_zeros(width))  # (N, D, N/2)
+        b = self.advance(torch.zeros_like(self.a), self.a.real.new_ones(width))
+        return torch.view_as_real(columns).flatten(-2).permute(1, 2, 0), torch.view_as_real(b).flatten(-2)
+
+
+class S4(Mixer):
+    """A diagonal plus low rank state space a channel, run as a long convolution; begins as HiPPO-LegS.
+
+    causal: without it, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
+    rank: R; HiPPO-LegS has one column P, further ones begin as noise of deviation 0.01. n_ssm: independent copies of
+    Λ, P and B, which the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
+
+    Complex parameters are real pairs (…, 2). C and D begin normal of variance 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = True,
+        d_state: int = 64,
+        rank: int = 1,
+        n_ssm: int = 1,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ) -> None:
+        super().__init__()
+        require(d_state >= 2 and d_state % 2 == 0, "d_state", d_state, "must be even: modes come in conjugate pairs")
+        require(rank >= 1, "rank", rank, "must be at least 1")
+        require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
+        require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
+        self.d_model, self.causal, self.dt_min, self.dt_max = d_model, causal, dt_min, dt_max
+        self.log_dt = nn.Parameter(torch.empty(d_model))
+        self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
+        self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
+        self.P = nn.Parameter(torch.empty(rank, n_ssm, d_state // 2, 2))
+        self.B = nn.Parameter(torch.empty(n_ssm, d_state // 2, 2))
+        self.C = nn.Parameter(torch.empty(1 if causal else 2, d_model, d_state // 2, 2))  # [direction, channel, mode]
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+        half = self.A_imag.shape[1]
+        A, P, B, _ = (part[:half] for part in nplr_legs(2 * half))
+        nn.init.normal_(self.P, std=0.01)  # not zero, where the gradient of P Pᴴ vanishes
+        with torch.no_grad():
+            self.log_A_real.copy_((-A.real).log())
+            self.A_imag.copy_(A.imag)
+            self.P[0] = torch.view_as_real(P)
+            self.B.copy_(torch.view_as_real(clipped_input(B)))
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))  # of each part
+        nn.init.normal_(self.D)
+
+    def kernel(self, length: int) -> Tensor:
+        """The impulse responses, (directions, L, D); the skip D is in the first entry."""
+        C = 2 * torch.view_as_real(complex_parameter(self.C).conj_physical()).flatten(-2)  # of 2 Re C x
+        kernel = dense_kernel(*self._system().dense(), C, length)
+        kernel[0, 0] += self.D
+        return kernel
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        if mask is not None:
+            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
+        kernel = self.kernel(x.shape[1])
+        return long_convolution(x, *kernel.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def initial_state(self, batch_size: int) -> S4State:
+        """Zeros: nothing was seen."""
+        self._require_causal()
+        return S4State(complex_parameter(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
+
+    def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
+        """x_t (B, D), state → y_t (B, D), state."""
+        self._require_causal()
+        u = widened(x)
+        modes = self._system().advance(state.modes, u)
+        y = 2 * (complex_parameter(self.C[0]) * modes).real.sum(-1) + self.D * u
+        return y.to(x.dtype), S4State(modes)
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, S4State]:
+        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
+        self._require_causal()
+        parts = dense_state(*self._system().dense(), x)  # (B, D, N)
+        return self.forward(x), S4State(torch.view_as_complex(parts.unflatten(-1, (-1, 2)).contiguous()))
+
+    def _require_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError("an S4 runs step by step only with causal=true")
+
+    def _system(self) -> ClosedLoop:
+        """The discrete system of every channel."""
+        dt = widened(self.log_dt).exp().unsqueeze(-1)
+        A = torch.complex(-widened(self.log_A_real).exp(), widened(self.A_imag))
+        copies = self.d_model // len(A)
+        a, gain = discretize(A.repeat(copies, 1), dt, "bilinear")
+        P = complex_parameter(self.P).repeat(1, copies, 1)
+        loop = torch.einsum("rdn,dn,sdn->drs", P.conj(), gain, P).real  # Pᴴ G P/2, conjugate modes included
+        eye = torch.eye(len(P), dtype=dt.dtype, device=dt.device)
+        inverse = torch.linalg.inv_ex(eye + loop).inverse  # never singular, as Re G > 0; a check would wait
+        response = torch.einsum("sdn,dn,dsr->dnr", P, gain, inverse.to(gain.dtype)) / 2
+        return ClosedLoop(a, gain * complex_parameter(self.B).repeat(copies, 1), P, response)

@@ -1,0 +1,120 @@
+r"""S4D, the diagonal state space model.
+
+B batch, L length, D model width, N size of the state, of which N/2 modes are kept: their conjugates follow
+
+    x'(t) = Λ x(t) + B u(t),    y(t) = 2 Re C x(t) + D u(t)        (in every channel, in time steps dt of its own)
+
+Source: Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893,
+and the official code (state-spaces/s4).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stu.errors import require
+from stu.mixer import Mixer
+from stu.ops.hippo import DiagonalInit, diagonal_init
+from stu.ops.kernels import Discretization, complex_parameter, diagonal_kernel, diagonal_state, discretize, widened
+from stu.ops.long_convolution import long_convolution
+
+
+class S4DState(NamedTuple):
+    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it."""
+
+    modes: Tensor
+
+
+class S4D(Mixer):
+    """A diagonal state space a channel, run as a long convolution.
+
+    causal: without it, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
+    init: "legs", the diagonal part of HiPPO-LegS, or one of the closed forms "inv" and "lin". n_ssm: independent
+    copies of Λ and B, which the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
+
+    Complex parameters are real pairs (…, 2). C and D begin normal of variance 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = True,
+        d_state: int = 64,
+        init: DiagonalInit = "legs",
+        discretization: Discretization = "zoh",
+        n_ssm: int = 1,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ) -> None:
+        super().__init__()
+        require(d_state >= 2 and d_state % 2 == 0, "d_state", d_state, "must be even: modes come in conjugate pairs")
+        require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
+        require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
+        require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
+        self.d_model, self.causal, self.init, self.discretization = d_model, causal, init, discretization
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.log_dt = nn.Parameter(torch.empty(d_model))
+        self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
+        self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
+        self.B = nn.Parameter(torch.empty(n_ssm, d_state // 2, 2))
+        self.C = nn.Parameter(torch.empty(1 if causal else 2, d_model, d_state // 2, 2))  # [direction, channel, mode]
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+        A, B = diagonal_init(self.init, 2 * self.A_imag.shape[1])
+        with torch.no_grad():
+            self.log_A_real.copy_((-A.real).log())
+            self.A_imag.copy_(A.imag)
+            self.B.copy_(torch.view_as_real(B))
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))  # of each part
+        nn.init.normal_(self.D)
+
+    def kernel(self, length: int) -> Tensor:
+        """The impulse responses, (directions, L, D); the skip D is in the first entry."""
+        kernel = diagonal_kernel(*self._system(), complex_parameter(self.C), length)
+        kernel[0, 0] += self.D
+        return kernel
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        if mask is not None:
+            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
+        kernel = self.kernel(x.shape[1])
+        return long_convolution(x, *kernel.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def initial_state(self, batch_size: int) -> S4DState:
+        """Zeros: nothing was seen."""
+        self._require_causal()
+        return S4DState(complex_parameter(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
+
+    def step(self, x: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
+        """x_t (B, D), state → y_t (B, D), state."""
+        self._require_causal()
+        a, b = self._system()
+        u = widened(x)
+        modes = a * state.modes + b * u.unsqueeze(-1)
+        y = 2 * (complex_parameter(self.C[0]) * modes).real.sum(-1) + self.D * u
+        return y.to(x.dtype), S4DState(modes)
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, S4DState]:
+        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
+        self._require_causal()
+        return self.forward(x), S4DState(diagonal_state(*self._system(), x))
+
+    def _require_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError("an S4D runs step by step only with causal=true")
+
+    def _system(self) -> tuple[Tensor, Tensor]:
+        """Ā and B̄ of every channel, complex (D, N/2)."""
+        dt = widened(self.log_dt).exp().unsqueeze(-1)
+        A = torch.complex(-widened(self.log_A_real).exp(), widened(self.A_imag))
+        copies = self.d_model // len(A)
+        a, gain = discretize(A.repeat(copies, 1), dt, self.discretization)
+        return a, gain * complex_parameter(self.B).repeat(copies, 1)

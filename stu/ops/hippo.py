@@ -1,0 +1,88 @@
+r"""HiPPO-LegS, the state matrix that remembers a whole past by its Legendre coefficients, and its diagonal forms.
+
+N size of the state
+
+    x'(t) = A x(t) + B u(t),    A = −½ I + S − P Pᵀ with S skew-symmetric
+
+The eigenvectors of A itself are hopelessly ill-conditioned. But A + P Pᵀ is normal: a unitary V turns it into diag(Λ)
+and A into diag(Λ) − p pᴴ, p = Vᴴ P. S4 keeps both terms; S4D-LegS and S5 leave p away. Sources: Gu et al., "HiPPO",
+2008.07669, theorem 2; "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, theorem 1 and
+appendix C; "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893, section 4.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stu.errors import require
+
+DiagonalInit = Literal["legs", "inv", "lin"]
+LARGEST_INPUT = 2.0
+
+
+class NormalPlusLowRank(NamedTuple):
+    """A = V (diag(eigenvalues) − P Pᴴ) Vᴴ with input matrix V B, in complex128.
+
+    eigenvalues (N,), ascending in their imaginary parts and so in conjugate pairs from both ends: the first N // 2 are
+    those of negative imaginary part. P (N,), B (N,). V (N, N) is unitary, with the eigenvectors in its columns.
+    """
+
+    eigenvalues: Tensor
+    P: Tensor
+    B: Tensor
+    V: Tensor
+
+
+def hippo_legs(d_state: int) -> tuple[Tensor, Tensor]:
+    """The real matrices A (N, N) and B (N,) of HiPPO-LegS, float64.
+
+    A_nk = −√((2n+1)(2k+1)) below the diagonal, −(n+1) on it and 0 above; B_n = √(2n+1).
+    """
+    require(d_state >= 1, "d_state", d_state, "must be at least 1")
+    index = torch.arange(d_state, dtype=torch.float64)
+    B = (2 * index + 1).sqrt()
+    return -torch.outer(B, B).tril(-1) - torch.diag(index + 1), B
+
+
+def nplr_legs(d_state: int) -> NormalPlusLowRank:
+    """HiPPO-LegS in the basis where A + P Pᵀ, with P_n = √(n + ½), is diagonal.
+
+    An eigenvector's phase is free: here its first entry is real and positive, which LAPACK leaves but for the sign.
+    """
+    A, B = hippo_legs(d_state)
+    P = B / math.sqrt(2)
+    skew = (A - A.T) / 2  # the rest of A + P Pᵀ is −½ I
+    frequencies, V = torch.linalg.eigh(-1j * skew)
+    V = V * V[0].conj().sgn()
+    eigenvalues = torch.complex(torch.full_like(frequencies, -0.5), frequencies)
+    return NormalPlusLowRank(eigenvalues, V.mH @ P.to(V), V.mH @ B.to(V), V)
+
+
+def clipped_input(B: Tensor) -> Tensor:
+    """B with imaginary parts cut to ±2, as the official code of S4 (state-spaces/s4) begins.
+
+    In the basis of `nplr_legs` B is almost imaginary and of magnitude 0.6 N for the fastest mode, which this tames.
+    """
+    return torch.complex(B.real, B.imag.clamp(-LARGEST_INPUT, LARGEST_INPUT))
+
+
+def diagonal_init(init: DiagonalInit, d_state: int) -> tuple[Tensor, Tensor]:
+    """Λ and B of S4D, (N/2,) complex128 for even N: of each conjugate pair the mode of negative imaginary part.
+
+    lin: Λ_n = −½ − iπn. inv: Λ_n = −½ − i (N/π) (N/(2n+1) − 1). Both have B = 1. legs: the normal part of HiPPO-LegS
+    and its clipped B.
+    """
+    half = d_state // 2
+    index = torch.arange(half, dtype=torch.float64)
+    match init:
+        case "legs":
+            legs = nplr_legs(d_state)
+            return legs.eigenvalues[:half], clipped_input(legs.B[:half])
+        case "inv":
+            frequencies = d_state / math.pi * (d_state / (2 * index + 1) - 1)
+        case _:
+            require(init == "lin", "init", init, "must be legs, inv or lin")
+            frequencies = math.pi * index
+    return torch.complex(torch.full_like(index, -0.5), -frequencies), torch.ones(half, dtype=torch.complex128)

@@ -1,0 +1,164 @@
+r"""Long convolution: every channel with a learned kernel of its own, which may be as long as the input.
+
+B batch, L length, D channels, P lags into the future, T taps for all lags, n FFT length, F = n/2 + 1 frequencies
+
+    y_t = Σ_{i≥0} k(i) u_{t−i} + Σ_{j≥0} r(j) u_{t+1+j}        (a channel at a time; u is zero outside its L steps)
+
+One tensor of taps holds the lags −P … T−P−1; on a circle of n steps the negative ones come last, and
+y = irfft(rfft(u) · rfft(taps)). Σ_t g_t y_t is linear in g, u and taps, so that all derivatives, of any order, are such
+convolutions and the correlations that are their adjoints.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from scipy.fft import next_fast_len
+from torch import Tensor
+
+# How many real numbers are transformed at a time. On a processor: few enough to stay in its cache from one FFT to the
+# next. Elsewhere large kernels are fast, and only their memory is to be bounded.
+CHUNK = 1 << 18
+CHUNK_ELSEWHERE = 1 << 26
+CHANNELS = 16  # of a chunk, at least: they lie side by side in memory, and this many fill a cache line
+
+
+def long_convolution(u: Tensor, kernel: Tensor, reverse: Tensor | None = None) -> Tensor:
+    """y_t = Σ_{i≥0} k(i) u_{t−i}, and with `reverse` also Σ_{j≥0} r(j) u_{t+1+j}: the future begins one step ahead.
+
+    u: (B, L, D); kernel, reverse: (any length, D), what exceeds L is never heard. Returns (B, L, D) in u's dtype.
+    The FFTs run in float32 at least, whatever the dtypes or an enclosing autocast. Differentiable any number of times.
+    """
+    length = u.shape[1]
+    taps, future = kernel[:length], 0
+    if reverse is not None:
+        ahead = reverse[: length - 1]
+        taps, future = torch.cat((ahead.flip(0), taps)), len(ahead)
+    y: Tensor = _convolution(u, taps, future)
+    return y
+
+
+def long_convolution_reference(u: Tensor, kernel: Tensor, reverse: Tensor | None = None) -> Tensor:
+    """The same sums, written out: a Toeplitz matrix for every channel.
+
+    Shapes as in `long_convolution`; O(D·L²) time and memory.
+    """
+    time = torch.arange(u.shape[1])
+    lag = time[:, None] - time  # (t, s)
+    toeplitz = _at(kernel, lag)  # (L, L, D)
+    if reverse is not None:
+        toeplitz = toeplitz + _at(reverse, -1 - lag)
+    return torch.einsum("tsd,bsd->btd", toeplitz, u)
+
+
+def fft_length(least: int) -> int:
+    """The next length that is fast to transform: among multiples of 16, as odd lengths take three times as long."""
+    return 16 * int(next_fast_len(-(-least // 16), real=True))
+
+
+@torch.library.custom_op("stu::long_convolution", mutates_args=())
+def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
+    """(B, L, D), (T, D) → (B, L, D), as one node for autograd and torch.compile."""
+    length = u.shape[1]
+    n, dtype = _plan(u, taps, future)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    for channels, chunks in _chunks(u, n):
+        response = _response(taps[:, channels], future, n, dtype)
+        for rows in chunks:
+            out = _spectrum(u[rows, :, channels], n, dtype).mul_(response)
+            y[rows, :, channels] = _samples(out, n)[:, :length]
+    return y
+
+
+@torch.library.custom_op("stu::long_convolution_adjoint", mutates_args=())
+def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor, Tensor]:
+    """Gradients of u, G(f) K(f)*, and of taps, Σ_b G(f) U(f)*; the spectra are made again instead of stored."""
+    length = u.shape[1]
+    n, dtype = _plan(u, taps, future)
+    grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
+    grad_taps = torch.empty_like(taps, memory_format=torch.contiguous_format)
+    for channels, chunks in _chunks(u, n):
+        # Conjugates are written out: torch.compile runs this where a lazy one would be passed over.
+        response = _response(taps[:, channels], future, n, dtype).conj_physical()
+        total = torch.zeros_like(response)
+        for rows in chunks:
+            gradient = _spectrum(grad[rows, :, channels], n, dtype)  # (b, d, F)
+            signal = _spectrum(u[rows, :, channels], n, dtype).conj_physical_()
+            total += signal.mul_(gradient).sum(0)
+            grad_u[rows, :, channels] = _samples(gradient.mul_(response), n)[:, :length]
+        lags = _samples(total, n)
+        grad_taps[:future, channels], grad_taps[future:, channels] = lags[n - future :], lags[: len(taps) - future]
+    return grad_u, grad_taps
+
+
+@_convolution.register_fake
+def _(u: Tensor, taps: Tensor, future: int) -> Tensor:
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@_adjoint.register_fake
+def _(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(u, memory_format=torch.contiguous_format),
+        torch.empty_like(taps, memory_format=torch.contiguous_format),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.future = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    u, taps = ctx.saved_tensors
+    return *_adjoint(grad, u, taps, ctx.future), None
+
+
+def _backward_of_adjoint(ctx: Any, for_u: Tensor, for_taps: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    """⟨for_u, grad_u⟩ + ⟨for_taps, grad_taps⟩ = ⟨grad, for_u ∗ taps + u ∗ for_taps⟩: each factor enters linearly."""
+    grad, u, taps = ctx.saved_tensors
+    by_grad = _convolution(for_u, taps, ctx.future) + _convolution(u, for_taps, ctx.future)
+    return by_grad, *_adjoint(grad, for_u, for_taps, ctx.future), None
+
+
+_convolution.register_autograd(_backward, setup_context=_save)
+_adjoint.register_autograd(_backward_of_adjoint, setup_context=_save)
+
+
+def _plan(u: Tensor, taps: Tensor, future: int) -> tuple[int, torch.dtype]:
+    """The FFT length at which no lag is mistaken for another, and the real dtype."""
+    n = fft_length(u.shape[1] + max(len(taps) - future - 1, future))
+    return n, torch.promote_types(torch.promote_types(u.dtype, taps.dtype), torch.float32)
+
+
+def _chunks(u: Tensor, n: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of the channels, each with slices of the batch: about `CHUNK` numbers together."""
+    batch, _, width = u.shape
+    numbers = CHUNK if u.device.type == "cpu" else CHUNK_ELSEWHERE
+    channels = max(CHANNELS, numbers // (n * max(1, batch)))
+    rows = max(1, numbers // (n * min(channels, width)))
+    for start in range(0, width, channels):
+        yield slice(start, start + channels), [slice(row, row + rows) for row in range(0, batch, rows)]
+
+
+def _response(taps: Tensor, future: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The spectrum of taps (T, d), the lags of the future at the end of the circle: (d, F)."""
+    row = taps.new_zeros(taps.shape[1], n, dtype=dtype)
+    row[:, : len(taps) - future] = taps[future:].mT
+    row[:, n - future :] = taps[:future].mT
+    return torch.fft.rfft(row)
+
+
+def _spectrum(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """The rfft over time, (…, L, d) → (…, d, F): numbers in a row are transformed fastest."""
+    return torch.fft.rfft(x.mT.to(dtype), n=n)
+
+
+def _samples(spectrum: Tensor, n: int) -> Tensor:
+    """Its inverse, (…, d, F) → (…, n, d)."""
+    return torch.fft.irfft(spectrum, n=n).mT
+
+
+def _at(kernel: Tensor, lag: Tensor) -> Tensor:
+    """k(lag), zero where it has no such tap: (t, s) → (t, s, D)."""
+    return kernel[lag.clamp(0, len(kernel) - 1)] * ((lag >= 0) & (lag < len(kernel))).unsqueeze(-1)

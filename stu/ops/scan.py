@@ -1,0 +1,251 @@
+r"""Linear recurrences with a diagonal state matrix, x_t = a_t ⊙ x_{t−1} + b_t, without a loop over time.
+
+L length, D input width, O output width, N state size; the first axis of a sequence is the batch
+
+Two steps of a linear recurrence are one such step again, (a₁, b₁), (a₂, b₂) → (a₂ a₁, a₂ b₁ + b₂), and this product is
+associative. So a scan runs over a tree, in place (Brent and Kung, "A regular layout for parallel adders", 1982):
+upwards, until the last state of each span of 2, 4, 8, … steps knows its whole span; then downwards, where the state
+before a span enters the half that does not know it yet. That is 2·log₂ L operations on whole tensors, which update a
+state less than twice on average, need no memory and never divide: a decay may be zero.
+
+The adjoint is a recurrence from the end: with g_t the gradient of x_t by itself, ḡ_t = g_t + conj(a_{t+1}) ḡ_{t+1} is
+the gradient of b_t, and conj(x_{t−1}) ḡ_t that of a_t.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# How many real numbers of states `diagonal_ssm` holds at a time, though never less than one sequence: few enough for
+# the cache of a processor, many enough to fill an accelerator.
+CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
+
+
+def linear_scan(drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """x_t = a_t ⊙ x_{t−1} + b_t; with `reverse` from the end, x_t = a_t ⊙ x_{t+1} + b_t.
+
+    drive: b, (batch, L, N); decay: a, (N,) at all times or (batch, L, N); initial: (batch, N), the state before the
+    first step, zeros where None; each real or complex. Returns (batch, L, N), complex where drive or decay is, in
+    drive's precision, but float32 at least, whatever an enclosing autocast.
+    """
+    dtype = torch.promote_types(drive.dtype, torch.complex64 if decay.is_complex() else torch.float32)
+    decay = decay.to(dtype if decay.ndim > 1 else torch.promote_types(decay.dtype, dtype))
+    drive = drive.to(dtype)
+    if initial is not None:
+        first = drive.shape[1] - 1 if reverse else 0
+        drive = drive.clone()
+        drive[:, first] += ((decay if decay.ndim == 1 else decay[:, first]) * initial).to(dtype)
+    return _linear_scan(drive, decay, reverse)
+
+
+def linear_scan_reference(
+    drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, reverse: bool = False
+) -> Tensor:
+    """The same, one step at a time; shapes as in `linear_scan`."""
+    times = range(drive.shape[1])
+    x = torch.zeros_like(drive[:, 0]) if initial is None else initial
+    states = {}
+    for t in reversed(times) if reverse else times:
+        x = (decay if decay.ndim == 1 else decay[:, t]) * x + drive[:, t]
+        states[t] = x
+    return torch.stack([states[t] for t in times], 1)
+
+
+def diagonal_ssm(
+    u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y_t = Re(C_1 x_t) + Re(C_2 z_t) with x_t = λ ⊙ x_{t−1} + B u_t and, from the end, z_t = λ ⊙ z_{t+1} + B u_t.
+
+    u: (batch, L, D), real. Complex are decay: λ, (N,); B: (N, D); C: (2, O, N), or (1, O, N) without z; initial:
+    (batch, N), the x before the first, zeros where None. Returns y (batch, L, O) in u's dtype and the last x (batch, N)
+    in decay's, which is best double: what is wrong in a decay near 1 is wrong in every step.
+
+    States exist for a few sequences at a time and are not stored, but made once more in the backward pass; in u's
+    precision, but float32 at least, whatever an enclosing autocast.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    start = u.new_zeros(len(u), len(decay)) if initial is None else initial
+    y, last = _diagonal_ssm(
+        u.to(dtype),
+        decay,
+        torch.stack((B.real, B.imag), 1).flatten(0, 1).to(dtype),  # (2N, D)
+        torch.stack((C.real, -C.imag), -1).flatten(2).to(dtype),  # (1 or 2, O, 2N)
+        start.to(torch.promote_types(dtype, torch.complex64)),
+    )
+    return y.to(u.dtype), last.to(decay.dtype)
+
+
+def diagonal_step(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of `diagonal_ssm`, no z: u_t (batch, D), x_{t−1} (batch, N) → y_t (batch, O), x_t in decay's dtype."""
+    state = decay * state + u.to(decay.dtype) @ B.to(decay.dtype).T
+    return (state @ C[0].to(decay.dtype).T).real.to(u.dtype), state
+
+
+@torch.library.custom_op("stu::linear_scan", mutates_args=())
+def _linear_scan(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    x = drive.clone(memory_format=torch.contiguous_format)
+    return _scan_(x, decay, reverse) if decay.ndim == 1 else _gated_scan_(x, decay.clone(), reverse)
+
+
+@_linear_scan.register_fake
+def _(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    return torch.empty_like(drive, memory_format=torch.contiguous_format)
+
+
+def _save_scan(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    _, decay, ctx.reverse = inputs
+    ctx.save_for_backward(decay, output)
+
+
+def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    decay, states = ctx.saved_tensors
+    adjoint = decay.conj() if decay.ndim == 1 else _before(decay.conj(), not ctx.reverse)
+    grad_drive = _linear_scan(grad, adjoint.resolve_conj(), not ctx.reverse)
+    grad_decay = _before(states, ctx.reverse).conj() * grad_drive
+    return grad_drive, grad_decay.sum((0, 1)).to(decay.dtype) if decay.ndim == 1 else grad_decay, None
+
+
+_linear_scan.register_autograd(_scan_backward, setup_context=_save_scan)
+
+
+@torch.library.custom_op("stu::diagonal_ssm", mutates_args=())
+def _diagonal_ssm(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """`diagonal_ssm` in real matrices, on states as rows of pairs (Re x, Im x): B (2N, D), C (1 or 2, O, 2N)."""
+    y = u.new_empty(*u.shape[:2], C.shape[1])
+    last = torch.empty_like(initial)
+    with torch.autocast(u.device.type, enabled=False):
+        for rows in _chunks(u, B):
+            drive = u[rows] @ B.T  # (b, L, 2N)
+            states = drive if len(C) == 1 else drive.clone()
+            last[rows] = _from_start_(states, decay, initial[rows])[:, -1]
+            torch.matmul(states, C[0].T, out=y[rows])
+            if len(C) == 2:
+                _scan_(_complex(drive), decay, reverse=True)
+                y[rows] += drive @ C[1].T
+    return y, last
+
+
+@_diagonal_ssm.register_fake
+def _(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(*u.shape[:2], C.shape[1]), torch.empty_like(initial)
+
+
+@torch.library.custom_op("stu::diagonal_ssm_backward", mutates_args=())
+def _diagonal_ssm_backward(
+    grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all inputs of `_diagonal_ssm`."""
+    grad_u, grad_initial = torch.empty_like(u), torch.empty_like(initial)
+    grad_decay, grad_B, grad_C = torch.zeros_like(decay), torch.zeros_like(B), torch.zeros_like(C)
+    conjugate = decay.conj().resolve_conj()
+    with torch.autocast(u.device.type, enabled=False):
+        for rows in _chunks(u, B):
+            drive = u[rows] @ B.T  # (b, L, 2N)
+            states = drive if len(C) == 1 else drive.clone()
+            x = _from_start_(states, decay, initial[rows])
+            grad_C[0] += _outer(grad[rows], states)
+            grad_drive = grad[rows] @ C[0]  # (b, L, 2N)
+            g = _complex(grad_drive)
+            g[:, -1] += grad_last[rows]
+            _scan_(g, conjugate, reverse=True)
+            grad_initial[rows] = conjugate * g[:, 0]
+            grad_decay += _inner(x[:, :-1], g[:, 1:]) + _inner(initial[rows], g[:, 0])
+            if len(C) == 2:
+                z = _scan_(_complex(drive), decay, reverse=True)
+                grad_C[1] += _outer(grad[rows], drive)
+                grad_behind = grad[rows] @ C[1]
+                g = _scan_(_complex(grad_behind), conjugate, reverse=False)
+                grad_decay += _inner(z[:, 1:], g[:, :-1])
+                grad_drive += grad_behind
+            grad_B += _outer(grad_drive, u[rows])
+            torch.matmul(grad_drive, B, out=grad_u[rows])
+    return grad_u, grad_decay, grad_B, grad_C, grad_initial
+
+
+@_diagonal_ssm_backward.register_fake
+def _(
+    grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(map(torch.empty_like, (u, decay, B, C, initial)))
+
+
+def _save_ssm(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _ssm_backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
+    return _diagonal_ssm_backward(grad, grad_last, *ctx.saved_tensors)
+
+
+_diagonal_ssm.register_autograd(_ssm_backward, setup_context=_save_ssm)
+
+
+def _scan_(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    """Turn x (batch, L, N) from the drive into the states, in place; decay (N,)."""
+    power = decay if x.device.type == "mps" else decay.to(torch.promote_types(decay.dtype, torch.float64))
+    powers = []
+    for _ in range((x.shape[1] - 1).bit_length()):
+        powers.append(power.to(x.dtype))
+        power = power * power
+    for level, targets, sources in _tree(x.shape[1], reverse):
+        x[:, targets].addcmul_(powers[level], x[:, sources])
+    return x
+
+
+def _gated_scan_(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    """The same with decays (batch, L, N) of each step, overwritten by their products over spans."""
+    for _, targets, sources in _tree(x.shape[1], reverse):
+        x[:, targets].addcmul_(decay[:, targets], x[:, sources])
+        decay[:, targets].mul_(decay[:, sources])
+    return x
+
+
+def _tree(length: int, reverse: bool) -> Iterator[tuple[int, slice, slice]]:
+    """The operations of a scan: (level, targets, sources), each source 2^level steps before its target."""
+    levels = range((length - 1).bit_length())
+    upwards = [(level, (2 << level) - 1) for level in levels]
+    downwards = [(level, (3 << level) - 1) for level in reversed(levels)]
+    for level, first in upwards + downwards:
+        targets = range(first, length, 2 << level)
+        if targets:
+            start, stop, back = targets[0], targets[-1] + 1, -(1 << level)
+            if reverse:
+                start, stop, back = length - stop, length - start, -back
+            yield level, slice(start, stop, 2 << level), slice(start + back, stop + back, 2 << level)
+
+
+def _from_start_(drive: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
+    """Turn rows of pairs (b, L, 2N) from the drive into the states, and see them as complex numbers (b, L, N)."""
+    x = _complex(drive)
+    x[:, 0] += decay * initial
+    return _scan_(x, decay, reverse=False)
+
+
+def _chunks(u: Tensor, B: Tensor) -> list[slice]:
+    """Slices of the batch with about `CHUNK` real numbers of states each."""
+    limit = CHUNK_ON_CPU if u.device.type == "cpu" else CHUNK
+    size = max(1, limit // (u.shape[1] * len(B)))
+    return [slice(start, start + size) for start in range(0, len(u), size)]
+
+
+def _complex(rows: Tensor) -> Tensor:
+    """(…, 2N) pairs of real and imaginary parts, seen as (…, N) complex numbers."""
+    return torch.view_as_complex(rows.unflatten(-1, (-1, 2)))
+
+
+def _before(x: Tensor, reverse: bool) -> Tensor:
+    """(batch, L, N) one step earlier in the direction of a scan, zero before the first."""
+    return F.pad(x, (0, 0, -1, 1) if reverse else (0, 0, 1, -1))
+
+
+def _inner(x: Tensor, g: Tensor) -> Tensor:
+    """Σ conj(x) g over all but the last axis."""
+    return (x.conj() * g).flatten(0, -2).sum(0)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a_t b_tᵀ over batch and time: (b, L, I), (b, L, J) → (I, J)."""
+    return a.flatten(0, 1).T @ b.flatten(0, 1)
