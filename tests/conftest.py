@@ -18,6 +18,12 @@ settings.register_profile("stu", deadline=None, derandomize=True, max_examples=5
 settings.load_profile("stu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Filters that tests make do not go to the user's cache."""
+    os.environ["STU_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """One seed a test; under deterministic algorithms `torch.empty` is NaN, so unwritten parameters show."""

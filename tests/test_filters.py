@@ -1,6 +1,8 @@
 """Spectral filters against exact arithmetic, and what holds for eigenpairs at any length."""
 
 import re
+import tracemalloc
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -17,6 +19,30 @@ from tests.golden import cases
 EPSILON = torch.finfo(torch.float64).eps
 KINDS = ("standard", "L")
 kinds = pytest.mark.parametrize("hankel", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where files of filters go."""
+    monkeypatch.setenv("STU_CACHE", str(tmp_path))
+    return tmp_path / "filters"
+
+
+@pytest.fixture
+def stored(folder, monkeypatch):
+    """Keep all filters in files, and return some as a new process would get them: computed, or read again."""
+    monkeypatch.setattr(filters, "STORED", 0)
+    computed = []
+    compute = filters._computed
+    monkeypatch.setattr(filters, "_computed", lambda *key: computed.append(key) or compute(*key))
+
+    def filters_of_new_process(*key) -> tuple[tuple[Tensor, Tensor], bool]:
+        filters._eigenpairs.cache_clear()
+        count = len(computed)
+        return spectral_filters(*key), len(computed) > count
+
+    yield filters_of_new_process
+    filters._eigenpairs.cache_clear()
 
 
 @pytest.fixture
@@ -121,7 +147,7 @@ def test_filters_are_eigenvectors_in_order(seq_len, hankel):
 
 @pytest.mark.parametrize(
     ("hankel", "seq_len"),
-    [("standard", 4097), ("standard", 10007), ("L", 8193), ("standard", 65536)],
+    [("standard", 4097), ("standard", 10007), ("L", 8193), ("standard", 65536), ("L", 65536), ("standard", 131072)],
 )
 def test_long_filters_are_eigenvectors(hankel, seq_len):
     values, vectors = spectral_filters(seq_len, 24, hankel)
@@ -151,7 +177,7 @@ def test_both_ways_to_decompose_agree(seq_len, hankel, monkeypatch, request):
 @kinds
 def test_row_quadrature_sums_decaying_exponentials(hankel):
     rows = 5000
-    index, weight = filters._row_quadrature(rows)
+    index, weight = filters.row_quadrature(rows)
     assert len(index) < rows / 10
     for rate in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 0.0):
         exact = np.exp(-rate * np.arange(rows)).sum()
@@ -208,6 +234,139 @@ def test_more_filters_than_float64_can_tell_are_refused(seq_len, hankel):
     with pytest.raises(OptionError, match=f"num_filters={count + 1}: .*1 … {count};.* {seq_len} ") as caught:
         spectral_filters(seq_len, count + 1, hankel)
     assert caught.value.name == "num_filters"
+
+
+def test_more_filters_than_there_are_take_no_memory():
+    with pytest.raises(OptionError, match=r"^num_filters=100000: must be in 1 … \d+; .* length 131072 [^\n]*$"):
+        spectral_filters(1 << 17, 100_000)
+
+
+def test_memory_is_that_of_the_filters():
+    """Far from that of the matrix (128 GB) and of its factor (0.5 GB)."""
+    filters._eigenpairs.cache_clear()
+    tracemalloc.start()  # NumPy tells it of its arrays
+    try:
+        _, vectors = spectral_filters(1 << 17, 24)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * vectors.nbytes
+
+
+# --- files of filters ---
+
+
+@kinds
+def test_stored_filters_are_the_computed_ones(stored, folder, hankel):
+    plain = [torch.from_numpy(array) for array in filters._computed(300, 9, hankel)]
+    first, computed = stored(300, 9, hankel)
+    assert computed
+    again, computed = stored(300, 9, hankel)
+    assert not computed
+    for found in (first, again):
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    (file,) = folder.iterdir()  # and nothing half written beside it
+    assert file.stat().st_size < 8 * (300 * 9 + 9) + 1000
+
+
+def test_all_that_determines_filters_is_in_the_name_of_their_file(stored, folder, monkeypatch, tmp_path):
+    keys = [(40, 5, "standard"), (40, 5, "L"), (40, 6, "standard"), (41, 5, "standard")]
+    assert all(stored(*key)[1] for key in keys)
+    assert not any(stored(*key)[1] for key in keys)
+    changed = tmp_path / "filters.py"
+    changed.write_bytes(Path(filters.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(filters, "__file__", str(changed))
+    assert all(stored(*key)[1] for key in keys)
+    assert len(list(folder.iterdir())) == 2 * len(keys)
+
+
+def test_damaged_files_are_replaced(stored, folder):
+    whole, _ = stored(40, 5)
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    damaged = [b"", b"PK", b"\x93NUMPY", content[:-1], content[: len(content) // 2], content[1:]]
+    for place in range(0, len(content), 7):
+        damaged.append(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+    recomputed = 0
+    for damage in damaged:
+        file.write_bytes(damage)
+        found, computed = stored(40, 5)
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+        assert not stored(40, 5)[1]  # whole again
+        recomputed += computed
+    assert recomputed > 0.8 * len(damaged)  # dates and the like may be anything
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"eigenvalues": np.ones(5)},
+        {"eigenvalues": np.ones(5), "filters": np.ones((41, 5))},
+        {"eigenvalues": np.ones(5), "filters": np.ones((40, 4))},
+        {"eigenvalues": np.ones(5), "filters": np.ones((40, 5), dtype=np.float32)},
+        {"eigenvalues": np.ones(5), "filters": np.full((40, 5), None)},
+    ],
+)
+def test_files_of_something_else_are_replaced(stored, folder, arrays):
+    whole, _ = stored(40, 5)
+    (file,) = folder.iterdir()
+    np.savez(file, **arrays)
+    found, computed = stored(40, 5)
+    assert computed
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert not stored(40, 5)[1]
+
+
+def test_filters_need_no_folder(stored, folder, monkeypatch):
+    plain = [torch.from_numpy(array) for array in filters._computed(40, 5, "standard")]
+    folder.write_text("a file where the folder should be")
+    for _ in range(2):
+        found, computed = stored(40, 5)
+        assert computed
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    monkeypatch.setattr(filters, "__file__", "/nowhere/filters.py")
+    assert stored(40, 5)[1]
+
+
+def test_a_write_that_fails_leaves_nothing(stored, folder, monkeypatch):
+    def full(stream, **arrays):
+        stream.write(b"PK")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        assert stored(40, 5)[1]
+    assert list(folder.iterdir()) == []
+    assert stored(40, 5)[1]
+    assert not stored(40, 5)[1]
+
+
+def test_short_filters_make_no_files(folder):
+    spectral_filters(4096, 24)
+    assert not folder.exists()
+
+
+def test_long_filters_make_files(folder):
+    filters._eigenpairs.cache_clear()
+    spectral_filters(filters.STORED // 24 + 1, 24)
+    (file,) = folder.iterdir()
+    assert file.name.startswith(f"standard-{filters.STORED // 24 + 1}-24-float64-")
+
+
+def test_files_lie_in_the_cache_of_the_user(monkeypatch, tmp_path):
+    def folder():
+        return filters._file(9, 2, "L").parent
+
+    assert folder() == tmp_path / "filters"
+    monkeypatch.delenv("STU_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert folder() == tmp_path / "xdg/stu/filters"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder() == tmp_path / ".cache/stu/filters"
+
+
+# --- errors ---
 
 
 @pytest.mark.parametrize(

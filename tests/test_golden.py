@@ -15,6 +15,7 @@ from stu.encoders import LinearEncoder
 from stu.heads import PooledHead
 from stu.mixers.stu import STU, filter_bank
 from stu.norm import BatchNorm
+from stu.ops.bank import FilterBank
 from stu.ops.convolution import filter_convolution
 from stu.ops.filters import spectral_filters
 from stu.ops.recurrence import linear_recurrence
@@ -76,7 +77,7 @@ def stu_layer(arrays: dict[str, Tensor]) -> STU:
     width, _, k_u = arrays["m_u"].shape
     k_y = arrays["m_y"].shape[1] if "m_y" in arrays else 0
     layer = STU(width, seq_len=seq_len, num_filters=num_filters, two_sided=False, k_u=k_u, k_y=k_y).double()
-    layer.filters = filter_bank(scaled_filters(arrays), k_u=k_u)
+    layer.bank = FilterBank(filter_bank(scaled_filters(arrays), k_u=k_u))
     assign(layer.m_phi, our_phi(arrays["m_phi"], num_filters))
     assign(layer.m_u, our_u(arrays["m_u"]))
     if layer.m_y is not None:
@@ -173,7 +174,7 @@ class Stack:
             PooledHead(width, d_output=p["head_w"].shape[1]),
         ).double()
         for block in self.model.backbone.blocks:
-            block.mixer.filters = filter_bank(scaled_filters(arrays), k_u=k_u)
+            block.mixer.bank = FilterBank(filter_bank(scaled_filters(arrays), k_u=k_u))
         statistics = part(arrays, "s__")
         for index, norm in enumerate(self.norms()):
             norm.hidden_mean.copy_(statistics[f"block{index}_bn_mean_hidden"])
@@ -254,7 +255,7 @@ def test_two_sided_layer(case, kind, golden):
         hankel="standard" if kind == "std" else "L",
         delay=0,
     ).double()
-    layer.filters = filter_bank(phi, two_sided=kind == "std", delay=0)
+    layer.bank = FilterBank(filter_bank(phi, two_sided=kind == "std", delay=0))
     branches = ["plus", "minus"] if kind == "std" else ["plus"]
     assign(layer.m_phi, torch.cat([arrays[f"M_phi_{branch}"] for branch in branches]))
     x = arrays["x"].clone().requires_grad_()

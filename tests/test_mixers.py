@@ -314,13 +314,27 @@ def test_infinities_in_the_padding_are_ignored(case):
         assert torch.equal(layer(x.masked_fill(~mask.unsqueeze(-1), bad), mask)[mask], y[mask])
 
 
+@pytest.mark.parametrize("options", [{"k_y": 0}, {"k_y": 2}, {"k_y": 0, "causal": False}], ids=str)
+def test_compiles_into_one_graph(options):
+    layer = randomized(STU(D, seq_len=40, num_filters=6, **options)).double()
+    x = noise(2, 30, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for one, other in zip(
+        torch.autograd.grad(compiled(x).square().sum(), list(layer.parameters())),
+        torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())),
+        strict=True,
+    ):
+        assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 @stus
 def test_filters_stay_exact_in_a_model_of_half_precision(case):
     layer = case.random(seq_len=64, dtype=torch.float32)
-    before, x = layer.filters.clone(), noise(2, 64, D, dtype=torch.float32).bfloat16()
+    before, x = layer.bank.filters.clone(), noise(2, 64, D, dtype=torch.float32).bfloat16()
     layer.bfloat16()
-    assert layer.filters.dtype == torch.float64
-    assert torch.equal(layer.filters, before)
+    assert layer.bank.filters.dtype == torch.float64
+    assert torch.equal(layer.bank.filters, before)
     y = layer(x)
     assert y.dtype == torch.bfloat16
     exact = layer.float()(x.float())

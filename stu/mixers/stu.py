@@ -16,21 +16,32 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.convolution import filter_convolution
+from stu.ops.bank import FilterBank
+from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel, spectral_filters
+from stu.ops.realization import exponential_sums, realize_filters
 from stu.ops.recurrence import linear_recurrence
 
 Recurrence = Literal["learned", "fixed"]
+Streaming = Literal["auto", "states", "window"]
+
+# Where `streaming="auto"` keeps states: from the seq_len at which a step takes half the time it takes with a window,
+# if no filter misses more than this share of its norm.
+STATES_FROM = 512
+STATES_ERROR = 1e-6
 
 
 class STUState(NamedTuple):
     """What a streaming STU remembers.
 
-    inputs: (B, seq_len, D), the newest last; outputs: (B, k_y, D), the newest first; position: steps taken.
+    inputs: (B, W, D), the newest first: all that the filters reach with a window, else what delay and k_u ask for.
+    outputs: (B, P, D), the newest first. sums: (B, S, N, D) float64, Σ_i (±p_n)^i u_{t−delay−i} for S branches and N
+    poles, none with a window. position: steps taken.
     """
 
     inputs: Tensor
     outputs: Tensor
+    sums: Tensor
     position: int
 
 
@@ -44,6 +55,9 @@ class STU(Mixer):
     `recurrence="learned"` gives each a matrix M^y (AR-STU), "fixed" is the paper's y_{t−k_y} with coefficient I.
     delay: steps by which the spectral features lag (2 in the paper; 0 for the purely spectral unit of Flash STU,
     2409.10489, which also has k_u = k_y = 0).
+    algorithm: how `stu.ops.convolution` computes; "auto" is the faster one.
+    streaming: what `step` remembers: a "window" of all inputs, O(seq_len) a step, or the "states" of the filters'
+    exponentials (`stu.ops.realization`), O(1) a step. "auto": states where they are faster and as exact.
 
     Initialised as in the official code: M^φ and M^y at zero, M^u normal of deviation
     D^{−1/2}, truncated at twice that. Without M^u the
@@ -63,12 +77,16 @@ class STU(Mixer):
         recurrence: Recurrence = "learned",
         hankel: Hankel = "standard",
         delay: int = 2,
+        algorithm: Algorithm = "auto",
+        streaming: Streaming = "auto",
     ) -> None:
         super().__init__()
         require(k_u >= 0, "k_u", k_u, "must be at least 0")
         require(k_y >= 0, "k_y", k_y, "must be at least 0")
         require(delay >= 0, "delay", delay, "must be at least 0")
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
+        require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
+        require(streaming in ("auto", "states", "window"), "streaming", streaming, "must be auto, states or window")
         require(
             not (two_sided and hankel == "L"),
             "two_sided",
@@ -76,14 +94,16 @@ class STU(Mixer):
             "must be false with hankel=L (one branch)",
         )
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
+        self.num_filters, self.two_sided, self.hankel, self.delay = num_filters, two_sided, hankel, delay
+        self.k_u, self.fixed_lag = k_u, k_y if recurrence == "fixed" else 0
+        self.algorithm, self.streaming = algorithm, streaming
         eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
-        fixed_lag = k_y if recurrence == "fixed" else 0
-        # A plain attribute, no buffer: a model cast to half precision must not take its filters along.
-        self.filters = filter_bank(
-            eigenvalues**0.25 * filters, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=fixed_lag
+        responses = filter_bank(
+            eigenvalues**0.25 * filters, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=self.fixed_lag
         )
-        self._placed = self.filters, self.filters.device, self.filters  # their last copy for a device and dtype
-        spectral = self.filters.shape[1] - k_u
+        self.bank = FilterBank(responses)  # no buffer: a model cast to half precision must not take its filters along
+        self._realized: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
+        spectral = responses.shape[1] - k_u
         self.m_phi = nn.Parameter(torch.empty(spectral, d_model, d_model))  # [filter, in, out]
         self.m_u = nn.Parameter(torch.empty(k_u, d_model, d_model)) if k_u else None  # [lag, in, out]
         learned = k_y if recurrence == "learned" else 0
@@ -101,6 +121,7 @@ class STU(Mixer):
                 recurrence=recurrence,
                 hankel=hankel,
                 delay=delay,
+                algorithm=algorithm,
             )
 
     def reset_parameters(self) -> None:
@@ -123,37 +144,60 @@ class STU(Mixer):
             return self._run(x)
         if self.m_y is not None:
             return self._run(x) + self.reverse._run(x.flip(1)).flip(1)
-        return filter_convolution(x, self._filters_for(x), self._weight(), self.reverse._weight())
+        return filter_convolution(x, self.bank, self._weight(), self.reverse._weight(), algorithm=self.algorithm)
 
     def initial_state(self, batch_size: int) -> STUState:
         """Zeros: nothing was seen."""
         self._require_causal()
-        zeros = self.m_phi.new_zeros(batch_size, 1, self.d_model)
-        lags = 0 if self.m_y is None else len(self.m_y)
-        return STUState(zeros.expand(-1, self.seq_len, -1), zeros.expand(-1, lags, -1), 0)
+        realized = self._realization(self.m_phi.device)
+        if realized is None:
+            before, branches, poles = self.seq_len - 1, 0, 0
+        else:
+            before, (branches, poles, _) = max(self.delay, self.k_u - 1), realized[0].shape
+        lags = len(self.m_y) if self.m_y is not None else self.fixed_lag if poles else 0
+        double = torch.float64 if poles else None  # outputs too: a fixed recurrence sums up their rounding
+        inputs = self.m_phi.new_zeros(batch_size, before, self.d_model)
+        outputs = self.m_phi.new_zeros(batch_size, lags, self.d_model, dtype=double)
+        sums = self.m_phi.new_zeros(batch_size, branches, poles, self.d_model, dtype=double)
+        return STUState(inputs, outputs, sums, 0)
 
     def step(self, x: Tensor, state: STUState) -> tuple[Tensor, STUState]:
         """x_t (B, D), state → y_t (B, D), state; at most seq_len steps."""
         self._require_causal()
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
-        inputs = torch.cat((state.inputs[:, 1:], x.unsqueeze(1)), 1)
-        bank = self._filters_for(x).to(x.dtype)
-        features = torch.einsum("bld,lk->bkd", inputs, bank.flip(0))  # (B, K, D)
-        y = torch.einsum("bki,kio->bo", features, self._weight())
-        outputs = state.outputs
-        if self.m_y is not None:
-            y = y + torch.einsum("bpi,pio->bo", outputs, self.m_y)
-            outputs = torch.cat((y.unsqueeze(1), outputs[:, :-1]), 1)
-        return y, STUState(inputs, outputs, state.position + 1)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.m_phi.dtype), torch.float32)
+        inputs, outputs = torch.cat((x.unsqueeze(1), state.inputs), 1), state.outputs  # (B, W + 1, D)
+        with torch.autocast(x.device.type, enabled=False):
+            spectral, lagged, sums = self._features(inputs, state.sums, dtype)
+            y = _mix(spectral, self.m_phi)
+            if self.m_u is not None:
+                y = y + _mix(lagged, self.m_u)
+            if self.m_y is not None:
+                y = y + _mix(outputs.to(dtype), self.m_y)
+            elif outputs.shape[1]:  # a fixed recurrence, unless the window has it folded into the filters
+                y = y + outputs[:, -1]
+            outputs = torch.cat((y.unsqueeze(1), outputs), 1)[:, : outputs.shape[1]]
+        return y.to(x.dtype), STUState(inputs[:, :-1], outputs, sums, state.position + 1)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, STUState]:
         """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
         y = self.forward(x)
-        start = self.initial_state(len(x))
-        length, lags = x.shape[1], start.outputs.shape[1]
-        inputs = torch.cat((start.inputs[:, length:], x), 1)
-        outputs = torch.cat((start.outputs, y), 1).flip(1)[:, :lags]
-        return y, STUState(inputs, outputs, length)
+        start, length = self.initial_state(len(x)), x.shape[1]
+        sums, realized = start.sums, self._realization(x.device)
+        if realized is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                sums = exponential_sums(x[:, : max(0, length - self.delay)], realized[0].flatten()).view_as(sums)
+        return y, STUState(_newest(x, start.inputs), _newest(y, start.outputs), sums, length)
+
+    def _features(self, inputs: Tensor, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What the matrices act on, U_{t−delay} (B, K, D) and u_t … u_{t+1−k_u} (B, k_u, D), and the sums after u_t."""
+        realized = self._realization(inputs.device)
+        if realized is None:
+            features = self.bank.on(inputs.device, dtype).to(dtype).T @ inputs.to(dtype)
+            return features[:, : len(self.m_phi)], features[:, len(self.m_phi) :], sums
+        poles, coefficients = realized
+        sums = torch.addcmul(inputs[:, self.delay, None, None].to(sums.dtype), poles, sums)  # (B, S, N, D)
+        return (coefficients @ sums).flatten(1, 2).to(dtype), inputs[:, : self.k_u].to(dtype), sums
 
     def _require_causal(self) -> None:
         if not self.causal:
@@ -161,20 +205,42 @@ class STU(Mixer):
 
     def _run(self, x: Tensor) -> Tensor:
         """From the first step to the last, (B, L, D) → (B, L, D)."""
-        y = filter_convolution(x, self._filters_for(x), self._weight())
+        y = filter_convolution(x, self.bank, self._weight(), algorithm=self.algorithm)
         return y if self.m_y is None else linear_recurrence(y, self.m_y)
 
     def _weight(self) -> Tensor:
         """The matrices of all filters, (K, D, D)."""
         return self.m_phi if self.m_u is None else torch.cat((self.m_phi, self.m_u))
 
-    def _filters_for(self, x: Tensor) -> Tensor:
-        """The filters on the device of x, float64 only where x is."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        source, device, placed = self._placed
-        if source is not self.filters or device != x.device or placed.dtype != dtype:
-            self._placed = self.filters, x.device, self.filters.to(x.device, dtype)
-        return self._placed[2]
+    def _realization(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Poles (S, N, 1) and coefficients (K, N) of the states; None where `step` keeps a window."""
+        if device not in self._realized:
+            with torch.inference_mode(False):
+                self._realized[device] = self._realize(device)
+        return self._realized[device]
+
+    def _realize(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Decide between states and window, at the first streaming call."""
+        automatic = self.streaming == "auto"
+        # MPS has no float64, which the states need
+        if self.streaming == "window" or (automatic and (self.seq_len < STATES_FROM or device.type == "mps")):
+            return None
+        poles, coefficients, error = realize_filters(self.seq_len, self.num_filters, self.hankel, tolerance=1e-11)
+        if automatic and error.max() > STATES_ERROR:
+            return None
+        branches = torch.stack((poles, -poles)) if self.two_sided else poles.unsqueeze(0)  # (−1)^i p^i = (−p)^i
+        return branches.unsqueeze(-1).to(device), coefficients.T.contiguous().to(device)
+
+
+def _mix(features: Tensor, weight: Tensor) -> Tensor:
+    """Σ_k f_k M_k: (B, K, D), (K, D, D) → (B, D)."""
+    return features.flatten(1) @ weight.to(features.dtype).flatten(0, 1)
+
+
+def _newest(sequence: Tensor, before: Tensor) -> Tensor:
+    """The last n of what was `before` (B, n, D; the newest first) and a sequence after it, the newest first."""
+    n = before.shape[1]
+    return torch.cat((sequence[:, max(0, sequence.shape[1] - n) :].flip(1), before), 1)[:, :n]
 
 
 def filter_bank(

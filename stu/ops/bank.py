@@ -51,6 +51,7 @@ class FilterBank:
         self.filters = filters.detach().to("cpu", torch.float64)
         self.number = next(self._numbers)
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
+        self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._living[self.number] = self
 
     @classmethod
@@ -61,6 +62,14 @@ class FilterBank:
     def __reduce__(self) -> tuple[type["FilterBank"], tuple[Tensor]]:
         return FilterBank, (self.filters,)
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The filters (L, K) themselves, on a device and in float32 at least."""
+        key = torch.promote_types(dtype, torch.float32), device
+        if key not in self._placed:
+            with torch.inference_mode(False):  # or training could not use what an evaluation placed
+                self._placed[key] = self.filters.to(key[0]).to(device)
+        return self._placed[key]
+
     def bands(self, n: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
         """The spectra under FFTs of length n; every filter's relative error is at most the rounding of `dtype`.
 
@@ -68,7 +77,9 @@ class FilterBank:
         """
         key = n, dtype, device
         if key not in self._bands:
-            self._bands[key] = [band.to(dtype, device) for band in _compressed(self.filters, n, torch.finfo(dtype).eps)]
+            with torch.inference_mode(False):
+                bands = _compressed(self.filters, n, torch.finfo(dtype).eps)
+                self._bands[key] = [band.to(dtype, device) for band in bands]
             if len(self._bands) > REMEMBERED:
                 self._bands.popitem(last=False)
         self._bands.move_to_end(key)

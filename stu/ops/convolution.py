@@ -11,7 +11,7 @@ Y(f) = U(f) H(f) needs one FFT a channel on either side, independent of K. A `Fi
 a band of frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from scipy.fft import next_fast_len
@@ -23,6 +23,7 @@ from stu.ops.bank import Band, FilterBank
 # What is computed first: "transfer" the matrices H(f), which the whole batch shares, or "features" the filtered inputs
 # a_r(f) U(f), which one large matrix product then mixes.
 Algorithm = Literal["auto", "transfer", "features"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 # Numbers of H or of the features at a time, and of the signal under the FFT: few enough to stay in a processor's
 # cache between their making and their use. Other devices rather want large calls.
@@ -45,7 +46,7 @@ def filter_convolution(
     weight, reverse: (K, I, O). Returns (B, L, O) in u's dtype. The FFTs run in float32 at least, whatever the dtype of
     u or an enclosing autocast. To `torch.compile` this is one opaque operator; the bank has to be made outside.
     """
-    require(algorithm in ("auto", "transfer", "features"), "algorithm", algorithm, "must be auto, transfer or features")
+    require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, weight.dtype), torch.float32)
     chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)

@@ -11,10 +11,17 @@ Their eigenvalues fall exponentially, soon below the rounding error of a dense f
 are noise at the usual lengths. Z is never formed here. A quadrature of the integral gives Z = G Gᵀ, so that the
 left singular vectors of G are the filters and its singular values the *square roots* of the eigenvalues: twice
 as many digits survive. With α = e^{−x} and panels graded geometrically in x a few hundred nodes serve any L.
+
+Filters are computed once a process, and long ones once a user: they are kept in files.
 """
 
+import hashlib
+import os
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,13 +36,16 @@ NODES_PER_PANEL = 20
 TAIL = 90.0  # e^{−90} ≈ 1e-39: below every eigenvalue that can be told from zero
 SMALLEST = 1e-26  # of σ_1: √σ_k then keeps at least three digits
 DIRECT = 4096  # up to this length G is decomposed whole; beyond it, through a sample of its rows
+CHUNK = 1 << 12  # rows of G in memory at a time
+STORED = 1 << 20  # numbers in a file: below, computing them takes a moment and no file is made
 
 
 def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard") -> tuple[Tensor, Tensor]:
     """The `num_filters` leading eigenpairs of the Hankel matrix of size `seq_len`.
 
     Returns eigenvalues (K,) and filters (L, K), both float64, largest eigenvalue first; every filter has unit
-    norm and its entry of largest magnitude is positive.
+    norm and its entry of largest magnitude is positive. From `STORED` numbers on they are kept in the folder filters/
+    of $STU_CACHE (by default stu/ in $XDG_CACHE_HOME or ~/.cache), if it can be written.
 
     Raises `OptionError` where `num_filters` exceeds `seq_len` or what float64 can tell from zero.
     """
@@ -64,6 +74,51 @@ def hankel_matrix(seq_len: int, hankel: Hankel = "standard") -> Tensor:
 
 @lru_cache(maxsize=32)
 def _eigenpairs(seq_len: int, num_filters: int, hankel: Hankel) -> tuple[np.ndarray, np.ndarray]:
+    file = _file(seq_len, num_filters, hankel) if seq_len * num_filters >= STORED else None
+    pairs = _read(file, seq_len) if file else None
+    if pairs is None:
+        pairs = _computed(seq_len, num_filters, hankel)
+        if file:
+            _write(file, *pairs)
+    return pairs
+
+
+def _file(seq_len: int, num_filters: int, hankel: Hankel) -> Path | None:
+    """Where these filters are kept: the name holds all that determines them, this very code included."""
+    root = os.environ.get("STU_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "stu")
+    try:
+        folder = Path(root).expanduser() / "filters"
+        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    except (OSError, RuntimeError):  # no home, no source
+        return None
+    return folder / f"{hankel}-{seq_len}-{num_filters}-float64-{code}.npz"
+
+
+def _read(file: Path, seq_len: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the file holds, or None where there is none or it is damaged (an npz has checksums)."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            eigenvalues, filters = arrays["eigenvalues"], arrays["filters"]
+    except Exception:  # damage has many faces
+        return None
+    whole = eigenvalues.dtype == filters.dtype == np.float64 and filters.shape == (seq_len, len(eigenvalues))
+    return (eigenvalues, filters) if whole else None
+
+
+def _write(file: Path, eigenvalues: np.ndarray, filters: np.ndarray) -> None:
+    """Write beside the file, then rename: whoever reads meanwhile finds it whole or not at all."""
+    partial = file.with_suffix(f".{uuid4().hex}.partial")
+    with suppress(OSError):  # no room or no right to write: then there is no cache
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as stream:
+                np.savez(stream, eigenvalues=eigenvalues, filters=filters)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _computed(seq_len: int, num_filters: int, hankel: Hankel) -> tuple[np.ndarray, np.ndarray]:
     if hankel == "standard":
         # dα = e^{−x} dx, half of it in each factor
         eigenvalues, filters = _decompose(seq_len, num_filters, offset=0.5)
@@ -105,15 +160,18 @@ def _decompose_sampled(
     rows: int, num_filters: int, offset: float, x: np.ndarray, scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same from a few hundred rows: a quadrature over the row index keeps GᵀG, hence σ and V; then φ = G v / √σ."""
-    index, weight = _row_quadrature(rows)
+    index, weight = row_quadrature(rows)
     sample = np.exp(-np.outer(index + offset, x)) * scale * np.sqrt(weight)[:, None]
     _, singular, right = svd(sample, full_matrices=False, lapack_driver="gesdd")
-    mix = scale[:, None] * right[:num_filters].T / singular[:num_filters]  # (Q, K)
-    filters = np.empty((rows, mix.shape[1]))
-    for start in range(0, rows, 1 << 14):  # G is never whole in memory
-        chunk = np.arange(start, min(start + (1 << 14), rows))
-        filters[chunk] = np.exp(-np.outer(chunk + offset, x)) @ mix
-    return singular[:num_filters] ** 2, filters / np.linalg.norm(filters, axis=0)
+    kept = min(num_filters, int((singular**2 > SMALLEST * singular[0] ** 2).sum()))  # a filter too many takes memory
+    mix = scale[:, None] * right[:kept].T / singular[:kept]  # (Q, K)
+    decay = np.exp(-np.outer(np.arange(CHUNK) + offset, x))
+    filters = np.empty((rows, kept))
+    for start in range(0, rows, CHUNK):  # G is never whole in memory
+        stop = min(start + CHUNK, rows)
+        filters[start:stop] = decay[: stop - start] @ (np.exp(-start * x)[:, None] * mix)
+    filters /= np.linalg.norm(filters, axis=0)
+    return singular[:kept] ** 2, filters
 
 
 def _graded_nodes(rows: int, offset: float) -> tuple[np.ndarray, np.ndarray]:
@@ -129,13 +187,13 @@ def _graded_nodes(rows: int, offset: float) -> tuple[np.ndarray, np.ndarray]:
     return (half * (node + 1) + low).ravel(), (half * weight).ravel()
 
 
-def _row_quadrature(rows: int) -> tuple[np.ndarray, np.ndarray]:
+def row_quadrature(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and weights with Σ_i f(i) ≈ Σ_r v_r f(i_r) for sums of decaying exponentials, i = 0 … rows−1.
 
     The first rows are kept one by one; beyond them panels double, and in each the sum over consecutive indices is
     replaced by the Gauss rule of that *discrete* measure, exact for polynomials of degree 2n−1.
     """
-    start, count = 256, 32
+    start, count = min(256, rows), 32
     index, weight = [np.arange(float(start))], [np.ones(start)]
     while start < rows:
         stop = min(2 * start, rows)
