@@ -34,6 +34,8 @@ from tests.models import composed, randomized, small_backbone
 VARIANTS = {
     "s4": (S4, {}),
     "s4-rank3": (S4, {"rank": 3}),
+    "s4-zoh": (S4, {"discretization": "zoh"}),
+    "s4-zoh-rank2-copies": (S4, {"discretization": "zoh", "rank": 2, "n_ssm": 2, "causal": False}),
     "s4-copies": (S4, {"n_ssm": 2, "causal": False}),
     "s4d-legs-zoh": (S4D, {}),
     "s4d-lin-zoh-copies": (S4D, {"init": "lin", "n_ssm": 4, "causal": False}),
@@ -153,10 +155,11 @@ def test_s4_without_its_feedback_is_s4d():
     assert_near(s4.kernel(50), s4d.kernel(50), 1e-13)
 
 
+@pytest.mark.parametrize("discretization", ["bilinear", "zoh"])
 @pytest.mark.parametrize("dt", [1e-5, 1e-3, 0.1, 1.0])
-def test_a_step_of_s4_never_lengthens_a_vector(dt):
-    layer = S4(2, dt_min=dt, dt_max=dt).double()
-    A, _ = randomized(layer, 1.0)._system().dense()
+def test_a_step_of_s4_never_lengthens_a_vector(dt, discretization):
+    layer = S4(2, dt_min=dt, dt_max=dt, discretization=discretization).double()
+    A, _ = randomized(layer, 1.0)._dense()
     assert torch.linalg.matrix_norm(A, 2).max() <= 1 + 1e-12
 
 
@@ -168,10 +171,10 @@ def test_a_kernel_is_the_beginning_of_longer_ones(kind, options):
         assert_near(layer.kernel(length), longest[:, :length], 1e-12)
 
 
-@pytest.mark.parametrize("kind", [S4, S4D])
+@pytest.mark.parametrize(("kind", "method"), [(S4, "bilinear"), (S4, "zoh"), (S4D, "zoh")])
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 1000])
-def test_prefill_leaves_the_state_of_all_steps(kind, length):
-    layer = random_layer(kind, n_ssm=2)
+def test_prefill_leaves_the_state_of_all_steps(kind, method, length):
+    layer = random_layer(kind, n_ssm=2, discretization=method)
     x = noise(2, length + 3, layer.d_model)
     y, state = layer.prefill(x[:, :length])
     by_steps, expected = stepped(layer, x[:, :length])
@@ -319,7 +322,9 @@ def test_impossible_options_are_named(kind, options, name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(S4, {"rank": 0}), (S4D, {"init": "foo"}), (S4D, {"discretization": "foo"})], ids=str
+    ("kind", "options"),
+    [(S4, {"rank": 0}), (S4, {"discretization": "foo"}), (S4D, {"init": "foo"}), (S4D, {"discretization": "foo"})],
+    ids=str,
 )
 def test_impossible_options_of_one_are_named(kind, options):
     with pytest.raises(OptionError) as caught:

@@ -11,7 +11,8 @@ The low rank term is a feedback. With w_t = Pᴴ (x_t + x_{t−1})/2 the bilinea
 so that a step costs O(R·N). The kernel k_l = C Ā_P^l B̄ comes from the dense Ā_P of the same step. As Re Λ < 0 and
 −P Pᴴ ≤ 0, it never lengthens a vector, and its powers are exact to rounding. The Cauchy kernel of the paper needs
 Ā_P^L as well wherever C itself is the parameter; at the usual N ≤ 64 the other powers cost little more, and nothing
-here depends on a length chosen beforehand.
+here depends on a length chosen beforehand. The zero-order hold keeps no low rank: its Ā_P = e^{dt (Λ − P Pᴴ)} is dense,
+and a step costs O(N²).
 
 Source: Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, and the official
 code (state-spaces/s4).
@@ -26,14 +27,18 @@ from torch import Tensor, nn
 from stu.errors import require
 from stu.mixer import Mixer
 from stu.ops.hippo import clipped_input, nplr_legs
-from stu.ops.kernels import complex_parameter, dense_kernel, dense_state, discretize, widened
+from stu.ops.kernels import Discretization, complex_parameter, dense_kernel, dense_state, discretize, widened
 from stu.ops.long_convolution import long_convolution
 
 
 class S4State(NamedTuple):
-    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it."""
+    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it.
+
+    held: under the zero-order hold the Ā_P (D, N, N) and B̄ (D, N) that steps use, so that they are made only once.
+    """
 
     modes: Tensor
+    held: tuple[Tensor, Tensor] | None
 
 
 class ClosedLoop(NamedTuple):
@@ -66,7 +71,8 @@ class S4(Mixer):
     """A diagonal plus low rank state space a channel, run as a long convolution; begins as HiPPO-LegS.
 
     causal: without it, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
-    rank: R; HiPPO-LegS has one column P, further ones begin as noise of deviation 0.01. n_ssm: independent copies of
+    rank: R; HiPPO-LegS has one column P, further ones begin as noise of deviation 0.01. discretization: "bilinear", as
+    in the paper, or "zoh", the zero-order hold, by a matrix exponential. n_ssm: independent copies of
     Λ, P and B, which the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
 
     Complex parameters are real pairs (…, 2). C and D begin normal of variance 1.
@@ -79,6 +85,7 @@ class S4(Mixer):
         causal: bool = True,
         d_state: int = 64,
         rank: int = 1,
+        discretization: Discretization = "bilinear",
         n_ssm: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
@@ -86,9 +93,11 @@ class S4(Mixer):
         super().__init__()
         require(d_state >= 2 and d_state % 2 == 0, "d_state", d_state, "must be even: modes come in conjugate pairs")
         require(rank >= 1, "rank", rank, "must be at least 1")
+        require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
         require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
-        self.d_model, self.causal, self.dt_min, self.dt_max = d_model, causal, dt_min, dt_max
+        self.d_model, self.causal, self.discretization = d_model, causal, discretization
+        self.dt_min, self.dt_max = dt_min, dt_max
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
         self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
@@ -115,7 +124,7 @@ class S4(Mixer):
     def kernel(self, length: int) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
         C = 2 * torch.view_as_real(complex_parameter(self.C).conj_physical()).flatten(-2)  # of 2 Re C x
-        kernel = dense_kernel(*self._system().dense(), C, length)
+        kernel = dense_kernel(*self._dense(), C, length)
         kernel[0, 0] += self.D
         return kernel
 
@@ -129,35 +138,69 @@ class S4(Mixer):
     def initial_state(self, batch_size: int) -> S4State:
         """Zeros: nothing was seen."""
         self._require_causal()
-        return S4State(complex_parameter(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
+        held = self._dense() if self.discretization == "zoh" else None
+        return S4State(complex_parameter(self.C).new_zeros(batch_size, *self.C.shape[1:3]), held)
 
     def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """x_t (B, D), state → y_t (B, D), state."""
         self._require_causal()
         u = widened(x)
-        modes = self._system().advance(state.modes, u)
+        if state.held is None:
+            modes = self._system().advance(state.modes, u)
+        else:
+            a, b = state.held
+            parts = torch.view_as_real(state.modes).flatten(-2)  # (B, D, N)
+            modes = _modes(torch.einsum("dmn,bdn->bdm", a, parts) + b * u.unsqueeze(-1))
         y = 2 * (complex_parameter(self.C[0]) * modes).real.sum(-1) + self.D * u
-        return y.to(x.dtype), S4State(modes)
+        return y.to(x.dtype), S4State(modes, state.held)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S4State]:
         """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
         self._require_causal()
-        parts = dense_state(*self._system().dense(), x)  # (B, D, N)
-        return self.forward(x), S4State(torch.view_as_complex(parts.unflatten(-1, (-1, 2)).contiguous()))
+        dense = self._dense()
+        modes = _modes(dense_state(*dense, x))
+        return self.forward(x), S4State(modes, dense if self.discretization == "zoh" else None)
 
     def _require_causal(self) -> None:
         if not self.causal:
             raise NotImplementedError("an S4 runs step by step only with causal=true")
 
-    def _system(self) -> ClosedLoop:
-        """The discrete system of every channel."""
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        """Ā_P (D, N, N) and B̄ (D, N) on real and imaginary parts in turn."""
+        return self._system().dense() if self.discretization == "bilinear" else self._held()
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """The zero-order hold, both parts of it in one exponential of dt [[A, B], [0, 0]]."""
+        dt, A, P, B = self._continuous()
+        width, half = A.shape
+        basis = torch.view_as_complex(torch.eye(2 * half, dtype=dt.dtype, device=dt.device).view(-1, 1, half, 2))
+        seen = 2 * torch.einsum("rdn,jdn->jdr", P.conj(), basis.expand(-1, width, -1)).real.to(P.dtype)
+        columns = A * basis - torch.einsum("rdn,jdr->jdn", P, seen)  # (N, D, N/2)
+        generator = dt.new_zeros(width, 2 * half + 1, 2 * half + 1)
+        generator[:, :-1, :-1] = torch.view_as_real(columns).flatten(-2).permute(1, 2, 0)
+        generator[:, :-1, -1] = torch.view_as_real(B).flatten(-2)
+        held = torch.linalg.matrix_exp(dt.unsqueeze(-1) * generator)
+        return held[:, :-1, :-1], held[:, :-1, -1]
+
+    def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Dt (D, 1), Λ (D, N/2), P (R, D, N/2) and B (D, N/2) of every channel."""
         dt = widened(self.log_dt).exp().unsqueeze(-1)
         A = torch.complex(-widened(self.log_A_real).exp(), widened(self.A_imag))
         copies = self.d_model // len(A)
-        a, gain = discretize(A.repeat(copies, 1), dt, "bilinear")
-        P = complex_parameter(self.P).repeat(1, copies, 1)
+        P, B = complex_parameter(self.P), complex_parameter(self.B)
+        return dt, A.repeat(copies, 1), P.repeat(1, copies, 1), B.repeat(copies, 1)
+
+    def _system(self) -> ClosedLoop:
+        """The bilinear rule."""
+        dt, A, P, B = self._continuous()
+        a, gain = discretize(A, dt, "bilinear")
         loop = torch.einsum("rdn,dn,sdn->drs", P.conj(), gain, P).real  # Pᴴ G P/2, conjugate modes included
         eye = torch.eye(len(P), dtype=dt.dtype, device=dt.device)
         inverse = torch.linalg.inv_ex(eye + loop).inverse  # never singular, as Re G > 0; a check would wait
         response = torch.einsum("sdn,dn,dsr->dnr", P, gain, inverse.to(gain.dtype)) / 2
-        return ClosedLoop(a, gain * complex_parameter(self.B).repeat(copies, 1), P, response)
+        return ClosedLoop(a, gain * B, P, response)
+
+
+def _modes(parts: Tensor) -> Tensor:
+    """Real and imaginary parts in turn, (…, N) → complex (…, N/2)."""
+    return torch.view_as_complex(parts.unflatten(-1, (-1, 2)).contiguous())
