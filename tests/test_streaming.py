@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stu.errors import OptionError
-from stu.mixers.stu import STATES_FROM, STU
+from stu.mixers.stu import STU
 from stu.ops import realization
-from stu.ops.realization import realize_filters
+from stu.ops.realization import STATES_FROM, realize_filters
 from tests.models import STU_VARIANTS, randomized
 
 D = 8
@@ -174,7 +174,7 @@ def test_a_device_without_float64_keeps_the_window():
 
 
 def test_streaming_must_be_one_of_three():
-    with pytest.raises(OptionError, match="streaming=exponentials: must be auto, states or window"):
+    with pytest.raises(OptionError, match="streaming=exponentials: must be one of auto, states, window"):
         STU(D, seq_len=16, num_filters=4, streaming="exponentials")
 
 

@@ -19,16 +19,10 @@ from stu.mixer import Mixer
 from stu.ops.bank import FilterBank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel, spectral_filters
-from stu.ops.realization import exponential_sums, realize_filters
+from stu.ops.realization import STREAMING, Streaming, exponential_sums, realize_for_streaming
 from stu.ops.recurrence import linear_recurrence
 
 Recurrence = Literal["learned", "fixed"]
-Streaming = Literal["auto", "states", "window"]
-
-# Where `streaming="auto"` keeps states: from the seq_len at which a step takes half the time it takes with a window,
-# if no filter misses more than this share of its norm.
-STATES_FROM = 512
-STATES_ERROR = 1e-6
 
 
 class STUState(NamedTuple):
@@ -86,7 +80,7 @@ class STU(Mixer):
         require(delay >= 0, "delay", delay, "must be at least 0")
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
         require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-        require(streaming in ("auto", "states", "window"), "streaming", streaming, "must be auto, states or window")
+        require(streaming in STREAMING, "streaming", streaming, f"must be one of {', '.join(STREAMING)}")
         require(
             not (two_sided and hankel == "L"),
             "two_sided",
@@ -221,13 +215,10 @@ class STU(Mixer):
 
     def _realize(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Decide between states and window, at the first streaming call."""
-        automatic = self.streaming == "auto"
-        # MPS has no float64, which the states need
-        if self.streaming == "window" or (automatic and (self.seq_len < STATES_FROM or device.type == "mps")):
+        found = realize_for_streaming(self.seq_len, self.num_filters, self.hankel, self.streaming, device)
+        if found is None:
             return None
-        poles, coefficients, error = realize_filters(self.seq_len, self.num_filters, self.hankel, tolerance=1e-11)
-        if automatic and error.max() > STATES_ERROR:
-            return None
+        poles, coefficients, _ = found
         branches = torch.stack((poles, -poles)) if self.two_sided else poles.unsqueeze(0)  # (−1)^i p^i = (−p)^i
         return branches.unsqueeze(-1).to(device), coefficients.T.contiguous().to(device)
 

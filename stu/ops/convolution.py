@@ -14,11 +14,11 @@ a band of frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = �
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 from stu.errors import require
 from stu.ops.bank import Band, FilterBank
+from stu.ops.long_convolution import fft_length
 
 # What is computed first: "transfer" the matrices H(f), which the whole batch shares, or "features" the filtered inputs
 # a_r(f) U(f), which one large matrix product then mixes.
@@ -83,7 +83,7 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
 def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: int, algorithm: str) -> Tensor:
     """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
     with torch.autocast(u.device.type, enabled=False):
-        n = _fft_length(u)
+        n = fft_length(2 * u.shape[1] - 1)
         bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
         products = []
         for band, signal in zip(bands, _spectrum(u, n, bands), strict=True):
@@ -114,7 +114,7 @@ def _convolution_backward(
     than kept: an FFT costs less than keeping every layer's spectra.
     """
     with torch.autocast(u.device.type, enabled=False):
-        n = _fft_length(u)
+        n = fft_length(2 * u.shape[1] - 1)
         bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
         gradients = _spectrum(grad, n, bands)
         signals = _spectrum(u, n, bands) if wants_matrices else gradients
@@ -166,12 +166,6 @@ _convolution.register_autograd(_backward, setup_context=_save)
 
 
 # --- between samples and bands ---
-
-
-def _fft_length(u: Tensor) -> int:
-    """Long enough that nothing wraps around, on either side."""
-    n: int = next_fast_len(2 * u.shape[1] - 1, real=True)
-    return n
 
 
 def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:

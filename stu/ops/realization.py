@@ -16,7 +16,7 @@ float64, whatever the dtype of u.
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ from stu.ops.filters import Hankel, row_quadrature, spectral_filters
 DENSE = 3.2  # poles an octave: from here on the ends of the progression limit the error, below it the gaps do
 MOST = 4.6  # poles an octave: with more of them only rounding is left
 SLACK = 3.0  # how near an error must come to the smallest in reach to be as good
+Streaming = Literal["auto", "states", "window"]
+STREAMING: tuple[Streaming, ...] = get_args(Streaming)
+
+# Where `streaming="auto"` keeps states: from the seq_len at which a step takes half the time it takes with a window,
+# if no filter misses more than this share of its norm.
+STATES_FROM = 512
+STATES_ERROR = 1e-6
+
 CHUNK = 1 << 12  # rows of powers of the poles in memory at a time
 
 
@@ -55,6 +63,21 @@ class Realization(NamedTuple):
         for start in range(0, length, CHUNK):
             rows = slice(start, min(start + CHUNK, length))
             yield rows, powers[: rows.stop - start] @ (self.poles[:, None] ** start * self.coefficients)
+
+
+def realize_for_streaming(
+    seq_len: int, num_filters: int, hankel: Hankel, streaming: Streaming, device: torch.device
+) -> Realization | None:
+    """The exponentials whose states a streaming layer keeps; None where a window of its inputs serves better.
+
+    "states" or "window" decide for themselves; "auto" asks which is faster and loses nothing.
+    """
+    automatic = streaming == "auto"
+    # MPS has no float64, which the states need
+    if streaming == "window" or (automatic and (seq_len < STATES_FROM or device.type == "mps")):
+        return None
+    found = realize_filters(seq_len, num_filters, hankel, tolerance=1e-11)
+    return None if automatic and found.error.max() > STATES_ERROR else found
 
 
 def realize_filters(
