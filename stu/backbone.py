@@ -29,7 +29,7 @@ class Block(nn.Module):
         d_model: int,
         *,
         mixer: MixerFactory,
-        channel_mixer: ChannelMixerFactory,
+        channel_mixer: ChannelMixerFactory | None,
         norm: Norm,
         prenorm: bool,
         channel_residual: bool,
@@ -37,7 +37,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.prenorm, self.channel_residual = prenorm, channel_residual
-        self.mixer, self.channel_mixer = mixer(d_model), channel_mixer(d_model)
+        self.mixer = mixer(d_model)
+        self.channel_mixer = nn.Identity() if channel_mixer is None else channel_mixer(d_model)
         self.norm = make_norm(norm, d_model)
         self.channel_norm = make_norm(norm, d_model) if channel_residual else None
         self.dropout = nn.Dropout(dropout)
@@ -81,6 +82,7 @@ class Backbone(nn.Module):
     """`depth` blocks over sequences of width `d_model`; the same code whichever mixer it holds.
 
     mixer: one factory `mixer(d_model)`, or several, cycled over depth (hybrids need no class of their own).
+    channel_mixer: None where the mixer is a whole block of its own, as Mamba's is.
     positions: absolute positions added to the input; "rotary" ones are the attention's own business.
     final_norm: one more norm behind the last block, as pre-norm Transformers have it.
     """
@@ -91,7 +93,7 @@ class Backbone(nn.Module):
         *,
         depth: int,
         mixer: MixerFactory | Sequence[MixerFactory],
-        channel_mixer: ChannelMixerFactory,
+        channel_mixer: ChannelMixerFactory | None,
         norm: Norm = "layer",
         prenorm: bool = True,
         final_norm: bool = False,
@@ -106,7 +108,10 @@ class Backbone(nn.Module):
         require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")
         mixers = [mixer] if callable(mixer) or mixer is None else list(mixer)
         require(len(mixers) > 0 and all(map(callable, mixers)), "mixer", mixer, "must name at least one mixer")
-        require(callable(channel_mixer), "channel_mixer", channel_mixer, "must name a channel mixer, such as GLU")
+        named = callable(channel_mixer) or channel_mixer is None
+        require(named, "channel_mixer", channel_mixer, "must name a channel mixer, such as GLU, or be null")
+        alone = channel_mixer is None and channel_residual
+        require(not alone, "channel_residual", channel_residual, "must be false without a channel mixer")
         self.d_model = d_model
         self.positions = _make_positions(positions, d_model, seq_len)
         self.longest = seq_len if positions == "learned" else math.inf

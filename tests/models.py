@@ -37,6 +37,8 @@ ATTENTION_VARIANTS: dict[str, dict[str, Any]] = {
     "bidirectional": {"causal": False},
     "causal_rotary": {"causal": True, "positions": "rotary"},
     "bidirectional_rotary": {"causal": False, "positions": "rotary"},
+    "causal_window": {"causal": True, "window": 5},
+    "bidirectional_window": {"causal": False, "window": 6},
 }
 
 

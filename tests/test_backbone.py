@@ -171,6 +171,8 @@ def test_backbone_is_causal_where_all_mixers_are(position):
         ({"norm": "group"}, "norm"),
         ({"positions": "learned"}, "seq_len"),
         ({"positions": "absolute"}, "positions"),
+        ({"channel_mixer": "GLU"}, "channel_mixer"),
+        ({"channel_mixer": None, "channel_residual": True}, "channel_residual"),
     ],
     ids=str,
 )
@@ -179,6 +181,12 @@ def test_backbone_names_impossible_options(options, name):
     with pytest.raises(OptionError) as caught:
         Backbone(options.pop("d_model"), **options)
     assert caught.value.name == name
+
+
+def test_a_block_may_do_without_a_channel_mixer():
+    block = Backbone(D, depth=1, mixer=Running, channel_mixer=None, norm="layer").double().blocks[0]
+    x = noise(2, 5, D)
+    assert_close(block(x), x + block.mixer(block.norm(x)), rtol=0, atol=1e-12)
 
 
 # --- whole models ---

@@ -168,11 +168,11 @@ def test_bfloat16_autocast_stays_near_float32(case):
     with torch.autocast("cpu", torch.bfloat16):
         y = mixer(x, mask)
     grads = torch.autograd.grad((y.float() * loss_w).sum(), (x, *mixer.parameters()))
-    for low, high in zip(
-        ((y * mask.unsqueeze(-1)).float(), *grads), (exact * mask.unsqueeze(-1), *exact_grads), strict=True
-    ):
+    assert ((y - exact) * mask.unsqueeze(-1)).norm() < 0.02 * (exact * mask.unsqueeze(-1)).norm()
+    floor = 0.03 * torch.stack([grad.norm() for grad in exact_grads]).norm()  # some gradients nearly cancel
+    for low, high in zip(grads, exact_grads, strict=True):
         assert low.isfinite().all()
-        assert (low - high).norm() < 0.02 * high.norm()
+        assert (low - high).norm() < 0.02 * max(high.norm(), floor)
 
 
 @mixers

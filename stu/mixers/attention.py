@@ -1,6 +1,6 @@
-r"""Multi-head attention, bidirectional or causal.
+r"""Multi-head attention, bidirectional or causal, to everything or inside a local window.
 
-B batch, L length, D model width, H heads, E = D / H width of a head
+B batch, L length, D model width, H heads, E = D / H width of a head, T length of a block, K keys of a block
 """
 
 import math
@@ -14,19 +14,26 @@ from stu.encoders import Positions
 from stu.errors import require
 from stu.mixer import Mixer
 
+BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than the keys they save
+
 
 class AttentionState(NamedTuple):
-    """Keys and values of all steps so far, each (B, H, steps, E)."""
+    """Keys and values of all steps so far, or of the last `window`, each (B, H, steps, E); position: steps taken."""
 
     keys: Tensor
     values: Tensor
+    position: int
 
 
 class Attention(Mixer):
-    """Softmax attention through `scaled_dot_product_attention`.
+    """Softmax attention through `scaled_dot_product_attention`, whose memory is linear in L.
 
-    causal: position t attends to 1 … t only. positions: "rotary" turns queries and keys by angles that grow with the
-    position (RoFormer, 2104.09864); other values are the backbone's business. Source: Vaswani et al., 1706.03762.
+    causal: position t attends to 1 … t only. window: to the last `window` of them, t itself among them, or without
+    causal to t − window//2 … t + window//2; time is then linear in L, too. positions: "rotary" turns queries and keys
+    by angles that grow with the position (RoFormer, 2104.09864); other values are the backbone's business. dropout: of
+    attention weights; on processors PyTorch then forms all of them, L × L.
+
+    Sources: Vaswani et al., 1706.03762; local windows: Longformer, 2004.05150, and Griffin, 2402.19427.
     """
 
     def __init__(
@@ -35,6 +42,7 @@ class Attention(Mixer):
         *,
         num_heads: int = 8,
         causal: bool = False,
+        window: int | None = None,
         dropout: float = 0.0,
         positions: Positions = "none",
     ) -> None:
@@ -45,6 +53,7 @@ class Attention(Mixer):
             num_heads,
             f"must divide d_model ({d_model})",
         )
+        require(window is None or window >= 1, "window", window, "must be at least 1, or null")
         self.rotary = positions == "rotary"
         require(
             not (self.rotary and d_model // num_heads % 2),
@@ -52,7 +61,8 @@ class Attention(Mixer):
             num_heads,
             f"must leave heads of even width for rotary positions (d_model {d_model})",
         )
-        self.d_model, self.num_heads, self.causal, self.dropout = d_model, num_heads, causal, dropout
+        self.d_model, self.num_heads, self.causal, self.window = d_model, num_heads, causal, window
+        self.dropout = dropout
         self.project_in = nn.Linear(d_model, 3 * d_model)
         self.project_out = nn.Linear(d_model, d_model)
 
@@ -60,34 +70,47 @@ class Attention(Mixer):
         """(B, L, D) → (B, L, D)."""
         if mask is not None:  # hidden values have weight zero, but zero times nan is nan
             x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
-        query, key, value = self._heads(x, 0)
-        return self._attend(query, key, value, self.causal and mask is None, self._visible(x, mask))
+        return self._output(self._attend(*self._heads(x, 0), mask))
 
     def initial_state(self, batch_size: int) -> AttentionState:
         """No keys, no values."""
         self._require_causal()
         shape = (batch_size, self.num_heads, 0, self.d_model // self.num_heads)
         empty = self.project_in.weight.new_zeros(shape)
-        return AttentionState(empty, empty)
+        return AttentionState(empty, empty, 0)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """x_t (B, D), state → y_t (B, D), state; the state grows by one key and value a step."""
+        """x_t (B, D), state → y_t (B, D), state; without a window the state grows by one key and value a step."""
         self._require_causal()
-        query, key, value = self._heads(x.unsqueeze(1), state.keys.shape[2])
-        state = AttentionState(torch.cat((state.keys, key), 2), torch.cat((state.values, value), 2))
-        return self._attend(query, *state, causal=False).squeeze(1), state
+        query, key, value = self._heads(x.unsqueeze(1), state.position)
+        keys, values = torch.cat((state.keys, key), 2), torch.cat((state.values, value), 2)
+        state = self._remembered(keys, values, state.position + 1)
+        y = F.scaled_dot_product_attention(query, state.keys, state.values, dropout_p=self._dropout())
+        return self._output(y).squeeze(1), state
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
         """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
         self._require_causal()
         query, key, value = self._heads(x, 0)
-        return self._attend(query, key, value, causal=True), AttentionState(key, value)
+        return self._output(self._attend(query, key, value)), self._remembered(key, value, x.shape[1])
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, visible: Tensor | None = None) -> Tensor:
-        """Heads (B, H, L, E) → (B, L, D)."""
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, visible, dropout_p=dropout, is_causal=causal)
-        return self.project_out(y.transpose(1, 2).flatten(2))
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Heads (B, H, L, E) → (B, H, L, E)."""
+        length, dropout = query.shape[2], self._dropout()
+        if self.window is not None:
+            before, after = (self.window - 1, 0) if self.causal else (self.window // 2, self.window // 2)
+            if before < length - 1:
+                return local_attention(query, key, value, before=before, after=after, mask=mask, dropout=dropout)
+        if mask is None:
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.causal)
+        if not self.causal:
+            return F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout_p=dropout)
+        # Both causal and masked would be a mask of L × L for each sequence. But with all real positions in front, in
+        # their order, none of them has padding in its past.
+        real_first = mask.logical_not().int().argsort(stable=True, dim=1)[:, None, :, None]  # (B, 1, L, 1)
+        query, key, value = (heads.take_along_dim(real_first, 2) for heads in (query, key, value))
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return y.take_along_dim(real_first.argsort(2), 2)
 
     def _heads(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) → query, key, value (B, H, L, E), rotated from position `start` on."""
@@ -96,20 +119,57 @@ class Attention(Mixer):
             query, key = rotate(query, start), rotate(key, start)
         return query, key, value
 
-    def _visible(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Which keys a query may see, broadcastable to (B, H, L, L); None where there is nothing to hide."""
-        if mask is None:
-            return None
-        visible = mask[:, None, None, :]  # (B, 1, 1, L)
-        if not self.causal:
-            return visible
-        time = torch.arange(x.shape[1], device=x.device)
-        # The first positions may be padding: a query sees itself whatever the mask says, or its softmax is nan.
-        return (visible & (time <= time[:, None])) | (time == time[:, None])
+    def _output(self, heads: Tensor) -> Tensor:
+        """(B, H, L, E) → (B, L, D)."""
+        return self.project_out(heads.transpose(1, 2).flatten(2))
+
+    def _remembered(self, keys: Tensor, values: Tensor, position: int) -> AttentionState:
+        last = slice(None if self.window is None else -self.window, None)
+        return AttentionState(keys[:, :, last], values[:, :, last], position)
+
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _require_causal(self) -> None:
         if not self.causal:
             raise NotImplementedError("attention runs step by step only with causal=true")
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    before: int,
+    after: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention of each position t to t − before … t + after, in time and memory linear in L.
+
+    query, key, value: (B, H, L, E); mask: (B, L), True where a key may be seen. Returns (B, H, L, E).
+
+    Blocks of T queries attend to the K = before + T + after keys around them, so that one mask of T × K serves them all
+    and the ends of the sequence (and `mask`) alone differ.
+    """
+    batch, heads, length, _ = query.shape
+    block = max(BLOCK, before + after)
+    blocks = -(-length // block)
+    spare = blocks * block - length
+    strip = before + block + after
+    real = query.new_ones(1, length, dtype=torch.bool) if mask is None else mask
+    real = F.pad(real, (before, after + spare)).unfold(1, strip, block).transpose(0, 1)  # (blocks, B or 1, K)
+    q = F.pad(query, (0, 0, 0, spare)).unfold(2, block, block)  # (B, H, blocks, E, T)
+    k, v = (F.pad(each, (0, 0, before, after + spare)).unfold(2, strip, block) for each in (key, value))
+    ahead = torch.arange(strip, device=query.device) - torch.arange(block, device=query.device).unsqueeze(1)
+    seen = (ahead >= 0) & (ahead <= before + after) & real.unsqueeze(2)  # (blocks, B or 1, T, K)
+    seen = seen | (ahead == before)  # itself in any case: a softmax over nothing is nan
+    # The batch goes with the heads where all share the mask of their block, and with the blocks where they do not.
+    merge = (1, 2) if mask is None else (0, 1)
+    q, k, v = (each.permute(2, 0, 1, 4, 3).flatten(*merge) for each in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
+    y = y.reshape(blocks, batch, heads, block, -1).permute(1, 2, 0, 3, 4)
+    return y.flatten(2, 3)[:, :, :length]
 
 
 def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:

@@ -1,0 +1,182 @@
+r"""Mamba-2: a selective state space model whose decay is one number a head.
+
+B batch, L length, D model width, H heads, P width of a head, E = H·P inner width, G groups of heads that share B and C,
+N state size, S = E + 2·G·N convolved signals; dt is Δ, and A, B, C, D in formulas are the system, as in the paper
+
+    z, (x, B, C), Δ = one projection of the input
+    x, B, C ← silu(a short causal convolution of each signal),   Δ ← softplus(Δ + bias)
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ,   y_t = h_tᵀ C_t + D x_t        in each head
+    output = projection of rms_norm(y · silu(z))
+
+Source: Dao, Gu, "Transformers are SSMs", 2405.21060, section 7, and its official code (state-spaces/mamba).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from stu.errors import require
+from stu.mixer import Mixer
+from stu.ops.ssd import ssd, ssd_step
+
+
+class Mamba2State(NamedTuple):
+    """What a streaming Mamba-2 remembers.
+
+    signals: (B, d_conv − 1, S), the last ones before the convolution, the newest last; hidden: (B, H, N, P).
+    """
+
+    signals: Tensor
+    hidden: Tensor
+
+
+class Mamba2(Mixer):
+    """The block of Mamba-2: projections, convolution, recurrence, gate and norm.
+
+    causal: without it, a second unit with parameters of its own (`reverse`) runs from the end and is added, as in the
+    STU. num_heads: H, so that a head has width P = expand · d_model / num_heads (64 in the paper). d_state: N.
+    num_groups: G. d_conv: taps of the convolution. chunk_size: steps computed as one matrix, a matter of speed alone.
+
+    Initialised as in the official code: Δ log-uniform in dt_min … dt_max but at least dt_init_floor, −A uniform in
+    A_init_range, D and the gain of the norm one, the rest PyTorch's own. Padding leaves the state as it is: Δ is zero.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = True,
+        d_state: int = 128,
+        num_heads: int = 4,
+        expand: int = 2,
+        num_groups: int = 1,
+        d_conv: int = 4,
+        chunk_size: int = 64,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+    ) -> None:
+        super().__init__()
+        for name, value in {"d_state": d_state, "expand": expand, "d_conv": d_conv, "chunk_size": chunk_size}.items():
+            require(value >= 1, name, value, "must be at least 1")
+        inner, matrix = expand * d_model, num_groups * d_state
+        _require_divisor("num_heads", num_heads, "expand · d_model", inner)
+        _require_divisor("num_groups", num_groups, "num_heads", num_heads)
+        require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
+        require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "must be above 0")
+        slowest, fastest = A_init_range
+        require(0 < slowest <= fastest, "A_init_range", A_init_range, "must be two numbers above 0, the smaller first")
+        self.causal, self.num_heads, self.num_groups, self.chunk_size = causal, num_heads, num_groups, chunk_size
+        self.widths = inner, matrix, matrix  # of x, B and C
+        signals = sum(self.widths)
+        self.project_in = nn.Linear(d_model, inner + signals + num_heads, bias=False)
+        # Over images of one column: unlike those of sequences, their channels may stay in the last place.
+        self.conv = nn.Conv2d(signals, signals, (d_conv, 1), groups=signals)
+        dt = torch.empty(num_heads).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp_min(dt_init_floor)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(slowest, fastest).log())
+        self.D = nn.Parameter(torch.ones(num_heads))
+        self.gain = nn.Parameter(torch.ones(inner))
+        self.project_out = nn.Linear(inner, d_model, bias=False)
+        self.reverse: Mamba2 | None = None
+        if not causal:
+            self.reverse = Mamba2(
+                d_model,
+                d_state=d_state,
+                num_heads=num_heads,
+                expand=expand,
+                num_groups=num_groups,
+                d_conv=d_conv,
+                chunk_size=chunk_size,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                dt_init_floor=dt_init_floor,
+                A_init_range=A_init_range,
+            )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        y, _ = self._run(x, mask)
+        if self.reverse is None:
+            return y
+        backwards, _ = self.reverse._run(x.flip(1), None if mask is None else mask.flip(1))
+        return y + backwards.flip(1)
+
+    def initial_state(self, batch_size: int) -> Mamba2State:
+        """Zeros: nothing was seen."""
+        self._require_causal()
+        inner, matrix, _ = self.widths
+        signals = self.conv.weight.new_zeros(batch_size, self.conv.kernel_size[0] - 1, sum(self.widths))
+        shape = batch_size, self.num_heads, matrix // self.num_groups, inner // self.num_heads
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        return Mamba2State(signals, self.A_log.new_zeros(shape, dtype=dtype))
+
+    def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """x_t (B, D), state → y_t (B, D), state."""
+        self._require_causal()
+        gate, signal, dt = self._project(x)
+        signals = torch.cat((state.signals, signal.unsqueeze(1)), 1)  # (B, d_conv, S)
+        inputs, B, C = (each.squeeze(1) for each in self._convolve(signals))
+        y, hidden = ssd_step(inputs, dt, self._rates(), B, C, self.D, state.hidden)
+        return self._output(y, gate), Mamba2State(signals[:, 1:], hidden)
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Mamba2State]:
+        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
+        self._require_causal()
+        return self._run(x)
+
+    def _require_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError("Mamba-2 runs step by step only with causal=true")
+
+    def _run(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+        """From the first step to the last: (B, L, D) → (B, L, D) and the state behind it."""
+        if mask is not None:
+            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
+        gate, signals, dt = self._project(x)
+        if mask is not None:
+            dt = dt * mask.unsqueeze(-1)
+        signals = F.pad(signals, (0, 0, self.conv.kernel_size[0] - 1, 0))
+        inputs, B, C = self._convolve(signals)
+        y, hidden = ssd(inputs, dt, self._rates(), B, C, self.D, chunk_size=self.chunk_size)
+        return self._output(y, gate), Mamba2State(signals[:, x.shape[1] :], hidden)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(…, D) → the gate (…, E), the signals x, B, C (…, S) and Δ (…, H), in float32 at least."""
+        gate, signals, dt = self.project_in(x).split((self.widths[0], sum(self.widths), self.num_heads), -1)
+        return gate, signals, F.softplus(dt.to(_wide(dt)) + self.dt_bias)
+
+    def _convolve(self, signals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, d_conv − 1 + L, S) → x (B, L, H, P) and B, C (B, L, G, N), in float32 at least."""
+        dtype = _wide(signals)
+        columns = signals.to(dtype).unsqueeze(2).permute(0, 3, 1, 2)  # (B, S, L, 1), in memory (B, L, 1, S)
+        weights = {name: weight.to(dtype) for name, weight in self.conv.named_parameters()}
+        with torch.autocast(signals.device.type, enabled=False):
+            columns = functional_call(self.conv, weights, columns)
+        x, B, C = F.silu(columns.squeeze(-1).transpose(1, 2)).split(self.widths, -1)
+        groups = self.num_groups, -1
+        return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _rates(self) -> Tensor:
+        """A, one number a head (H,)."""
+        return -self.A_log.to(_wide(self.A_log)).exp()
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        """(…, H, P) and (…, E) → (…, D); the norm is over each group, as the official code has it."""
+        gated = y.flatten(-2) * F.silu(gate.to(_wide(gate)))
+        groups = gated.unflatten(-1, (self.num_groups, -1))
+        normed = F.rms_norm(groups, groups.shape[-1:], eps=1e-5).flatten(-2) * self.gain
+        return self.project_out(normed.to(gate.dtype))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _require_divisor(name: str, value: int, of: str, whole: int) -> None:
+    require(value >= 1 and whole % value == 0, name, value, f"must divide {of} ({whole})")

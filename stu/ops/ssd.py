@@ -1,0 +1,246 @@
+r"""State space duality: a selective linear recurrence as products of matrices, chunk by chunk.
+
+B batch, L length, H heads, P width of a head, G groups of R = H/G heads that share B and C, N state size,
+c chunks of Q steps, F = B·c; dt is Δ, and A, B, C, D in formulas and arguments are the system, as in the paper
+
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ        h (N, P), A and Δ_t numbers, B_t and C_t (N,), x_t and y_t (P,)
+    y_t = h_tᵀ C_t + D x_t
+
+As one matrix over time this is y = M (Δ x) + D x, M_ts = C_tᵀ B_s exp(Σ_{s<r≤t} Δ_r A) for s ≤ t. Inside a chunk M is
+formed; whatever lies before a chunk acts through the one state that enters it. So nearly all the work is matrix
+products, its cost is linear in L, and only the L/Q states at the seams follow one another. Source: Dao, Gu,
+"Transformers are SSMs", 2405.21060, sections 5 and 6.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# How many entries of M exist at a time: on a processor few enough to stay in its cache between their making and use,
+# elsewhere enough to keep the device busy.
+ENTRIES_ON_CPU = 1 << 18
+ENTRIES = 1 << 23
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """y_t = h_tᵀ C_t + D x_t with h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ, without a loop over time.
+
+    x: (B, L, H, P); dt: (B, L, H); A, D: (H,), with dt·A ≤ 0; B, C: (B, L, G, N), heads 0 … R − 1 have those of group
+    0; initial: the state before the first step, (B, H, N, P), zeros where None; chunk_size: the longest chunk.
+    Returns y (B, L, H, P) in x's dtype, and the state after the last step (B, H, N, P).
+
+    All of it, and the state, in float32 at least, whatever the dtypes or an enclosing autocast. Keeps one state a chunk
+    for the backward pass, and recomputes M there.
+    """
+    batch, length, heads, width = x.shape
+    groups, d_state = B.shape[2:]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, dt.dtype), torch.float32)
+    start = x.new_zeros(batch, heads, d_state, width) if initial is None else initial
+    with torch.autocast(x.device.type, enabled=False):
+        inputs, dt, B, C = (_chunked(signal.to(dtype), chunk_size) for signal in (x, dt, B, C))  # each (F, Q, …)
+        start = _by_group(start.to(dtype).transpose(1, 2), groups)
+        y, final = _SSD.apply(inputs, dt, B.transpose(1, 2), C.transpose(1, 2), A.to(dtype), start)
+        y = y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length] + D.to(dtype).unsqueeze(-1) * x
+    return y.to(x.dtype), _by_head(final, width).transpose(1, 2)
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence: x (B, H, P), dt (B, H), B, C (B, G, N), state (B, H, N, P) → y (B, H, P), state."""
+    heads_of_group = x.shape[1] // B.shape[1]
+    B, C = (matrix.repeat_interleave(heads_of_group, 1).unsqueeze(-1) for matrix in (B, C))  # (B, H, N, 1)
+    decay, drive = torch.exp(dt * A), dt.unsqueeze(-1) * x
+    state = decay[..., None, None] * state + B * drive.unsqueeze(-2)
+    return (C * state).sum(-2) + D.unsqueeze(-1) * x, state
+
+
+def ssd_reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, one step at a time; shapes as in `ssd`."""
+    outputs, state = [], initial
+    for t in range(x.shape[1]):
+        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+class _SSD(torch.autograd.Function):
+    """y = M (Δ x) over chunks: inside each by M itself, between them by the states.
+
+    Gradients of the steps Δ_t A are sums over everything that crosses t: pairs of two steps of the chunk, what the
+    entering state gives, what the leaving state gets, and what passes through. Each sum has terms that cross alone.
+    The difference of row and column sums of M would be cheaper, but where the decay is strong it cancels to noise.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(F, Q, H, P), (F, Q, H), two (F, G, Q, N), (H,), (B, G, N, RP) → like x, like the start."""
+        groups, width = B.shape[1], x.shape[-1]
+        sums = _running_sums(dt * A)
+        decay = _decays(sums, width, groups)
+        added = B.mT @ _by_group(x * (dt * decay.to_end).unsqueeze(-1), groups)  # (F, G, N, RP)
+        entering, final = _carried(added, decay.through, start)
+        y = torch.empty_like(x)
+        for f in _slices(x):
+            mixing = _scores(B[f], C[f]) * _pair_decays(sums[:, f], groups)  # (F, G, R, Q, Q)
+            drive = x[f] * dt[f].unsqueeze(-1)
+            torch.mul(_by_head(C[f] @ entering[f], width), decay.from_start[f].unsqueeze(-1), out=y[f])
+            y[f] += (mixing.flatten(1, 2) @ drive.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(x, dt, B, C, A, sums, entering)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all inputs; the states were kept, M and what it is made of are formed again."""
+        x, dt, B, C, A, sums, entering = ctx.saved_tensors
+        groups, width = B.shape[1], x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside one, too
+            decay = _decays(sums, width, groups)
+            read = dy * decay.from_start.unsqueeze(-1)
+            leaving, dstart = _carried(C.mT @ _by_group(read, groups), decay.through, dfinal, backwards=True)
+            dx, ddt, dB, dC, dsteps = map(torch.empty_like, (x, dt, B, C, dt))
+            for f in _slices(x):
+                drive, to_end = x[f] * dt[f].unsqueeze(-1), decay.to_end[f].unsqueeze(-1)
+                ddrive, dscores, pairs = _within(drive, dy[f], _scores(B[f], C[f]), _pair_decays(sums[:, f], groups))
+                dwritten = _by_head(B[f] @ leaving[f], width) * to_end
+                ddrive += dwritten
+                dB[f] = dscores.mT @ C[f] + _by_group(drive * to_end, groups) @ leaving[f].mT
+                dC[f] = dscores @ B[f] + _by_group(read[f], groups) @ entering[f].mT
+                dsteps[f] = _crossing(
+                    pairs,
+                    (_by_head(C[f] @ entering[f], width) * read[f]).sum(-1),
+                    (dwritten * drive).sum(-1),
+                    _by_head((entering[f] * leaving[f] * decay.through[f]).sum(-2, keepdim=True), width).sum(-1),
+                )
+                ddt[f] = (ddrive * x[f]).sum(-1) + dsteps[f] * A
+                dx[f] = ddrive * dt[f].unsqueeze(-1)
+            return dx, ddt, dB, dC, (dsteps * dt).sum((0, 1)), dstart
+
+
+class _Decay(NamedTuple):
+    """exp Σ Δ_r A over parts of each chunk: up to and with t, behind t (F, Q, H), and all of it (F, G, 1, RP)."""
+
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
+
+
+def _chunked(signal: Tensor, chunk_size: int) -> Tensor:
+    """(B, L, …) → (F, Q, …), Q ≤ chunk_size as even as can be; padded with zeros, which change no state as Δ = 0."""
+    length = signal.shape[1]
+    chunks = -(-length // chunk_size)
+    chunk = -(-length // chunks)
+    if spare := chunks * chunk - length:  # padding by nothing would be a copy
+        signal = F.pad(signal, (0, 0) * (signal.ndim - 2) + (0, spare))
+    return signal.unflatten(1, (chunks, chunk)).flatten(0, 1)
+
+
+def _by_group(signal: Tensor, groups: int) -> Tensor:
+    """(F, Q, H, P) → (F, G, Q, RP)."""
+    return signal.unflatten(2, (groups, -1)).transpose(1, 2).flatten(3)
+
+
+def _by_head(signal: Tensor, width: int) -> Tensor:
+    """(F, G, Q, RP) → (F, Q, H, P)."""
+    return signal.unflatten(3, (-1, width)).transpose(1, 2).flatten(2, 3)
+
+
+def _running_sums(steps: Tensor) -> Tensor:
+    """Σ_{r≤t} steps_r of each chunk as a rounded sum and what its rounding lost: (F, Q, H) → (2, F, Q, H).
+
+    A decay is the difference of two such sums. One step of a large Δ, which forgets everything, makes all later sums
+    large, and rounded to float32 alone they would no longer tell small steps apart. The error of one addition is
+    itself a sum of rounded numbers without error (Knuth's TwoSum).
+    """
+    sums = steps.cumsum(1)
+    before = _one_later(sums)
+    added = before + steps
+    seen = added - before
+    lost = (before - (added - seen)) + (steps - seen)
+    return torch.stack((sums, (added - sums + lost).cumsum(1)))
+
+
+def _decays(sums: Tensor, width: int, groups: int) -> _Decay:
+    from_start = sums.sum(0).exp()
+    to_end = (sums[:, :, -1:] - sums).sum(0).exp()
+    through = from_start[:, -1:, :, None].expand(-1, -1, -1, width)
+    return _Decay(from_start, to_end, _by_group(through, groups))
+
+
+def _pair_decays(sums: Tensor, groups: int) -> Tensor:
+    """The decays exp Σ_{s<r≤t} Δ_r A of all s ≤ t of a chunk, (2, F, Q, H) → (F, G, R, Q, Q); one where s > t."""
+    high, low = sums.transpose(2, 3).contiguous()  # (F, H, Q)
+    between = high.unsqueeze(-1) - high.unsqueeze(-2)
+    between.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
+    return between.tril_().exp_().unflatten(1, (groups, -1))
+
+
+def _scores(B: Tensor, C: Tensor) -> Tensor:
+    """C_tᵀ B_s of all s ≤ t of a chunk, zero above the diagonal: two (F, G, Q, N) → (F, G, 1, Q, Q)."""
+    return (C @ B.mT).tril_().unsqueeze(2)
+
+
+def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """state_{c+1} = through_c state_c + added_c, or from the last chunk to the first.
+
+    (F, G, N, RP), (F, G, 1, RP), (B, G, N, RP) → the state each chunk meets, like `added`, and the last one.
+    """
+    added, through = (t.unflatten(0, (len(start), -1)) for t in (added, through))
+    met, state = torch.empty_like(added), start
+    chunks = range(added.shape[1])
+    for c in reversed(chunks) if backwards else chunks:
+        met[:, c] = state
+        state = torch.addcmul(added[:, c], through[:, c], state)
+    return met.flatten(0, 1), state
+
+
+def _within(drive: Tensor, dy: Tensor, scores: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What M inside chunks gives back, from drive and dy (F, Q, H, P).
+
+    Returns gradients of the drive, like it, and of the scores (F, G, Q, Q), and dM ∘ M of each head (F, H, Q, Q).
+    """
+    by_head = dy.transpose(1, 2).contiguous()  # (F, H, Q, P)
+    ddrive = (scores * decays).flatten(1, 2).mT @ by_head
+    dmixing = (by_head @ drive.permute(0, 2, 3, 1)).view_as(decays).mul_(decays)
+    dscores = dmixing.sum(2).tril_()
+    return ddrive.transpose(1, 2), dscores, dmixing.mul_(scores).flatten(1, 2)
+
+
+def _crossing(pairs: Tensor, read: Tensor, written: Tensor, through: Tensor) -> Tensor:
+    """Σ over all that crosses t, (F, Q, H).
+
+    pairs: (F, H, Q, Q) from a step s < t to one from t on; read: (F, Q, H) from the entering state to a step from t on;
+    written: (F, Q, H) from a step before t to the leaving state; through: (F, 1, H).
+    """
+    length = pairs.shape[-1]
+    before = pairs.new_ones(length, length).triu_(1)  # [s < t]
+    inside = (pairs @ before).tril_().sum(-2).transpose(1, 2)
+    return inside + read.flip(1).cumsum(1).flip(1) + _one_later(written).cumsum(1) + through
+
+
+def _one_later(signal: Tensor) -> Tensor:
+    """(F, Q, H) → the same, signal_{t−1} at t and zero at the start."""
+    return F.pad(signal[:, :-1], (0, 0, 1, 0))
+
+
+def _slices(x: Tensor) -> list[slice]:
+    """Slices of the chunks (F, Q, H, P) whose matrices M, of all heads, have about `ENTRIES` entries."""
+    entries = ENTRIES_ON_CPU if x.device.type == "cpu" else ENTRIES
+    size = max(1, entries // (x.shape[2] * x.shape[1] ** 2))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
