@@ -83,15 +83,15 @@ def test_bands_are_made_once_and_only_so_many_are_kept(monkeypatch):
 def test_a_copy_is_a_bank_of_its_own(duplicate):
     original = FilterBank(spectral_bank(20, 3))
     other = duplicate(original)
-    assert other.number != original.number
-    assert FilterBank.of(other.number) is other
+    assert other.name != original.name
+    assert FilterBank.of(other.name) is other
     assert torch.equal(other.filters, original.filters)
 
 
 def test_a_bank_lives_as_long_as_a_graph_needs_it():
     weight = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     filters = FilterBank(spectral_bank(20, 3))
-    number = filters.number
+    name = filters.name
     y = filter_convolution(torch.randn(2, 20, 2, dtype=torch.float64), filters, weight)
     del filters
     gc.collect()
@@ -100,4 +100,4 @@ def test_a_bank_lives_as_long_as_a_graph_needs_it():
     del y
     gc.collect()
     with pytest.raises(KeyError):
-        FilterBank.of(number)
+        FilterBank.of(name)

@@ -216,4 +216,4 @@ def test_the_operators_keep_their_promises():
     reverse = torch.randn_like(weight).requires_grad_()
     for algorithm in ("transfer", "features"):
         for other in (None, reverse):
-            torch.library.opcheck(convolution._convolution, (u, weight, other, bank.number, algorithm))
+            torch.library.opcheck(convolution._convolution, (u, weight, other, bank.name, algorithm))

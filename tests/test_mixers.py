@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
@@ -316,13 +317,16 @@ def test_infinities_in_the_padding_are_ignored(case):
 
 @pytest.mark.parametrize("options", [{"k_y": 0}, {"k_y": 2}, {"k_y": 0, "causal": False}], ids=str)
 def test_compiles_into_one_graph(options):
-    layer = randomized(STU(D, seq_len=40, num_filters=6, **options)).double()
+    """Two layers of the same code, evaluated and then trained: nothing is specialised to the first."""
+    layers = nn.Sequential(*(randomized(STU(D, seq_len=40, num_filters=6, **options)) for _ in range(2))).double()
     x = noise(2, 30, D)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(x), layers(x), rtol=1e-10, atol=1e-10)
     for one, other in zip(
-        torch.autograd.grad(compiled(x).square().sum(), list(layer.parameters())),
-        torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())),
+        torch.autograd.grad(compiled(x).square().sum(), list(layers.parameters())),
+        torch.autograd.grad(layers(x).square().sum(), list(layers.parameters())),
         strict=True,
     ):
         assert_close(one, other, rtol=1e-10, atol=1e-10)

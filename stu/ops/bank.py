@@ -40,24 +40,24 @@ class Band(NamedTuple):
 class FilterBank:
     """Fixed filters (L, K), kept in float64, and their compressed spectra for every FFT length that was asked for.
 
-    An operator takes only tensors and numbers, so a bank has a `number` by which `FilterBank.of` finds it while it
-    lives.
+    An operator takes no objects but tensors, numbers and strings, so a bank has a `name` by which `FilterBank.of`
+    finds it while it lives (a string, as `torch.compile` may make a variable of a number).
     """
 
     _numbers: ClassVar = itertools.count()
-    _living: ClassVar["weakref.WeakValueDictionary[int, FilterBank]"] = weakref.WeakValueDictionary()
+    _living: ClassVar["weakref.WeakValueDictionary[str, FilterBank]"] = weakref.WeakValueDictionary()
 
     def __init__(self, filters: Tensor) -> None:
         self.filters = filters.detach().to("cpu", torch.float64)
-        self.number = next(self._numbers)
+        self.name = str(next(self._numbers))
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._living[self.number] = self
+        self._living[self.name] = self
 
     @classmethod
-    def of(cls, number: int) -> "FilterBank":
-        """The living bank of that number."""
-        return cls._living[number]
+    def of(cls, name: str) -> "FilterBank":
+        """The living bank of that name."""
+        return cls._living[name]
 
     def __reduce__(self) -> tuple[type["FilterBank"], tuple[Tensor]]:
         return FilterBank, (self.filters,)

@@ -51,7 +51,7 @@ def filter_convolution(
     chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)
     bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
-    y: Tensor = _convolution(u.to(dtype), weight.to(dtype), mirrored, bank.number, chosen)
+    y: Tensor = _convolution(u.to(dtype), weight.to(dtype), mirrored, bank.name, chosen)
     return y.to(u.dtype)
 
 
@@ -80,7 +80,7 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
 
 
 @torch.library.custom_op("stu::filter_convolution", mutates_args=())
-def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: int, algorithm: str) -> Tensor:
+def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str) -> Tensor:
     """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
     with torch.autocast(u.device.type, enabled=False):
         n = fft_length(2 * u.shape[1] - 1)
@@ -93,7 +93,7 @@ def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: int, a
 
 
 @_convolution.register_fake
-def _(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: int, algorithm: str) -> Tensor:
+def _(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str) -> Tensor:
     return u.new_empty(*u.shape[:2], weight.shape[2])
 
 
@@ -103,7 +103,7 @@ def _convolution_backward(
     u: Tensor,
     weight: Tensor,
     reverse: Tensor | None,
-    bank: int,
+    bank: str,
     algorithm: str,
     wants_u: bool,
     wants_matrices: bool,
@@ -139,7 +139,7 @@ def _(
     u: Tensor,
     weight: Tensor,
     reverse: Tensor | None,
-    bank: int,
+    bank: str,
     algorithm: str,
     wants_u: bool,
     wants_matrices: bool,
@@ -149,15 +149,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    u, weight, reverse, number, ctx.algorithm = inputs
+    u, weight, reverse, name, ctx.algorithm = inputs
     ctx.save_for_backward(u, weight, reverse)
-    ctx.number, ctx.bank = number, FilterBank.of(number)  # the bank lives as long as the graph
+    ctx.name, ctx.bank = name, FilterBank.of(name)  # the bank lives as long as the graph
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
     gradients = _convolution_backward(
-        grad, *ctx.saved_tensors, ctx.number, ctx.algorithm, needed[0], needed[1] or needed[2]
+        grad, *ctx.saved_tensors, ctx.name, ctx.algorithm, needed[0], needed[1] or needed[2]
     )
     return *(gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)), None, None
 

@@ -1,0 +1,1 @@
+"""How fast each mixer is, and how much memory it takes: `python -m experiments.speed`."""

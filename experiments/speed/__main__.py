@@ -1,0 +1,103 @@
+"""The command line: python -m experiments.speed. See --help."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.usage import options_of
+
+EXAMPLES = """\
+examples:
+  python -m experiments.speed                                            every mixer, L = 256 … 16384
+  python -m experiments.speed --models stu literal literal:k_y=2         these; with another option of the mixer
+  python -m experiments.speed --lengths 1024 --widths 64 256 --batches 1 32 --filters 16 24
+  python -m experiments.speed --device cuda --autocast bfloat16 --lengths 1024 16384 131072
+  python -m experiments.speed --redraw FOLDER                            table and figure of an earlier run
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, show and save, or show what was saved; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(given)
+    # Threads that wait leave their core to others, as in train.py; PyTorch reads it when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from experiments.speed import run
+    from stu.errors import OptionError
+
+    try:
+        if options.redraw is None:
+            run.measure_all(options, f"python -m experiments.speed {shlex.join(given)}".strip())
+        else:
+            run.redraw(options.redraw)
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed",
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        description="Compare time and memory of mixers, (B, L, D) → (B, L, D), side by side.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--models", nargs="+", metavar="MODEL[:KEY=VALUE,…]",
+                      help="mixers, and options of theirs; literal is the STU as the paper writes it, the baseline "
+                      f"(default: literal and all of conf/model: {', '.join(options_of('model'))})")  # fmt: skip
+    what.add_argument("--lengths", nargs="+", type=_count, default=[256, 1024, 4096, 16384], metavar="L",
+                      help="(default: 256 1024 4096 16384)")  # fmt: skip
+    what.add_argument("--batches", nargs="+", type=_count, default=[8], metavar="B", help="(default: 8)")
+    what.add_argument("--widths", nargs="+", type=_count, default=[128], metavar="D", help="(default: 128)")
+    what.add_argument("--filters", nargs="+", type=_count, default=[None], metavar="K",
+                      help="num_filters of those that have it (default: what their files say)")  # fmt: skip
+    what.add_argument("--bidirectional", action="store_true", help="as on tasks that look both ways; nothing streams")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    how.add_argument("--threads", type=_count, metavar="N", help="of the CPU (default: what PyTorch takes)")
+    how.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="(default: float32)")
+    how.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision")
+    how.add_argument("--tf32", action="store_true", help="matrix products in TF32, on GPUs")
+    how.add_argument("--compile", action="store_true", help="through torch.compile; not the streamed step")
+    how.add_argument("--repeats", type=_count, default=5, metavar="N", help="of each call, at least (default: 5)")
+    how.add_argument("--min-s", type=_positive, default=0.5, metavar="S",
+                     help="seconds of each call in all, at least (default: 0.5)")  # fmt: skip
+    how.add_argument("--limit-s", type=_positive, default=30.0, metavar="S",
+                     help="what takes longer in one call is given up (default: 30)")  # fmt: skip
+    how.add_argument("--limit-gb", type=_positive, metavar="GB",
+                     help="what takes more memory is given up (default: three quarters of all there is)")  # fmt: skip
+    where = parser.add_argument_group("where to")
+    runs = os.environ.get("STU_RUNS", "runs")
+    where.add_argument("--out", type=Path, metavar="FOLDER",
+                       help=f"for results.json and speed.png (default: a new one in {runs}/speed)")  # fmt: skip
+    where.add_argument("--force", action="store_true", help="replace the results in that folder")
+    where.add_argument("--redraw", type=Path, metavar="FOLDER", help="measure nothing; show and draw what lies there")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

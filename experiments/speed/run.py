@@ -1,0 +1,142 @@
+"""A run of the benchmark: from the options of the command line to the table, the file and the figure."""
+
+import argparse
+import itertools
+import os
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from experiments.speed import contenders, report
+from experiments.speed.bench import Settings
+from experiments.speed.contenders import Size
+from experiments.speed.floor import measured_peak
+from experiments.speed.measure import measure
+from experiments.speed.results import FILE, Results, commit, describe_machine, memory_of, now
+from stu.errors import OptionError, require
+
+WIDTH = 140  # at least; the lines of a narrower terminal run over, which is easier to read than columns of letters
+
+
+def measure_all(options: argparse.Namespace, command: str) -> None:
+    """Measure every size, show its table at once and save all so far; draw the figure.
+
+    Raises `OptionError` for what cannot be done, before anything is measured.
+    """
+    settings = _settings(options)
+    sizes = [
+        Size(length, batch, width, filters)
+        for batch, width, filters, length in itertools.product(
+            *map(dict.fromkeys, (options.batches, options.widths, options.filters, sorted(options.lengths)))
+        )
+    ]
+    found = contenders.find(options.models or contenders.allowed(), causal=settings.causal, size=sizes[0])
+    folder = _made(options.out or _new_folder(), options.force)
+    settings.apply()
+    console = _console()
+    results = Results(
+        command=command,
+        date=now(),
+        commit=commit(),
+        machine=describe_machine(settings),
+        settings=settings,
+        peak=measured_peak(settings),
+    )
+    report.show_machine(results, console)
+    try:
+        with Console(stderr=True).status("") as status:
+            for rows in measure(found, sizes, settings, status.update):
+                results = replace(results, rows=(*results.rows, *rows))
+                results.write(folder)
+                report.show(results, console, rows)
+    finally:  # also of what was measured when somebody stops it
+        if results.rows:
+            _draw(results, folder, console)
+
+
+def redraw(folder: Path) -> None:
+    """Show and draw what an earlier run saved. Raises `OptionError` where that cannot be read."""
+    try:
+        results = Results.read(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError("--redraw", folder, f"has no {FILE} that can be read") from error
+    console = _console()
+    report.show_machine(results, console)
+    for rows in results.sizes:
+        report.show(results, console, rows)
+    _draw(results, folder, console)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    device = _device(options.device)
+    require(not options.tf32 or device.type == "cuda", "--tf32", device, "only CUDA devices have it")
+    limit = 0.75 * memory_of(device) if options.limit_gb is None else 1e9 * options.limit_gb
+    return Settings(
+        device=str(device),
+        dtype=options.dtype,
+        autocast=options.autocast,
+        tf32=options.tf32,
+        compile=options.compile,
+        causal=not options.bidirectional,
+        threads=options.threads or torch.get_num_threads(),
+        repeats=options.repeats,
+        min_seconds=options.min_s,
+        limit_seconds=options.limit_s,
+        limit_bytes=limit,
+    )
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name, which works; a CUDA device with its number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    require(device.type in ("cpu", "cuda", "mps"), "--device", name, "must be auto, cpu, cuda, cuda:1 … or mps")
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise OptionError("--device", name, f"cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _made(folder: Path, force: bool) -> Path:
+    """The folder of the results, which has none yet, or whose results may be replaced."""
+    there = [name for name in (FILE, report.FIGURE) if (folder / name).exists()]
+    require(force or not there, "--out", folder, f"has {' and '.join(there)}; --force replaces them")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("--out", folder, f"cannot be made: {error.strerror}") from error
+    return folder
+
+
+def _new_folder() -> Path:
+    """A folder below runs/ that is not there yet."""
+    parent = Path(os.environ.get("STU_RUNS", "runs")) / "speed"
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%d-%H%M%S")
+    names = itertools.chain([stamp], (f"{stamp}-{number}" for number in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, WIDTH) if sys.stdout.isatty() else 10_000
+    return console
+
+
+def _draw(results: Results, folder: Path, console: Console) -> None:
+    files = [FILE]
+    try:
+        report.plot(results, folder / report.FIGURE)
+        files.append(report.FIGURE)
+    except ModuleNotFoundError as error:
+        print(
+            f"no figure: {error.name} is not installed; pip install matplotlib, then --redraw {folder}", file=sys.stderr
+        )
+    console.print(f"saved in {folder}: {', '.join(files)}")
