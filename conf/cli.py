@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.usage import CONF, options_of
+from conf.usage import CONF, folded, options_of
 from stu.errors import OptionError
 
 USAGE = 2  # exit code of a command that asks for something impossible
@@ -168,8 +168,8 @@ def _line(error: BaseException, config: DictConfig | None) -> str | None:
             node = match.group(1) if (match := re.search(r"full_key: (\S+)", str(error))) else "configuration"
             return f"{node}: {_flat(str(cause or error))}"
         case MissingConfigException(options=options) if options is not None:
-            group, _, choice = str(error.missing_cfg_file).rpartition("/")
-            choices = [o for o in options_of(group.split("/")[0]) if o]
+            group, _, choice = str(error.missing_cfg_file).partition("/")
+            choices = folded(options_of(group))
             return f"{group}={choice}: no such option; choose one of {', '.join(choices)}"
         case ConfigCompositionException() | OmegaConfBaseException():
             return _composition_line(error)

@@ -1,7 +1,9 @@
 """What `--help` says, made from the files in this folder; imports nothing slow, so the answer comes at once."""
 
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 CONF = Path(__file__).parent
 
@@ -18,6 +20,7 @@ GROUPS = {
 EXAMPLES = """\
   python train.py model=stu task=lra_listops                       the full task
   python train.py experiment=quick                                 a few minutes on two CPU cores
+  python train.py experiment=lra/listops/s5                        a model with the settings of its authors
   python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
   python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination, one after another"""
 
@@ -30,19 +33,44 @@ def answer() -> None:
 
 
 def text() -> str:
-    """The groups with a line each, and examples."""
-    lines = [f"  {group:<12}{', '.join(options_of(group)):<43} {meaning}" for group, meaning in GROUPS.items()]
+    """The groups, each with its meaning and its options, and examples."""
+    groups = [f"  {name:<12}{meaning}\n{_indented(folded(options_of(name)))}" for name, meaning in GROUPS.items()]
     return "\n".join(
         [
             "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",
             "\nGroups:",
-            *lines,
+            *groups,
             "\nExamples:",
             EXAMPLES,
             "\nA whole configuration:                python train.py ... --cfg job --resolve",
             "Tracebacks instead of one-line errors: HYDRA_FULL_ERROR=1",
         ]
     )
+
+
+def _indented(names: Sequence[str]) -> str:
+    margin = " " * 14
+    return fill(", ".join(names), 118, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Names as a shell abbreviates them, where folders hold the same: a, b/{c,d}/{e,f}."""
+    plain: list[str] = []
+    inside: dict[str, list[str]] = {}  # folder → what is in it
+    for name in names:
+        folder, slash, rest = name.partition("/")
+        if slash:
+            inside.setdefault(folder, []).append(rest)
+        else:
+            plain.append(name)
+    alike: dict[tuple[str, ...], list[str]] = {}  # what is in them → folders
+    for folder, rests in inside.items():
+        alike.setdefault(tuple(folded(rests)), []).append(folder)
+    return [*plain, *(f"{_either(folders)}/{_either(rests)}" for rests, folders in alike.items())]
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
 
 
 def options_of(group: str) -> list[str]:

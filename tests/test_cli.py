@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from conf import cli
+from conf.usage import folded
 from stu.errors import OptionError
 from tests import runs
 from tests.models import composed
@@ -27,7 +29,7 @@ Refused = list[tuple[tuple[str, ...], tuple[str, ...]]]
 # What shows before anything is built. The first of each kind is tried as a command too.
 EARLY: Refused = [
     # the configuration cannot be composed
-    (("model=stuu",), ("model=stuu: no such option", "stu, stu_ar, transformer")),
+    (("model=stuu",), ("model=stuu: no such option", "stu, stu_ar, stu_t")),
     (("experiment=bla",), ("experiment=bla: no such option", "quick")),
     (("model.depht=3",), ("model.depht=3: no such key", "did you mean depth?", "d_model, depth, dropout")),
     (("optimiser=adamw",), ("optimiser=adamw: no such key", "did you mean optimizer?", "checkpoints")),
@@ -185,11 +187,25 @@ def test_help_lists_every_option_of_every_group(help_text: str):
     groups = sorted(folder.name for folder in cli.CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__")
     assert len(groups) >= 6
     for group in groups:
-        [line] = re.findall(rf"^  {group} +(.*)$", help_text, re.MULTILINE)
+        # what the group is, and below it the options, farther in
+        [(meaning, options)] = re.findall(rf"^  {group} +(\S.*)\n((?: {{14}}\S.*\n)+)", help_text, re.MULTILINE)
         files = (cli.CONF / group).rglob("*.yaml")
         names = {f.relative_to(cli.CONF / group).with_suffix("").as_posix() for f in files if f.name[0] != "_"}
-        assert set(line.split("  ")[0].split(", ")) == names
-        assert line.split("  ")[-1].strip()  # and what the group is
+        assert {name for option in re.split(r",\s+", options.strip()) for name in unfolded(option)} == names
+        assert not meaning.startswith(tuple(names))
+
+
+def unfolded(option: str) -> list[str]:
+    """The names that a shell makes of a/{b,c}/{d,e}."""
+    parts = [part.split(",") for part in re.split(r"[{}]", option)]
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def test_names_are_abbreviated_only_where_folders_hold_the_same():
+    assert folded(["a", "b"]) == ["a", "b"]
+    assert folded(["x/a", "x/b", "y/a", "y/b", "q"]) == ["q", "{x,y}/{a,b}"]
+    assert folded(["x/a", "x/b", "y/a"]) == ["x/{a,b}", "y/a"]
+    assert folded(["l/x/a", "l/x/b", "l/y/a", "l/y/b"]) == ["l/{x,y}/{a,b}"]
 
 
 @pytest.mark.e2e

@@ -105,14 +105,3 @@ def test_where_things_lie_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("STU_DATA", "/there")
     moved = composed("task=lra_listops", "seed=92")
     assert (moved.paths.runs, moved.task.data.dir) == ("/elsewhere", "/there")
-
-
-@pytest.mark.e2e
-@pytest.mark.parametrize("preset", options_of("experiment"))
-def test_every_preset_trains(preset: str, tmp_path: Path):
-    steps = ("trainer.max_steps=1", "optimizer.warmup=0")
-    done = runs.train(tmp_path, *runs.small(f"experiment={preset}", *steps, "name=run"))
-    assert done.code == 0, done.err
-    assert done.err == ""
-    [summary] = tmp_path.glob("runs/*/*/run/summary.json")
-    assert yaml.safe_load(summary.read_text())["steps"] == 1
