@@ -2,13 +2,19 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import starmap
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import TypeVar
+from threading import Thread
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from rich.console import Console
@@ -26,11 +32,19 @@ def fingerprint(spec: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def cached(root: str | Path, name: str, spec: Mapping[str, object], build: Callable[[Path], None]) -> Path:
+def cached(
+    root: str | Path,
+    name: str,
+    spec: Mapping[str, object],
+    build: Callable[[Path], None],
+    *,
+    resumable: bool = False,
+) -> Path:
     """The directory <root>/<name>/<fingerprint of spec>; unless it is there, `build` fills it first.
 
     Any number of processes may ask at once: one builds, the others wait. The directory gets its name when it
     is complete, so what a killed build leaves behind is never taken for data; the next build removes it.
+    resumable: the next build is given what is left instead, and goes on; what it finds must be whole files.
     """
     target = Path(root).expanduser() / name / fingerprint(spec)
     if target.is_dir():
@@ -39,24 +53,26 @@ def cached(root: str | Path, name: str, spec: Mapping[str, object], build: Calla
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
             if not target.is_dir():
-                _build(target, spec, build)
+                _build(target, spec, build, resumable)
     except OSError as error:
         allowed = f"must be a folder with room for the data of {name}; building them failed: {error}"
         raise OptionError("dir", str(root), allowed) from error
     return target
 
 
-def _build(target: Path, spec: Mapping[str, object], build: Callable[[Path], None]) -> None:
+def _build(target: Path, spec: Mapping[str, object], build: Callable[[Path], None], resumable: bool) -> None:
     """Build beside `target`, then rename: the lock is held, so there is one such sibling at most."""
     partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if not resumable:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
+        partial.mkdir(exist_ok=resumable)
         build(partial)
         (partial / "spec.json").write_text(json.dumps(spec, indent=2, sort_keys=True) + "\n")
         partial.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -78,3 +94,27 @@ def _with_lines(items: Iterable[Item], title: str, total: int | None) -> Iterato
             last = time.monotonic()
             print(f"{title}: {count:,}{of_total}", file=sys.stderr, flush=True)
         yield item
+
+
+def in_processes(function: Callable[..., Item], jobs: Sequence[tuple[Any, ...]], workers: int | None) -> Iterator[Item]:
+    """What `function` returns for the arguments in `jobs`, in their order; workers: processes, None: one a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(jobs))
+    if workers <= 1:
+        yield from starmap(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
+        yield from pool.map(function, *zip(*jobs, strict=True))
+
+
+def follow_parent() -> None:
+    """Let this process, a worker, end with the one that started it, and without a word when interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent is not None, "called in a worker"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()

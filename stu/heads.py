@@ -1,4 +1,4 @@
-"""Ways out: one answer a sequence, or one a step. All of them know which positions are real.
+"""Ways out: one answer a sequence, one a pair of them, or one a step. All of them know which positions are real.
 
 B batch, L length, D model width, O outputs
 """
@@ -42,6 +42,30 @@ class PooledHead(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, O)."""
         return self.linear(pooled(x, mask, self.pool))
+
+
+class TwoTowerHead(nn.Module):
+    """Compare two sequences that one tower has read, (2B, L, D) → (B, O): row i with row B + i.
+
+    Of their pooled forms x₁ and x₂ the features [x₁, x₂, x₁ ∘ x₂, x₁ − x₂] are taken, and from these the answer by
+    two layers, 4D → D and D → O, with a GELU between them.
+
+    Sources: Tay et al., "Long Range Arena" (2011.04006), section 2.2, for the features; Gu et al., "Efficiently
+    modeling long sequences with structured state spaces" (2111.00396), the code of which has these layers.
+    """
+
+    def __init__(self, d_model: int, *, d_output: int, pool: Pool = "mean") -> None:
+        super().__init__()
+        require(pool in ("mean", "first", "last"), "pool", pool, "must be mean, first or last")
+        self.pool: Pool = pool
+        self.hidden = nn.Linear(4 * d_model, d_model)
+        self.linear = nn.Linear(d_model, d_output)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(2B, L, D) → (B, O)."""
+        first, second = pooled(x, mask, self.pool).unflatten(0, (2, -1))  # (B, D) each
+        features = torch.cat((first, second, first * second, first - second), dim=1)  # (B, 4D)
+        return self.linear(nn.functional.gelu(self.hidden(features)))
 
 
 class StepHead(nn.Module):

@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for folder in ("stu", "data", "conf") for path in (ROOT / folder).rglob("*.py"))
 # Distributions of the `train` extra by what one imports: a library user has none of them.
-TRAINING_ONLY = {"lightning", "hydra", "omegaconf", "torchmetrics", "wandb", "datasets", "filelock", "yaml", "rich"}
+TRAINING_ONLY = {
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "torchmetrics",
+    "wandb",
+    "datasets",
+    "filelock",
+    "yaml",
+    "rich",
+    "PIL",
+}
 ABOVE = {"data", "experiments", "conf", "train", "tests", "hydra", "omegaconf"}
 
 
@@ -138,7 +149,7 @@ def test_the_training_extra_is_what_the_test_above_does_without():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {"hydra-core": "hydra", "pyyaml": "yaml"}
+    names = {"hydra-core": "hydra", "pyyaml": "yaml", "pillow": "PIL"}
     listed = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["train"]}
     assert {names.get(name, name) for name in listed} == TRAINING_ONLY
     roots = {name.split(".")[0] for path in FILES for name in imports(path)} - {"stu", "data", "conf", "experiments"}
