@@ -62,7 +62,7 @@ def subsets(uniform: Reals, count: int) -> Integers:
 
 def shuffled(rows: Integers, uniform: Reals) -> Integers:
     """Each row (n, K) in an order of its own, all equally likely."""
-    return np.take_along_axis(rows, (uniform * 4).astype(int).argsort(1), 1)
+    return np.take_along_axis(rows, uniform.argsort(1), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

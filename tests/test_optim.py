@@ -20,7 +20,7 @@ from stu.training.optim import adamw, learning_rate, warmup_steps
 from tests.models import MODELS, composed, small_backbone
 from tests.runs import Training
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 
 
 def closed_form(total: int, warmup: int, peak: float, floor: float, schedule: str) -> np.ndarray:
@@ -29,6 +29,8 @@ def closed_form(total: int, warmup: int, peak: float, floor: float, schedule: st
     if schedule == "cosine":
         angle = np.clip((steps - warmup) / (total - warmup), 0, 1) * np.pi / 2
         decay = floor + (peak - floor) * np.cos(angle) ** 2
+    elif schedule == "rsqrt":
+        decay = np.maximum(floor, peak * np.sqrt(np.fmax(1, warmup) / np.fmax(1, steps)))
     else:
         decay = np.interp(steps, [warmup, total], [peak, floor if schedule == "linear" else peak])
     rise = np.interp(steps, [0, warmup], [floor, peak]) if warmup else decay
@@ -41,6 +43,7 @@ def test_rates_by_hand():
     cosine = [learning_rate(step, 5, 1, 3.0, 1.0, "cosine") for step in range(6)]
     assert cosine == pytest.approx([1, 3, 2 + math.sqrt(0.5), 2, 2 - math.sqrt(0.5), 1], abs=1e-14)
     assert [learning_rate(step, 5, 2, 4.0, 2.0, "constant") for step in range(6)] == [2, 3, 4, 4, 4, 4]
+    assert [learning_rate(step, 9, 1, 1.0, 0.4, "rsqrt") for step in (0, 1, 4, 9)] == [0.4, 1, 0.5, 0.4]
     assert [learning_rate(step, 4, 0, 1.0, 0.0, "linear") for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
 
 

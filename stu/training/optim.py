@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import AdamW
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stu.errors import OptionError, require
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
 GROUP_KEYS = ("match", "lr", "lr_scale", "weight_decay")
 
 
@@ -33,7 +33,8 @@ def adamw(
 
     groups: name → {match: regular expression, lr or lr_scale, weight_decay}; a parameter belongs to the first
     group whose expression is found in its name, or to "default". warmup: linear from `min_lr`, over that share of
-    the budget if below 1, else that many steps. Then `schedule` leads to `min_lr` at the end of the budget.
+    the budget if below 1, else that many steps. Then `schedule` leads to `min_lr` at the end of the budget; rsqrt,
+    Vaswani et al. (1706.03762), section 5.3, falls with the root of the step, wherever that leads.
 
     Raises `OptionError` for a group that matches nothing.
     """
@@ -42,7 +43,8 @@ def adamw(
     require(eps >= 0, "eps", eps, "must be at least 0")
     require(weight_decay >= 0, "weight_decay", weight_decay, "must be at least 0")
     require(0 <= min_lr <= lr, "min_lr", min_lr, f"must be in 0 … lr ({lr})")
-    require(schedule in ("cosine", "linear", "constant"), "schedule", schedule, "must be cosine, linear or constant")
+    allowed = get_args(Schedule)
+    require(schedule in allowed, "schedule", schedule, f"must be one of {', '.join(allowed)}")
     parameter_groups = [
         {
             "name": name,
@@ -82,6 +84,8 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float,
             return floor + (peak - floor) * (1 + math.cos(math.pi * done)) / 2
         case "linear":
             return floor + (peak - floor) * (1 - done)
+        case "rsqrt":
+            return max(floor, peak * math.sqrt(max(1, warmup) / max(1, step)))
         case "constant":
             return peak
 
