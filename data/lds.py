@@ -29,6 +29,7 @@ BASELINE_STEPS = 2**20  # seconds at most, at any length
 Reals = NDArray[np.float64]
 Modes = Reals | NDArray[np.complex128]
 Spectrum = Literal["signs", "uniform", "complex"]
+Structure = Literal["diagonal", "symmetric", "general"]
 SYSTEM, TRAIN, VAL, TEST = range(4)  # the independent random streams of one seed
 
 
@@ -45,26 +46,32 @@ class System:
     makes the paper's STU exact but for its filters, with M^u = (CB + D, CAB, −D); it is the one of Hazan et al.,
     "Spectral filtering for general linear dynamical systems" (1802.03981).
 
-    modes: (N,) real, the diagonal of A; or (N/2,) complex, each standing for a 2×2 rotation block of A.
+    modes: (N,) real, a diagonal; or (N/2,) complex, each standing for a 2×2 rotation block on the diagonal.
     B: (N, C), C: (O, N), D: (O, C).
+    basis: (N, N) invertible T; A is T times that diagonal times T⁻¹. None: the identity.
     """
 
     modes: Modes
     B: Reals
     C: Reals
     D: Reals
+    basis: Reals | None = None
 
     @property
     def A(self) -> Reals:  # noqa: N802 (the paper's name)
         """(N, N) transition matrix."""
         # A row of (p, q) pairs viewed as complex p + iq is rotated by one product; reals are viewed as they are.
-        return (np.eye(self.B.shape[0]).view(self.modes.dtype) * self.modes).view(np.float64).T
+        modal = (np.eye(self.B.shape[0]).view(self.modes.dtype) * self.modes).view(np.float64).T
+        return modal if self.basis is None else self.basis @ np.linalg.solve(self.basis.T, modal.T).T
 
     def states(self, drive: Reals) -> Reals:
         """x_t = A x_{t−1} + drive_t from rest, (L, N) → (L, N) float64."""
+        if self.basis is not None:
+            drive = np.ascontiguousarray(np.linalg.solve(self.basis, drive.T).T)
         modal = drive.view(self.modes.dtype)  # (L, N) or (L, N/2)
         filtered = [lfilter([1], [1, -mode], one) for mode, one in zip(self.modes, modal.T, strict=True)]
-        return np.stack(filtered, axis=1).view(np.float64)
+        states = np.stack(filtered, axis=1).view(np.float64)
+        return states if self.basis is None else states @ self.basis.T
 
     def respond(
         self,
@@ -81,10 +88,12 @@ class System:
         start = np.eye(length, 1)  # (L, 1)
         return np.stack([self.respond(start * unit) for unit in np.eye(self.B.shape[1])], axis=-1)
 
-    def power(self, length: int) -> float:
-        """E y² for white unit inputs, averaged over `length` steps from rest and over the outputs."""
-        energy = np.square(self.impulse_response(length)).sum((1, 2))  # (L,)
-        return float(energy.cumsum().mean() / self.C.shape[0])
+    def power(self, length: int, correlation: float = 0.0) -> float:
+        """E y² for the inputs of `coloured`, averaged over `length` steps from rest and over the outputs."""
+        # u_0, and each later e_s times √(1 − ρ²), reaches the output by the impulse response after the colouring.
+        response = lfilter([1], [1, -correlation], self.impulse_response(length), axis=0)
+        energy = np.square(response).sum((1, 2))  # (L,)
+        return float(((1 - correlation**2) * energy.cumsum() + correlation**2 * energy).mean() / self.C.shape[0])
 
     def driven_by_noise(self) -> "System":
         """The system from w to y."""
@@ -101,11 +110,34 @@ def draw_modes(spectrum: Spectrum, d_state: int, radius: float, random: np.rando
     return radius * np.exp(2j * np.pi * random.random(d_state // 2))
 
 
+def draw_basis(structure: Structure, d_state: int, condition: float, random: np.random.Generator) -> Reals | None:
+    """The `basis` of a `System`: none, orthogonal, or U Σ Vᵀ with U and V orthogonal and Σ from 1 to `condition`."""
+    if structure == "diagonal":
+        return None
+    left = draw_orthogonal(d_state, random)
+    if structure == "symmetric":
+        return left
+    return (left * np.geomspace(1, condition, d_state)) @ draw_orthogonal(d_state, random)
+
+
+def draw_orthogonal(size: int, random: np.random.Generator) -> Reals:
+    """An orthogonal matrix, all equally likely. Source: Mezzadri (math-ph/0609050), section 5."""
+    Q, R = np.linalg.qr(random.standard_normal((size, size)))
+    return Q * np.sign(np.diag(R))
+
+
+def coloured(white: np.ndarray, correlation: float) -> Reals:
+    """u_t = ρ u_{t−1} + √(1 − ρ²) e_t from noise e (L, C), u_0 = e_0: stationary, of the variance of the noise."""
+    drive = math.sqrt(1 - correlation**2) * white.astype(np.float64)
+    drive[0] = white[0]
+    return lfilter([1], [1, -correlation], drive, axis=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LDSData:
     """Sequences of one random system, each computed when asked for from (seed, split, index) alone.
 
-    B, C and the diagonal D are unit Gaussian, the inputs white and unit Gaussian. The options are explained in
+    B, C and the diagonal D are unit Gaussian, and so are the inputs, white or coloured. The options are explained in
     conf/task/lds.yaml; the defaults are the paper's as far as its section 3 states them. One default departs from it:
     `normalize`. The outputs grow like √t, so that raw targets ask every length, seed and spectrum for its own
     learning rate; divided by their RMS, the trivial error is 1 everywhere, and the paper's loss is `scale`² times
@@ -118,6 +150,9 @@ class LDSData:
     d_output: int = 3
     spectrum: Spectrum = "signs"
     radius: float = 0.9999
+    structure: Structure = "diagonal"
+    condition: float = 10.0
+    correlation: float = 0.0
     process_noise: float = 0.0
     observation_noise: float = 0.0
     normalize: bool = True
@@ -132,11 +167,15 @@ class LDSData:
         for name in ("process_noise", "observation_noise"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "must be a standard deviation, at least 0")
-        allowed = get_args(Spectrum)
-        require(self.spectrum in allowed, "spectrum", self.spectrum, f"must be one of {', '.join(allowed)}")
-        paired = self.spectrum != "complex" or self.d_state % 2 == 0
-        require(paired, "d_state", self.d_state, "must be even where spectrum=complex")
+        for name, kinds in (("spectrum", get_args(Spectrum)), ("structure", get_args(Structure))):
+            require(getattr(self, name) in kinds, name, getattr(self, name), f"must be one of {', '.join(kinds)}")
+        real = self.spectrum != "complex"
+        require(real or self.d_state % 2 == 0, "d_state", self.d_state, "must be even where spectrum=complex")
+        allowed = "must be diagonal or general where spectrum=complex: symmetric matrices have real eigenvalues"
+        require(real or self.structure != "symmetric", "structure", self.structure, allowed)
         require(0 < self.radius <= 1, "radius", self.radius, "must be above 0 and at most 1")
+        require(1 <= self.condition <= 1e6, "condition", self.condition, "must be 1 to 1e6")
+        require(-1 < self.correlation < 1, "correlation", self.correlation, "must be above -1 and below 1")
         require(self.seed >= 0, "seed", self.seed, "must be at least 0")
 
     @cached_property
@@ -146,8 +185,9 @@ class LDSData:
         B = random.standard_normal((self.d_state, self.d_input))
         C = random.standard_normal((self.d_output, self.d_state))
         D = np.eye(self.d_output, self.d_input) * random.standard_normal(self.d_input)
-        # The modes come last: another spectrum or radius keeps B, C and D.
-        return System(draw_modes(self.spectrum, self.d_state, self.radius, random), B, C, D)
+        # The modes come after them, and the basis last: another spectrum, radius or structure keeps B, C and D.
+        modes = draw_modes(self.spectrum, self.d_state, self.radius, random)
+        return System(modes, B, C, D, draw_basis(self.structure, self.d_state, self.condition, random))
 
     @cached_property
     def scale(self) -> float:
@@ -155,13 +195,15 @@ class LDSData:
         if not self.normalize:
             return 1.0
         driven = self.process_noise**2 * self.system.driven_by_noise().power(self.seq_len)
-        return math.sqrt(self.system.power(self.seq_len) + driven + self.observation_noise**2)
+        return math.sqrt(self.system.power(self.seq_len, self.correlation) + driven + self.observation_noise**2)
 
     def sequence(self, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (L, C) and targets (L, O), float32."""
         random = generator(self.seed, split, index)
         # Rounded before they are used: the targets belong to exactly the inputs a model sees.
         inputs = random.standard_normal((self.seq_len, self.d_input), dtype=np.float32)
+        if self.correlation:
+            inputs = coloured(inputs, self.correlation).astype(np.float32)
         process = white((self.seq_len, self.d_state), self.process_noise, random)
         observation = white((self.seq_len, self.d_output), self.observation_noise, random)
         outputs = self.system.respond(inputs, process, observation)
@@ -241,6 +283,10 @@ class LDS(Task):
     def head(self, d_model: int) -> nn.Module:
         """(B, L, d_model) → (B, L, O)."""
         return StepHead(d_model, d_output=self.data.d_output)
+
+    def impulse_response(self, length: int) -> Reals:
+        """The first h_t of the system, (length, O, C), in the unit of the targets."""
+        return self.data.system.impulse_response(length) / self.data.scale
 
     def scored(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every real step: (n, O) and (n, O)."""

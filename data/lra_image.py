@@ -166,6 +166,7 @@ class SequentialCIFAR(Task):
         require(not (tokens and data.color), "tokens", tokens, "must be false where data.color=true")
         self.seq_len, self.causal, self.tokens, self.data = seq_len, causal, tokens, data
         self.pool: Pool = pool
+        self.image_shape = side, side  # rows and columns of what a model gets
         means, deviations = map(torch.tensor, COLORED if data.color else GREY)  # (C,)
         self.scale, self.shift = 1 / (255 * deviations), -means / deviations
 

@@ -285,6 +285,7 @@ class Pathfinder(Task):
         require(fits, "seq_len", seq_len, allowed)
         self.seq_len, self.causal, self.centered, self.data = seq_len, causal, centered, data
         self.pool: Pool = pool
+        self.image_shape = side, side  # rows and columns of what a model gets
 
     def prepare(self) -> None:
         """Fill the cache, unless it holds the data."""

@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import itertools
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +80,25 @@ def test_bands_are_made_once_and_only_so_many_are_kept(monkeypatch):
     filters.bands(120, torch.float32, CPU)
     assert filters.bands(128, torch.float32, CPU) is first  # used last but one
     assert len(filters._bands) == 2
+
+
+def test_threads_may_share_a_bank(monkeypatch):
+    monkeypatch.setattr(bank, "REMEMBERED", 1)
+    filters = FilterBank(torch.randn(6, 2, dtype=torch.float64))
+    expected = {n: filters.bands(n, torch.float64, CPU)[0].basis.clone() for n in (6, 8, 10)}
+
+    def ask(first):
+        for n in itertools.islice(itertools.cycle(expected), first, first + 100):
+            assert torch.equal(filters.bands(n, torch.float64, CPU)[0].basis, expected[n])
+        return True
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as often as can be
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])

@@ -1,6 +1,7 @@
 """The synthetic linear dynamical system against its defining recurrence."""
 
 import pickle
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,20 +21,23 @@ from stu.task import Batch
 
 CONFIG = Path(__file__).parents[1] / "conf/task/lds.yaml"
 SPECTRA = ("signs", "uniform", "complex")
+# (spectrum, structure), all there are
+KINDS = [(a, b) for a in SPECTRA for b in ("diagonal", "symmetric", "general") if (a, b) != ("complex", "symmetric")]
 FIRST_INPUT = (0.5455176, -1.60954, 1.397619)
 LAST_OUTPUT = (14.79148, 10.91788, 18.89744)
 
 spectra = pytest.mark.parametrize("spectrum", SPECTRA)
-options = st.fixed_dictionaries(
-    {
-        "seq_len": st.integers(1, 40),
-        "d_state": st.sampled_from((2, 4, 6)),
-        "d_input": st.integers(1, 4),
-        "d_output": st.integers(1, 4),
-        "spectrum": st.sampled_from(SPECTRA),
-        "radius": st.sampled_from((0.3, 0.9999, 1.0)),
-        "seed": st.integers(0, 2**70),
-    }
+kinds = pytest.mark.parametrize(("spectrum", "structure"), KINDS)
+options = st.builds(
+    lambda kind, **others: {"spectrum": kind[0], "structure": kind[1], **others},
+    st.sampled_from(KINDS),
+    seq_len=st.integers(1, 40),
+    d_state=st.sampled_from((2, 4, 6)),
+    d_input=st.integers(1, 4),
+    d_output=st.integers(1, 4),
+    radius=st.sampled_from((0.3, 0.9999, 1.0)),
+    correlation=st.sampled_from((0.0, 0.9, -0.5)),
+    seed=st.integers(0, 2**70),
 )
 
 
@@ -155,11 +159,100 @@ def test_noise_has_the_deviations_asked_for(spectrum):
     np.testing.assert_allclose(correlation, np.eye(8), atol=0.08)
 
 
-@spectra
+@pytest.mark.parametrize("structure", ["diagonal", "symmetric", "general"])
+@pytest.mark.parametrize("gap", [1e-1, 1e-4, 1e-7])
+def test_structures_have_the_eigenvectors_they_say(structure, gap):
+    """`basis` is what it is called, A has its eigenvalues, and only the general one is not normal."""
+    data = small(structure=structure, spectrum="uniform", radius=1 - gap, d_state=12, condition=50.0)
+    A, basis = data.system.A, np.eye(12) if data.system.basis is None else data.system.basis
+    np.testing.assert_allclose(A @ basis, basis * data.system.modes, atol=1e-12)
+    assert np.linalg.cond(basis) == pytest.approx(50 if structure == "general" else 1, rel=1e-9)
+    assert np.allclose(A, A.T, atol=1e-13) == (structure != "general")
+    assert np.allclose(A, np.diag(np.diag(A))) == (structure == "diagonal")
+    assert np.linalg.norm(A @ A.T - A.T @ A) < 1e-12 or structure == "general"
+    assert abs(np.linalg.eigvals(A)).max() <= 1 - gap + 1e-10
+
+
+def test_complex_modes_in_a_general_basis():
+    system = small(structure="general", spectrum="complex", radius=0.9999, d_state=8).system
+    eigenvalues = np.linalg.eigvals(system.A)
+    np.testing.assert_allclose(abs(eigenvalues), 0.9999, rtol=1e-10)
+    np.testing.assert_allclose(
+        np.sort_complex(eigenvalues[eigenvalues.imag > 0]),
+        np.sort_complex(system.modes.real + 1j * abs(system.modes.imag)),
+    )
+    assert np.linalg.norm(system.A @ system.A.T - system.A.T @ system.A) > 0.1
+
+
+def test_bases_point_anywhere():
+    """Columns of a random orthogonal matrix have no favourite direction."""
+    first = np.stack([small(structure="symmetric", seed=seed, d_state=3).system.basis[:, 0] for seed in range(600)])
+    np.testing.assert_allclose(first.mean(0), 0, atol=0.1)
+    np.testing.assert_allclose(first.T @ first / 600, np.eye(3) / 3, atol=0.06)
+
+
+def test_a_gap_of_ten_millionths_is_exact():
+    """No mode is rounded to 1: after 10⁷ steps a tenth of a millionth each has taken away all but 1/e."""
+    system = small(radius=1 - 1e-7, spectrum="signs").system
+    np.testing.assert_allclose(abs(system.modes) ** 1e7, np.exp(-1), rtol=1e-5)
+    assert small(radius=0.9999999).system.modes.tolist() == system.modes.tolist()
+
+
+def test_very_long_sequences_take_seconds():
+    for spectrum, structure in KINDS:
+        data = LDSData(seq_len=131_072, spectrum=spectrum, structure=structure, radius=0.9999999, correlation=0.5)
+        start = time.process_time()
+        inputs, targets = data.splits().train[0]
+        assert time.process_time() - start < 5
+        assert inputs.shape == targets.shape == (131_072, 3)
+        t = 131_071  # of rest and impulse: h_t = C Aᵗ B, with all digits
+        response = data.system.impulse_response(t + 1)[t]
+        power = data.system.C @ np.linalg.matrix_power(data.system.A, t) @ data.system.B
+        np.testing.assert_allclose(response, power, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("correlation", [0.9, -0.5])
+def test_coloured_inputs_are_stationary_and_of_unit_variance(correlation):
+    data = LDSData(seq_len=50, correlation=correlation, train=4000)
+    inputs = np.stack([data.splits().train[i][0] for i in range(4000)]).astype(float)  # (n, L, C)
+    np.testing.assert_allclose(inputs.std(0), 1, atol=0.06)  # at every step, the first as well
+    np.testing.assert_allclose(inputs.mean(0), 0, atol=0.08)
+    for lag in (1, 2, 5):
+        found = (inputs[:, lag:] * inputs[:, :-lag]).mean((0, 1))
+        np.testing.assert_allclose(found, correlation**lag, atol=0.02)
+    across = (inputs[..., 0] * inputs[..., 1]).mean()
+    assert abs(across) < 0.02
+
+
+@pytest.mark.parametrize("correlation", [0.9, -0.5])
+@kinds
+def test_the_scale_knows_coloured_inputs(spectrum, structure, correlation):
+    """Against the covariance of outputs, from that of the inputs: E u_s u_t = ρ^|s−t|."""
+    data = small(spectrum=spectrum, structure=structure, correlation=correlation)
+    response = data.system.impulse_response(32)
+    steps = np.arange(32)
+    covariance = correlation ** abs(steps[:, None] - steps)
+    power = []
+    for t in range(32):
+        h = response[t::-1]  # (t + 1, O, C), of inputs 0 … t
+        power.append(np.einsum("soc,st,toc->", h, covariance[: t + 1, : t + 1], h) / 3)
+    assert data.scale == pytest.approx(np.sqrt(np.mean(power)), rel=1e-10)
+
+
+def test_structure_and_colour_have_streams_of_their_own():
+    """What they add changes nothing else."""
+    plain = small()
+    np.testing.assert_array_equal(small(structure="general").splits().val[1][0], plain.splits().val[1][0])
+    for name in ("B", "C", "D", "modes"):
+        np.testing.assert_array_equal(getattr(small(structure="symmetric").system, name), getattr(plain.system, name))
+    assert small(condition=3.0).splits().val[1][1].tolist() == plain.splits().val[1][1].tolist()
+
+
+@kinds
 @pytest.mark.parametrize("noise", [(0.0, 0.0), (0.5, 2.0)])
-def test_scale_is_the_rms_of_the_covariance_recursion(spectrum, noise):
+def test_scale_is_the_rms_of_the_covariance_recursion(spectrum, structure, noise):
     process, observation = noise
-    data = small(spectrum=spectrum, process_noise=process, observation_noise=observation)
+    data = small(spectrum=spectrum, structure=structure, process_noise=process, observation_noise=observation)
     A, B, C, D = (getattr(data.system, name) for name in "ABCD")
     covariance, power = np.zeros((4, 4)), []
     for _ in range(data.seq_len):
@@ -237,6 +330,9 @@ def test_indices_beyond_the_split_are_refused(index):
         *((name, 0) for name in ("seq_len", "d_state", "d_input", "d_output")),
         *((name, 0) for name in ("train", "val", "test")),
         ("spectrum", "sign"),
+        ("structure", "dense"),
+        *(("condition", value) for value in (0.5, 1e7, float("nan"))),
+        *(("correlation", value) for value in (1.0, -1.0, float("nan"))),
         *(("radius", value) for value in (0.0, -0.5, 1.0001, float("nan"))),
         *((name, value) for name in ("process_noise", "observation_noise") for value in (-0.1, float("inf"))),
         ("seed", -1),
@@ -253,6 +349,11 @@ def test_complex_pairs_need_an_even_state():
     assert len(small(d_state=3).system.A) == 3
     with pytest.raises(OptionError, match="d_state=3: must be even"):
         small(d_state=3, spectrum="complex")
+
+
+def test_symmetric_matrices_have_no_complex_eigenvalues():
+    with pytest.raises(OptionError, match="structure=symmetric: must be diagonal or general where spectrum=complex"):
+        small(structure="symmetric", spectrum="complex")
 
 
 def test_task_and_data_must_agree_on_the_length():
@@ -339,11 +440,13 @@ def test_fingerprint_covers_every_option_and_the_version(monkeypatch):
     fingerprints = [task_of(small()).fingerprint()]
     assert task_of(small()).fingerprint() == fingerprints[0]
     for name, value in asdict(small()).items():
-        other = {"spectrum": "complex", "radius": 0.5, "normalize": False}.get(name)
+        other = {
+            "spectrum": "complex", "radius": 0.5, "structure": "general", "correlation": 0.5, "normalize": False
+        }.get(name)  # fmt: skip
         fingerprints.append(task_of(small(**{name: value + 2 if other is None else other})).fingerprint())
     monkeypatch.setattr(lds, "VERSION", 0)
     fingerprints.append(task_of(small()).fingerprint())
-    assert len(set(fingerprints)) == len(fingerprints) == 15
+    assert len(set(fingerprints)) == len(fingerprints) == 18
 
 
 def test_configuration_is_the_defaults_with_every_key_explained():

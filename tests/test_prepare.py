@@ -25,7 +25,6 @@ from data import prepare
 from data.cards import Card, Counts, Faulty, Moments, Split, card_of, markdown, rows_of
 from data.lds import LDS
 from data.lra_listops import ListOps
-from data.lra_pathfinder import Pathfinder
 from stu.task import Batch, Splits, Task
 from tests import runs, sources
 from tests.models import composed
@@ -355,11 +354,10 @@ def pixels_of(file: Path) -> np.ndarray:
 class TestPictures:
     """Files are PNG and hold what is to be seen."""
 
-    def test_images(self, images: tuple[Path, Any, Card], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_images(self, images: tuple[Path, Any, Card], tmp_path: Path):
         from data.pictures import contact_sheet, draw
 
         _, task, card = images
-        monkeypatch.setattr(Pathfinder, "image_shape", (8, 8), raising=False)
         draw(card, task, tmp_path / "a.png")
         grey = pixels_of(tmp_path / "a.png").mean(-1).round()
         assert (grey < 60).mean() > 0.4  # black images on white paper
@@ -372,6 +370,13 @@ class TestPictures:
             expected = (image / batch.inputs.max()).reshape(8, 8)
             assert torch.allclose(torch.from_numpy(np.asarray(shown.get_array())), expected.double(), atol=1e-6)
             assert axis.get_title() == f"label {label}"
+
+    @pytest.mark.parametrize("name", [name for name in TASKS if re.search("image|cifar|path", name)])
+    def test_image_tasks_say_their_shape(self, name: str):
+        """Or their pictures would be drawn as if they were text."""
+        config = composed(*runs.small(f"task={name}"))
+        rows, columns = instantiate(config.task).image_shape
+        assert rows * columns == config.task.seq_len
 
     @pytest.mark.parametrize("number", [1, 5, 12])
     @pytest.mark.parametrize("channels", [1, 3])
@@ -481,8 +486,9 @@ class TestCommand:
         assert (done.code, done.err) == (0, "")
         assert done.out.startswith("lra_listops, ")
 
-    def test_all_that_can_be_had(self, command: Any, tmp_path: Path):
+    def test_all_that_can_be_had(self, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """What has to be fetched is named in a line, and no failure."""
+        monkeypatch.setattr("data.pathfinder_images.SLOTS", 16)  # few images do not need hundreds of trials at a time
         done = command("task=all", "task.data.train=4", "task.data.val=2", "task.data.test=2", "card=cards.md")
         assert done.code == 0, done.err
         lines = [line for line in done.err.splitlines() if " is not here: " in line]

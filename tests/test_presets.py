@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +16,7 @@ from conf.cli import CONF, check, options_of
 from stu import SequenceModel
 from stu.training import StepPlan
 from stu.training.optim import warmup_steps
-from tests import runs
+from tests import runs, sources
 from tests.models import composed
 
 PRESETS = options_of("experiment")
@@ -251,6 +252,38 @@ def test_a_preset_passes_the_checks_and_builds_what_it_names(name: str):
     _, network = train.build(config)
     assert isinstance(network, SequenceModel)
     instantiate(config.optimizer)(network.named_parameters(), 1000)  # refuses groups that match nothing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where small data of every task are, made once."""
+    return tmp_path_factory.mktemp("presets")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_takes_a_step_on_its_task(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """From the data to changed parameters, everything small; the fetched data are stand-ins."""
+    monkeypatch.setattr("data.pathfinder_images.SLOTS", 16)
+    source = sources.overrides(f"lra_{name.split('/')[1]}", folder)
+    config = composed(*runs.small(f"experiment={name}", f"paths.data={folder / 'data'}", *source))
+    task, network = train.build(config)
+    task.prepare()
+    examples = task.datasets().train
+    batch = task.collate([examples[index] for index in range(8)])
+    optimizer, schedule = instantiate(config.optimizer)(network.named_parameters(), 10)
+    first = {key: value.clone() for key, value in network.state_dict().items()}
+    for _ in range(3):  # the rate of the first may be zero
+        optimizer.zero_grad()
+        prediction, target = task.scored(network(batch.inputs, batch.mask), batch)
+        loss = task.loss(prediction, target)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert len(target) == 8
+    assert 0 < loss < 5
+    same = [key for key, value in network.named_parameters() if torch.equal(value, first[key])]
+    assert same == []
+    assert all(value.isfinite().all() for value in network.parameters())
 
 
 @pytest.mark.parametrize("name", PRESETS)

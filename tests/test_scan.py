@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from experiments.speed.baselines import associative_scan
 from stu.ops import scan
 from stu.ops.scan import diagonal_ssm, diagonal_step, linear_scan, linear_scan_reference
 
@@ -63,22 +64,6 @@ def literal_ssm(u, decay, B, C, initial=None):
     if len(C) == 2:
         y = y + (linear_scan_reference(drive, decay, reverse=True) @ C[1].T).real
     return y, x[:, -1]
-
-
-def associative_scan(a, b):
-    """The scan of the published codes: (a, b) of all prefixes, by recursion on the products of neighbours."""
-    length = b.shape[1]
-    if length == 1:
-        return a, b
-    odd_a = a[:, 1::2] * a[:, : length - 1 : 2]
-    odd_b = a[:, 1::2] * b[:, : length - 1 : 2] + b[:, 1::2]
-    odd_a, odd_b = associative_scan(odd_a, odd_b)
-    before_a, before_b = odd_a[:, : (length - 1) // 2], odd_b[:, : (length - 1) // 2]
-    even_a = torch.cat((a[:, :1], a[:, 2::2] * before_a), 1)
-    even_b = torch.cat((b[:, :1], a[:, 2::2] * before_b + b[:, 2::2]), 1)
-    out_a, out_b = torch.empty_like(b), torch.empty_like(b)
-    out_a[:, ::2], out_a[:, 1::2], out_b[:, ::2], out_b[:, 1::2] = even_a, odd_a, even_b, odd_b
-    return out_a, out_b
 
 
 # --- the scan ---
@@ -188,6 +173,15 @@ def test_ssm_is_the_associative_scan_of_the_published_codes():
 def test_gradcheck_of_the_ssm(directions):
     inputs = ssm_problem(6, directions=directions, initial=True, batch=2, width=2, modes=2)
     assert torch.autograd.gradcheck(diagonal_ssm, inputs)
+
+
+def test_no_second_derivative_of_the_ssm_is_silently_wrong():
+    inputs = ssm_problem(5)
+    for first in range(4):
+        y, _ = diagonal_ssm(*inputs)
+        (grad,) = torch.autograd.grad(y.square().sum(), inputs[first], create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            torch.autograd.grad(grad.abs().sum(), inputs, allow_unused=True)
 
 
 def test_gradients_of_one_output_need_no_other():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from stu.encoders import Positions
 from stu.errors import require
 from stu.mixer import Mixer
+from stu.ops.kernels import widened
 
 BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than the keys they save
 
@@ -175,8 +176,8 @@ def local_attention(
 def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
     """Rotary positions: turn the pairs (x_j, x_{j+E/2}) of (…, L, E) by angle t · base^{−2j/E}, t from `start`."""
     length, width = x.shape[-2:]
-    frequency = torch.exp(torch.arange(0, width, 2, device=x.device) * (-math.log(base) / width))
-    angle = torch.arange(start, start + length, device=x.device)[:, None] * frequency  # (L, E/2)
+    pairs, times = (widened(torch.arange(*each, device=x.device)) for each in ((0, width, 2), (start, start + length)))
+    angle = times[:, None] * torch.exp(pairs * (-math.log(base) / width))  # (L, E/2); late ones need all their digits
     cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), -1)

@@ -53,9 +53,8 @@ class STU(Mixer):
     streaming: what `step` remembers: a "window" of all inputs, O(seq_len) a step, or the "states" of the filters'
     exponentials (`stu.ops.realization`), O(1) a step. "auto": states where they are faster and as exact.
 
-    Initialised as in the official code: M^φ and M^y at zero, M^u normal of deviation
-    D^{−1/2}, truncated at twice that. Without M^u the
-    layer would begin as zero, so M^φ is then normal of variance 1/(K·D).
+    Initialised as in the official code: M^φ and M^y at zero, M^u normal of deviation D^{−1/2}, truncated at twice that.
+    Without M^u the layer would begin as zero, so M^φ is then normal of variance 1/(K·D).
     """
 
     def __init__(

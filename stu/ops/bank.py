@@ -11,6 +11,7 @@ remain on average in float32, of the 48 of two branches 20.
 """
 
 import itertools
+import threading
 import weakref
 from collections import OrderedDict
 from typing import ClassVar, NamedTuple
@@ -50,6 +51,7 @@ class FilterBank:
     def __init__(self, filters: Tensor) -> None:
         self.filters = filters.detach().to("cpu", torch.float64)
         self.name = str(next(self._numbers))
+        self._turn = threading.Lock()  # replicas of a model share its banks, a thread each
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._living[self.name] = self
@@ -76,14 +78,15 @@ class FilterBank:
         Filters are cut to (n + 1) // 2 steps, so that with inputs of at most as many nothing wraps around.
         """
         key = n, dtype, device
-        if key not in self._bands:
-            with torch.inference_mode(False):
-                bands = _compressed(self.filters, n, torch.finfo(dtype).eps)
-                self._bands[key] = [band.to(dtype, device) for band in bands]
-            if len(self._bands) > REMEMBERED:
-                self._bands.popitem(last=False)
-        self._bands.move_to_end(key)
-        return self._bands[key]
+        with self._turn:
+            if key not in self._bands:
+                with torch.inference_mode(False):
+                    bands = _compressed(self.filters, n, torch.finfo(dtype).eps)
+                    self._bands[key] = [band.to(dtype, device) for band in bands]
+                if len(self._bands) > REMEMBERED:
+                    self._bands.popitem(last=False)
+            self._bands.move_to_end(key)
+            return self._bands[key]
 
 
 def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:

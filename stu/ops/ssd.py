@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # How many entries of M exist at a time: on a processor few enough to stay in its cache between their making and use,
@@ -105,10 +104,30 @@ class _SSD(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+        return _SSDGradients.apply(dy, dfinal, *ctx.saved_tensors)
+
+
+class _SSDGradients(torch.autograd.Function):
+    """The backward pass of `_SSD`, an operation of its own so that whoever differentiates again has to come past it.
+
+    PyTorch's `once_differentiable` refuses that only on some ways: `torch.autograd.grad` finds others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        dfinal: Tensor,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        A: Tensor,
+        sums: Tensor,
+        entering: Tensor,
+    ) -> tuple[Tensor, ...]:
         """Gradients of all inputs; the states were kept, M and what it is made of are formed again."""
-        x, dt, B, C, A, sums, entering = ctx.saved_tensors
         groups, width = B.shape[1], x.shape[-1]
         with torch.autocast(x.device.type, enabled=False):  # backward may be called inside one, too
             decay = _decays(sums, width, groups)
@@ -131,6 +150,10 @@ class _SSD(torch.autograd.Function):
                 ddt[f] = (ddrive * x[f]).sum(-1) + dsteps[f] * A
                 dx[f] = ddrive * dt[f].unsqueeze(-1)
             return dx, ddt, dB, dC, (dsteps * dt).sum((0, 1)), dstart
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError("ssd has first derivatives only")
 
 
 class _Decay(NamedTuple):

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from stu.backbone import SequenceModel
+from stu.rollout import FreeRunning, free_run
 from stu.task import Batch, Task
 
 
@@ -33,6 +34,7 @@ class SequenceModule(L.LightningModule):
         self.train_metrics = _metrics(task)
         self.train_metrics.apply(_persist)  # a resumed run goes on with half-filled metrics
         self.eval_metrics = _metrics(task)
+        self.rollout_metrics = nn.ModuleDict(task.rollout_metrics() if isinstance(task, FreeRunning) else {})
         self.evaluated: dict[str, float] = {}  # what the last evaluation gave
         self.first_bad_batch: Tensor | None = None  # the batch whose loss was not finite; stays on the device
 
@@ -56,8 +58,12 @@ class SequenceModule(L.LightningModule):
         self._scored_step(batch, self.eval_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the metrics of an evaluation."""
+        """Update the metrics of an evaluation, and those of free runs where the task has them."""
         self._scored_step(batch, self.eval_metrics)
+        if isinstance(self.task, FreeRunning):
+            prediction, target = free_run(self.model, batch, context=self.task.context, horizon=self.task.horizon)
+            for metric in self.rollout_metrics.values():
+                cast(Metric, metric).update(prediction.float(), target)
 
     def on_validation_epoch_start(self) -> None:
         """Begin afresh: an evaluation that was broken off leaves nothing behind."""
@@ -66,6 +72,7 @@ class SequenceModule(L.LightningModule):
     def on_test_epoch_start(self) -> None:
         """Begin afresh."""
         _reset(self.eval_metrics)
+        _reset(self.rollout_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the results."""
@@ -73,7 +80,7 @@ class SequenceModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Keep the results."""
-        self.evaluated = compute(self.eval_metrics)
+        self.evaluated = compute(self.eval_metrics) | compute(self.rollout_metrics)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule from the configured partial, the schedule stepped with the optimiser."""
