@@ -25,7 +25,7 @@ train: setup  ## train; ARGS="..." are the arguments of train.py
 	@$(BIN)/python train.py $(ARGS)
 
 test: setup  ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .
