@@ -126,13 +126,14 @@ def train(
     checkpoints = instantiate(config.checkpoints, _partial_=True)(
         run.checkpoints, plan, monitor=task.monitor, mode=task.mode
     )
+    pictures = instantiate(config.pictures, _partial_=True)(run.path / "pictures")
     rows = MetricsCSV(run.metrics)
     wandb = instantiate(config.logger)(
         directory=run.path, run_id=run.id, name=f"{tags[1]}/{run.path.name}", group=tags[0], default_tags=tags
     )
     trainer = make_trainer(
         config,
-        callbacks=[log, report.progress(plan, log), checkpoints],
+        callbacks=[pictures, log, report.progress(plan, log), checkpoints],
         logger=[rows, *([wandb] if wandb else [])],
         default_root_dir=run.path,
     )

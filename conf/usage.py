@@ -22,6 +22,7 @@ EXAMPLES = """\
   python train.py experiment=quick                                 a few minutes on two CPU cores
   python train.py experiment=lra/listops/s5                        a model with the settings of its authors
   python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
+  python train.py task=lds pictures.when=validations               pictures while it learns, not only at the end
   python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination, one after another"""
 
 

@@ -9,7 +9,7 @@ Kalman, "Effective construction of linear state-variable models from input/outpu
 Ozay, "Non-asymptotic identification of LTI systems from a single trajectory" (1806.05722). All in float64.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.optimize import linear_sum_assignment
 
-from data.lds import System
 from stu.errors import require
+
+if TYPE_CHECKING:
+    from data.lds import System
 
 Reals = NDArray[np.float64]
 Modes = NDArray[np.complex128]
@@ -35,7 +37,7 @@ class StateSpace(NamedTuple):
     D: Reals
 
     @classmethod
-    def of(cls, system: System) -> "StateSpace":
+    def of(cls, system: "System") -> "StateSpace":
         """The truth, whose input reaches the output in the same step: x_t = A x_{t−1} + B u_t."""
         return cls(system.A, system.B, system.C @ system.A, system.C @ system.B + system.D)
 

@@ -18,13 +18,15 @@ from scipy.signal import lfilter
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric, R2Score
 
+from data.identification import StateSpace, fit_arx, fit_fir, ho_kalman, respond
 from stu.encoders import LinearEncoder
 from stu.errors import require
 from stu.heads import StepHead
 from stu.task import Batch, Splits, Task
 
 VERSION = 1  # raise it when the same options come to mean other numbers
-BASELINE_STEPS = 2**20  # seconds at most, at any length
+BASELINE_STEPS = 2**16  # a second at most, at any length
+LAGS = 32  # of inputs, for least squares
 
 Reals = NDArray[np.float64]
 Modes = Reals | NDArray[np.complex128]
@@ -269,12 +271,34 @@ class LDS(Task):
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def baselines(self) -> dict[str, float]:
-        """Errors on the test split of the zero prediction and of the best matrix from u_t to y_t, without memory."""
-        test = self.datasets().test
-        count = min(len(test), max(1, BASELINE_STEPS // self.seq_len))
-        inputs, targets = (np.concatenate(x) for x in zip(*(test[i] for i in range(count)), strict=True))
-        best, *_ = np.linalg.lstsq(inputs, targets)  # (C, O)
-        return {"zero": mean_square(targets), "static": mean_square(targets - inputs @ best)}
+        """Errors on the test split of what needs no training.
+
+        zero; static, the best matrix from u_t to y_t; fir, least squares on the latest inputs; arx, on outputs as well,
+        run by itself; ho-kalman, the realisation of an impulse response; truth, the system itself, which leaves the
+        noise. All but zero and truth are fitted to training sequences, and left out where they come to no number.
+        """
+        train, test = (self._first(split) for split in (self.data.splits().train, self.data.splits().test))
+        inputs, targets = test
+        flat = [x.reshape(-1, x.shape[2]) for x in (*train, inputs)]
+        start = min(self.seq_len, 2 * LAGS)
+        predicted = {
+            "zero": np.zeros_like(targets),
+            "static": (flat[2] @ np.linalg.lstsq(flat[0], flat[1])[0]).reshape(targets.shape),
+            "fir": respond(fit_fir(*train, lags=min(self.seq_len, LAGS)), inputs),
+            "arx": fit_arx(*train, output_lags=self.data.d_state, input_lags=self.data.d_state + 1).respond(inputs),
+        }
+        if start >= 3:
+            beginning = fit_fir(*(x[:, :start] for x in train), lags=start)  # no memory is longer: exact
+            predicted["ho-kalman"] = ho_kalman(beginning, self.data.d_state).respond(inputs)
+        predicted["truth"] = StateSpace.of(self.data.system).respond(inputs) / self.data.scale
+        errors = {name: mean_square(targets - prediction) for name, prediction in predicted.items()}
+        return {name: error for name, error in errors.items() if math.isfinite(error)}
+
+    def _first(self, examples: "Sequences") -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the first sequences, (S, L, C) and (S, L, O), of `BASELINE_STEPS` steps at most."""
+        count = min(len(examples), max(1, BASELINE_STEPS // self.seq_len))
+        inputs, targets = zip(*(examples[index] for index in range(count)), strict=True)
+        return np.stack(inputs), np.stack(targets)
 
     def encoder(self, d_model: int) -> nn.Module:
         """(B, L, C) → (B, L, d_model)."""

@@ -5,7 +5,7 @@ B batch, L length, C channels of the input, O outputs
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -106,6 +106,14 @@ class Task(ABC):
         stacked = torch.stack(targets) if targets[0].ndim == 0 else pad(targets)[0]
         as_batch = inputs if inputs.is_floating_point() else inputs.long()
         return Batch(as_batch, stacked if stacked.is_floating_point() else stacked.long(), mask)
+
+
+@runtime_checkable
+class KnowsImpulseResponse(Protocol):
+    """A task of real inputs whose targets are those of a linear system that is known."""
+
+    def impulse_response(self, length: int) -> np.ndarray:
+        """The first responses of each target to a unit impulse at each input, (length, O, C)."""
 
 
 def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -62,7 +62,7 @@ class TestARun:
 
     @pytest.fixture(
         scope="class",
-        params=[*((task, "stu") for task in options_of("task")), ("lra_listops", "transformer"), ("lds", "transformer")],
+        params=[*((t, "stu") for t in options_of("task")), ("lra_listops", "transformer"), ("lds", "transformer")],
         ids=str,
     )
     @classmethod

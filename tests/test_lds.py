@@ -406,13 +406,30 @@ def score(task: LDS, prediction: Tensor) -> float:
 
 @spectra
 def test_baselines_are_scores_in_the_monitored_metric(spectrum):
-    task = task_of(small(spectrum=spectrum, test=200))
+    task = task_of(small(spectrum=spectrum, train=200, test=200))
     baselines = task.baselines()
     batch = whole_test(task)
     first = torch.tensor(task.data.system.impulse_response(1)[0] / task.data.scale, dtype=torch.float32)
     assert baselines["zero"] == pytest.approx(score(task, torch.zeros_like(batch.targets)), rel=1e-5)
     assert baselines["static"] == pytest.approx(score(task, batch.inputs @ first.T), rel=1e-2)
     assert baselines["static"] < baselines["zero"]
+
+
+@spectra
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_baselines_are_in_the_order_of_what_they_know(spectrum, noise):
+    """Nothing, one input, some inputs, the form of the system, the system; noise is all that is left to the last."""
+    data = small(spectrum=spectrum, seq_len=200, radius=0.99, observation_noise=noise, train=100, test=100)
+    baselines = task_of(data).baselines()
+    assert list(baselines) == ["zero", "static", "fir", "arx", "ho-kalman", "truth"]
+    assert baselines["truth"] == pytest.approx((noise / data.scale) ** 2, rel=0.05, abs=1e-12)
+    assert 1.2 * baselines["fir"] < baselines["static"] < baselines["zero"]
+    for name in ("arx", "ho-kalman"):
+        assert 0.99 * baselines["truth"] <= baselines[name] <= max(1e-12, baselines["fir"])
+
+
+def test_baselines_of_the_shortest_sequences():
+    assert list(task_of(small(seq_len=2)).baselines()) == ["zero", "static", "fir", "arx", "truth"]
 
 
 def test_baselines_know_memory_from_none():

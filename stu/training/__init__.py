@@ -4,6 +4,7 @@ from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
 from stu.training.data import SequenceData
 from stu.training.loggers import MetricsCSV
 from stu.training.module import SequenceModule
+from stu.training.pictures import Pictures
 from stu.training.plan import StepPlan
 from stu.training.run import Run
 
@@ -12,6 +13,7 @@ __all__ = [
     "Diverged",
     "MetricsCSV",
     "MetricsLog",
+    "Pictures",
     "Run",
     "SequenceData",
     "SequenceModule",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
@@ -109,7 +109,6 @@ def wandb_logger(
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled" or getattr(rank_zero_only, "rank", 0) != 0:
         return None
     import wandb  # it takes a second to import, and only here is it needed
-    from lightning.pytorch.loggers import WandbLogger
 
     arguments: dict[str, Any] = {
         "dir": directory,
@@ -134,6 +133,12 @@ def wandb_logger(
         experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         return WandbLogger(experiment=experiment, log_model=False)
     return None
+
+
+def log_picture(logger: Logger, name: str, file: Path, step: int) -> None:
+    """Show a PNG in W&B; other loggers have no place for it."""
+    if isinstance(logger, WandbLogger):
+        logger.log_image(name, [str(file)], step=step)
 
 
 def close_wandb() -> None:

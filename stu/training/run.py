@@ -26,7 +26,7 @@ from stu.errors import OptionError
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 # Keys that do not change what is computed: they may differ when a run is resumed.
 FREE_KEYS = ("mode", "overwrite", "checkpoint", "logger", "paths", "name", "checkpoints.every_minutes",
-             "loader.num_workers", "task.data.dir")  # fmt: skip
+             "loader.num_workers", "pictures", "task.data.dir")  # fmt: skip
 
 
 class Run:

@@ -1,0 +1,1 @@
+"""What the models reach on the Long Range Arena."""

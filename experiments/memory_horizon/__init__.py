@@ -1,0 +1,1 @@
+"""The longest copying, adding and induction-heads problems that each model solves at equal size."""

@@ -1,0 +1,223 @@
+"""How long a sequence may be: lengths double until a model, trained anew at each, does not solve the task any more."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from conf.usage import CONF
+from experiments.study import Cell, Results, Row, Study, distinct, fit, made_with, markdown, median, number, select
+from stu.backbone import SequenceModel
+from stu.task import Batch, Task
+
+SOLVED = 0.01  # at most: the share of wrong answers or, of adding, the mean squared error
+ENOUGH = 0.005  # on validation sequences: training ends, at some distance from the former
+DECAY = 0.3  # the share of the steps over which the learning rate falls to zero
+HELD_OUT = {"val": 200, "test": 500}  # sequences
+AT_ONCE = 100  # of them
+TASKS: dict[str, dict[str, Any]] = {"copying": {"num_symbols": 5}, "adding": {}, "induction_heads": {"vocab_size": 8}}
+COMMON = {"depth": 2, "norm": "layer"}
+MODELS: dict[str, dict[str, Any]] = {  # 15,000 parameters each, to a few percent
+    "stu": {"d_model": 16, "mixer.num_filters": 12},
+    "lru": {"d_model": 24, "mixer.d_state": 60},
+    "s4d": {"d_model": 44, "mixer.d_state": 64},
+    "s5": {"d_model": 25, "mixer.d_state": 128},
+    "mamba2": {"d_model": 28, "mixer.d_state": 32, "mixer.num_heads": 2},
+    "lstm": {"d_model": 26},
+    "transformer": {"d_model": 24, "mixer.num_heads": 2},
+}
+
+
+def cells(settings: Mapping[str, Any]) -> list[Cell]:
+    """A climb for each task, model and seed."""
+    common = {key: settings[key] for key in ("lengths", "lrs", "steps", "batch_size")}
+    return [
+        {"task": task, "model": model, "seed": seed, **common}
+        for task in settings["tasks"]
+        for model in settings["models"]
+        for seed in range(settings["seeds"])
+    ]
+
+
+class Attempt(NamedTuple):
+    """What came of one training; the smallest is that with the smallest validation error."""
+
+    validation_error: float
+    test_error: float
+    lr: float
+    sequences: int
+    parameters: int
+
+
+def work(cell: Cell) -> Row:
+    """The best attempt at every length up to the first that is not solved."""
+    climb: list[Attempt] = []
+    for length in cell["lengths"]:
+        climb.append(best_attempt(cell, length))
+        if not climb[-1].test_error <= SOLVED:
+            break
+    return {field: [getattr(attempt, field) for attempt in climb] for field in Attempt._fields}
+
+
+def best_attempt(cell: Cell, length: int) -> Attempt:
+    """By the validation error; once that is small enough, no other learning rate is tried."""
+    attempts: list[Attempt] = []
+    for lr in cell["lrs"]:
+        attempts.append(attempt(cell, length, lr))
+        if attempts[-1].validation_error <= SOLVED:
+            break
+    return min(attempts)
+
+
+def attempt(cell: Cell, length: int, lr: float) -> Attempt:
+    """Train a new model on sequences of this length, none of which comes twice."""
+    size = cell["batch_size"]
+    task, model = build(cell["task"], cell["model"], length, train=cell["steps"] * size, seed=cell["seed"])
+    curve = fit(
+        model,
+        lambda step: batch_of(task, "train", range(step * size, (step + 1) * size)),
+        lambda module: error_on(task, "val", module),
+        loss=lambda prediction, targets: task.loss(*scored(task, prediction, targets)),
+        lr=lr,
+        steps=cell["steps"],
+        decay=DECAY,
+        enough=ENOUGH,
+    )
+    with torch.no_grad():
+        test_error = error_on(task, "test", model.eval())
+    return Attempt(curve.errors[-1], test_error, lr, curve.samples[-1], sum(p.numel() for p in model.parameters()))
+
+
+def build(task: str, model: str, length: int, *, train: int, seed: int) -> tuple[Task, SequenceModel]:
+    """A task and a new model, both drawn from the seed."""
+    config = composed(task, model).copy()
+    config.task.seq_len = length
+    config.task.data.update(TASKS[task], train=train, seed=seed, **HELD_OUT)
+    torch.manual_seed(seed)
+    built: Task = instantiate(config.task)
+    backbone = instantiate(config.model)
+    return built, SequenceModel(built.encoder(backbone.d_model), backbone, built.head(backbone.d_model))
+
+
+@cache
+def composed(task: str, model: str) -> DictConfig:
+    """What `train.py` would compose, with the options of this study; not to be changed."""
+    options = [f"model.{key}={value}" for key, value in (COMMON | MODELS[model]).items()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"task={task}", f"model={model}", *options])
+
+
+def error_on(task: Task, split: str, model: nn.Module) -> float:
+    """The share of wrong answers or, of adding, the mean squared error."""
+    metric = task.metrics()[task.monitor]
+    for first in range(0, HELD_OUT[split], AT_ONCE):
+        inputs, targets = batch_of(task, split, range(first, first + AT_ONCE))
+        metric.update(*scored(task, model(inputs), targets))
+    value = float(metric.compute())
+    return 1 - value if task.mode == "max" else value
+
+
+def batch_of(task: Task, split: str, indices: range) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of these sequences."""
+    examples: Any = getattr(task.datasets(), split)
+    inputs, targets = examples.stacked(indices)
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def scored(task: Task, prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The predictions and targets that count; none of these tasks looks at the inputs for that."""
+    return task.scored(prediction, Batch(prediction, targets, None))
+
+
+def summarize(rows: list[Row]) -> dict[str, Any]:
+    """Task → model → the horizons of all seeds, their median, and parameters."""
+    tasks, models = distinct(rows, "task"), distinct(rows, "model")
+    return {task: {model: _summary(select(rows, task=task, model=model)) for model in models} for task in tasks}
+
+
+def _summary(rows: list[Row]) -> dict[str, Any]:
+    horizons = sorted(map(horizon, rows))
+    return {"median": median(horizons), "horizons": horizons, "parameters": rows[0]["parameters"][0]}
+
+
+def horizon(row: Row) -> int:
+    """The longest length solved, 0 if there is none."""
+    solved = sum(number(error) <= SOLVED for error in row["test_error"])
+    return row["lengths"][solved - 1] if solved else 0
+
+
+def report(results: Results) -> str:
+    """A table of horizons, and how it was made."""
+    summary, settings = results["summary"], results["settings"]
+    lines = [
+        [
+            f"`{model}`",
+            *(_shown(found[model], settings["lengths"]) for found in summary.values()),
+            _sizes(summary, model),
+        ]
+        for model in settings["models"]
+    ]
+    header = ["", *(task.replace("_", " ") for task in summary), "parameters"]
+    return f"{markdown(header, lines)}\n\n{made_with(results)}"
+
+
+def _shown(found: Mapping[str, Any], lengths: list[int]) -> str:
+    """The median, and all seeds where they differ."""
+
+    def text(length: float) -> str:
+        return f"< {lengths[0]}" if not length else f"≥ {length:g}" if length == lengths[-1] else f"{length:g}"
+
+    spread = f" ({', '.join(map(text, found['horizons']))})" if len(set(found["horizons"])) > 1 else ""
+    return f"{text(found['median'])}{spread}"
+
+
+def _sizes(summary: Mapping[str, Any], model: str) -> str:
+    counts = [found[model]["parameters"] for found in summary.values()]
+    return f"{min(counts):,} to {max(counts):,}"
+
+
+def draw(results: Results, figure: Any) -> None:
+    """The horizons of each task: a bar to the median and a dot for each seed."""
+    summary, settings = results["summary"], results["settings"]
+    models, lengths = settings["models"], settings["lengths"]
+    nothing = lengths[0] / 2  # where a model stands that solves no length
+    figure.set_size_inches(3.8 * len(summary), 0.35 * len(models) + 1.3)
+    axes = figure.subplots(1, len(summary), sharey=True, squeeze=False)[0]
+    for axis, (task, found) in zip(axes, summary.items(), strict=True):
+        for place, model in enumerate(models):
+            seeds = [max(length, nothing) for length in found[model]["horizons"]]
+            axis.barh(
+                place, max(found[model]["median"], nothing) - 0.8 * nothing, left=0.8 * nothing, height=0.7, alpha=0.5
+            )
+            axis.plot(seeds, [place + 0.2 * (i - (len(seeds) - 1) / 2) for i in range(len(seeds))], "k.", markersize=4)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([nothing, *lengths], ["none", *map(str, lengths)])
+        axis.set(title=task.replace("_", " "), xlabel="longest length solved", xlim=(0.8 * nothing, 1.25 * lengths[-1]))
+    axes[0].set_yticks(range(len(models)), models)
+    axes[0].invert_yaxis()
+
+
+STUDY = Study(
+    folder=Path(__file__).parent,
+    cells=cells,
+    work=work,
+    summarize=summarize,
+    report=report,
+    draw=draw,
+    settings={
+        "tasks": list(TASKS),
+        "models": list(MODELS),
+        "lengths": [16, 32, 64, 128, 256],
+        "lrs": [0.004, 0.012],
+        "seeds": 3,
+        "steps": 600,
+        "batch_size": 16,
+    },
+    quick={"models": ["stu", "lstm"], "lengths": [16, 32], "lrs": [0.004], "seeds": 1, "steps": 4, "batch_size": 4},
+)
