@@ -61,7 +61,7 @@ STUDY = Study(
     report=report,
     draw=draw,
     settings={
-        "models": ["STU", "STU with y_{t−2}", "LRU", "S4D", "S5", "Transformer"],
+        "models": ["STU", "LRU", "S4D", "S5", "Transformer"],
         "deltas": [1e-1, 1e-2, 1e-3, 1e-4, 1e-7],
         "lrs": [0.003, 0.01, 0.03, 0.1, 0.3],
         "seeds": 3,
