@@ -3,7 +3,7 @@
 n sequences, B batch, L length
 
 A task is asked for nothing but what `stu.task` promises. Its examples go through its own `collate`, encoder, head and
-`scored`, all one wide, so that what is counted is what a model gets.
+`scored`, all one wide, so that what is counted is what a model gets and is judged by.
 """
 
 import math
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.cache import tracked
+from stu.heads import StepHead
 from stu.task import Batch, Examples, Splits, Task
 
 BATCH = 256
@@ -173,7 +174,7 @@ class Reader:
             insist(np.array_equal(named, lengths), "the sequences have other lengths than their data set says")
         self.lengths.append(lengths)
 
-        prediction, targets = self.task.scored(self.head(self.encoded(batch.inputs), batch.mask), batch)
+        prediction, targets = self.task.scored(self.predicted(batch), batch)
         classes = 0
         if not targets.is_floating_point():
             classes = prediction.shape[1]  # of predictions (n, classes, ...)
@@ -186,6 +187,13 @@ class Reader:
         for digest in digests(batch, lengths):
             self.repeats += digest in self.known
             self.known.add(digest)
+
+    def predicted(self, batch: Batch) -> Tensor:
+        """What has the shape of a prediction; of numbers for every step and token, which may be many, only that."""
+        features = self.encoded(batch.inputs)
+        if isinstance(self.head, StepHead):
+            return features.new_zeros(()).expand(*features.shape[:2], self.head.linear.out_features)
+        return self.head(features, batch.mask)
 
     def encoded(self, inputs: Tensor) -> Tensor:
         """What the encoder makes of inputs (n, L, …) that it knows."""

@@ -22,7 +22,7 @@ from data.identification import StateSpace, fit_arx, fit_fir, ho_kalman, respond
 from stu.encoders import LinearEncoder
 from stu.errors import require
 from stu.heads import StepHead
-from stu.task import Batch, Splits, Task
+from stu.task import Batch, Examples, Splits, Task
 
 VERSION = 1  # raise it when the same options come to mean other numbers
 BASELINE_STEPS = 2**16  # a second at most, at any length
@@ -294,7 +294,7 @@ class LDS(Task):
         errors = {name: mean_square(targets - prediction) for name, prediction in predicted.items()}
         return {name: error for name, error in errors.items() if math.isfinite(error)}
 
-    def _first(self, examples: "Sequences") -> tuple[np.ndarray, np.ndarray]:
+    def _first(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of the first sequences, (S, L, C) and (S, L, O), of `BASELINE_STEPS` steps at most."""
         count = min(len(examples), max(1, BASELINE_STEPS // self.seq_len))
         inputs, targets = zip(*(examples[index] for index in range(count)), strict=True)

@@ -112,6 +112,8 @@ def result(run: Run) -> None:
         ("time", duration(summary["seconds"])),
         ("files", f"{run.path}: metrics.csv, summary.json, manifest.json, checkpoints/best.ckpt"),
     ]
+    if pictures := sorted(path.stem for path in run.path.glob("pictures/*.png")):
+        rows.append(("pictures", f"{run.path / 'pictures'}: {', '.join(pictures)}"))
     if (run.path / "wandb").exists():
         rows.append(("view", f"wandb leet {run.path / 'wandb'}"))
     rows.append(
