@@ -488,7 +488,8 @@ class TestCommand:
 
     def test_all_that_can_be_had(self, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """What has to be fetched is named in a line, and no failure."""
-        monkeypatch.setattr("data.pathfinder_images.SLOTS", 16)  # few images do not need hundreds of trials at a time
+        monkeypatch.setattr("data.pathfinder_images.SLOTS", 16)  # few examples do not need hundreds of trials at a time
+        monkeypatch.setattr("data.forecast.BLOCK", 4)
         done = command("task=all", "task.data.train=4", "task.data.val=2", "task.data.test=2", "card=cards.md")
         assert done.code == 0, done.err
         lines = [line for line in done.err.splitlines() if " is not here: " in line]

@@ -20,12 +20,15 @@ from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
 from stu.ops.hippo import clipped_input, nplr_legs
 from stu.ops.kernels import (
+    closed_loop,
     dense_kernel,
     dense_state,
     diagonal_kernel,
+    diagonal_responses,
     diagonal_state,
     discretize,
     kernel_reference,
+    reciprocal,
     state_reference,
 )
 from tests.golden import cases
@@ -155,6 +158,50 @@ def test_s4_without_its_feedback_is_s4d():
     assert_near(s4.kernel(50), s4d.kernel(50), 1e-13)
 
 
+def both_kernels(layer, length):
+    """By power series with a feedback, and by powers of dense matrices; without the skip."""
+    ways = {}
+    for way in (True, False):
+        layer._by_feedback = lambda _, way=way: way
+        ways[way] = layer.kernel(length)
+    del layer._by_feedback
+    for kernel in ways.values():
+        kernel[0, 0] -= layer.D
+    return ways[True], ways[False]
+
+
+@pytest.mark.parametrize(("dt_min", "dt_max"), [(1e-3, 1e-1), (1e-4, 1e-4), (1e-1, 1e-1), (1e2, 1e2)], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 100, 1024, 4097])
+def test_both_kernels_of_s4_agree(dt_min, dt_max, length):
+    layer = S4(3, rank=2, causal=False, dt_min=dt_min, dt_max=dt_max).double()
+    feedback, dense = both_kernels(layer, length)
+    assert_near(feedback, dense, 1e-12)
+    direction, parameters = noise(*dense.shape), dict(layer.named_parameters())
+    del parameters["D"]
+    gradients = (torch.autograd.grad(kernel, parameters.values(), direction) for kernel in (feedback, dense))
+    for name, *pair in zip(parameters, *gradients, strict=True):
+        assert_near(*pair, 1e-9, name)
+
+
+def test_both_kernels_of_s4_agree_where_the_feedback_is_strong():
+    layer = S4(3, rank=2).double().requires_grad_(False)
+    layer.P *= 100
+    assert_near(*both_kernels(layer, 2048), 1e-11)
+
+
+def test_s4_takes_the_kernel_that_costs_less():
+    taken = {}
+    for options in ({}, {"rank": 2}, {"d_state": 16}, {"discretization": "zoh"}):
+        layer = S4(2, **options)
+        taken[str(options)] = [layer._by_feedback(length) for length in (1, 512, 2048, 4096)]
+    assert list(taken.values()) == [
+        [True, True, True, False],
+        [True, True, False, False],
+        [True, False, False, False],
+        [False] * 4,
+    ]
+
+
 @pytest.mark.parametrize("discretization", ["bilinear", "zoh"])
 @pytest.mark.parametrize("dt", [1e-5, 1e-3, 0.1, 1.0])
 def test_a_step_of_s4_never_lengthens_a_vector(dt, discretization):
@@ -240,10 +287,11 @@ def test_half_precision_never_reaches_the_state_space(kind, dt_min, dt_max):
         assert torch.equal(exact.step(x[:, -1].float(), state)[0], outside)
 
 
-@pytest.mark.parametrize("kind", [S4, S4D])
-def test_nothing_of_length_times_state_is_kept(kind):
+@pytest.mark.parametrize(("kind", "by_feedback"), [(S4, True), (S4, False), (S4D, None)])
+def test_nothing_of_length_times_state_is_kept(kind, by_feedback):
     """The largest array is a channel's kernel or a matrix of its states, L or N² numbers, not L·N."""
     layer, length, sizes = kind(2, d_state=64), 16384, []
+    layer._by_feedback = lambda _: by_feedback
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         layer.kernel(length)
     assert max(sizes) <= 2 * length
@@ -373,7 +421,8 @@ def test_s4_against_golden_numbers(golden, case):
     layer = golden_layer(S4(len(A), d_state=2 * A.shape[1], n_ssm=len(A)), arrays, case, A=A, B=B, C=C[None])
     for name in ("k", "k_double"):
         expected = arrays[f"{case}__{name}"]
-        assert_near(kernel_without_skip(layer, expected.shape[1])[0], expected, 1e-11, name)
+        for kernel in both_kernels(layer, expected.shape[1]):
+            assert_near(kernel[0].mT, expected, 1e-11, name)
     check_golden_outputs(layer, arrays, case, arrays[f"{case}__y_linear"])
     steps = stepped(layer, arrays[f"{case}__x"].mT)[0].mT
     for name in ("y_step_dense", "y_step_linear"):
@@ -452,8 +501,50 @@ def test_kernels_are_their_references(length, outputs):
     a, b, c = decaying(WIDTH, STATES), complex_noise(WIDTH, STATES), complex_noise(outputs, WIDTH, STATES)
     expected = 2 * kernel_reference(torch.diag_embed(a), b, c, length).real
     assert_close(diagonal_kernel(a, b, c, length), expected, rtol=0, atol=1e-12)
+    responses = diagonal_responses(a, torch.stack((3 * b, b)), c, length)
+    assert_close(responses, torch.stack((3 * expected, expected), 1), rtol=0, atol=1e-12)
     A, B, C = contraction(), noise(WIDTH, STATES), noise(outputs, WIDTH, STATES)
     assert_close(dense_kernel(A, B, C, length), kernel_reference(A, B, C, length), rtol=0, atol=1e-12)
+
+
+def decaying_series(*shape, length):
+    """(*shape, L, D), whose entries halve every step: a feedback of these does not grow."""
+    return noise(*shape, length, WIDTH) * 0.1 * 0.5 ** torch.arange(length, dtype=torch.float64).unsqueeze(-1)
+
+
+def toeplitz(series):
+    """(i, j, L, D) → the causal filters as one matrix a channel, (D, i·L, j·L)."""
+    lag = torch.arange(series.shape[2])[:, None] - torch.arange(series.shape[2])  # (t, s)
+    filters = series[:, :, lag.clamp(min=0)] * (lag >= 0).unsqueeze(-1)  # (i, j, t, s, D)
+    return filters.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+
+
+@given(length=st.integers(1, 40), outputs=st.integers(1, 3), inputs=st.integers(1, 2), rank=st.integers(0, 3))
+def test_closed_loops_are_solutions_of_their_equations(length, outputs, inputs, rank):
+    responses = decaying_series(outputs + rank, inputs + rank, length=length)
+    heard, seen = toeplitz(responses[:outputs]), toeplitz(responses[outputs:])
+    free, back = inputs * length, torch.eye(rank * length, dtype=torch.float64)
+    fed_back = torch.linalg.solve(back + seen[:, :, free:], seen[:, :, :free])
+    expected = heard[:, :, :free] - heard[:, :, free:] @ fed_back
+    assert_close(toeplitz(closed_loop(responses, rank)), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("pole", [0.0, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("length", [1, 2, 17, 500])
+def test_reciprocals_are_their_closed_forms(pole, length):
+    """1/(1 + s) = (1 − p z)/(1 + g − p z) = 1 − g/(1 + g) Σ (p/(1 + g))^l z^l for s = g/(1 − p z)."""
+    time = torch.arange(length, dtype=torch.float64).unsqueeze(-1)
+    gain = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+    expected = -gain / (1 + gain) * (pole / (1 + gain)) ** time
+    expected[0] += 1
+    assert_close(reciprocal(gain * pole**time), expected, rtol=0, atol=1e-14)
+
+
+def test_gradients_of_closed_loops():
+    responses = decaying_series(3, 3, length=9).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: closed_loop(x, 2), responses)
+    assert torch.autograd.gradgradcheck(lambda x: closed_loop(x[1:, 1:], 1), responses)
+    assert torch.autograd.gradgradcheck(reciprocal, responses[0, 0])
 
 
 @given(length=st.integers(1, 150), batch=st.integers(1, 3))

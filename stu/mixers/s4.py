@@ -8,11 +8,15 @@ The low rank term is a feedback. With w_t = Pᴴ (x_t + x_{t−1})/2 the bilinea
 
     x_t = Ā x_{t−1} + G (B u_t − P w_t),    Ā = (1 + dt Λ/2)/(1 − dt Λ/2),    G = dt/(1 − dt Λ/2)
 
-so that a step costs O(R·N). The kernel k_l = C Ā_P^l B̄ comes from the dense Ā_P of the same step. As Re Λ < 0 and
-−P Pᴴ ≤ 0, it never lengthens a vector, and its powers are exact to rounding. The Cauchy kernel of the paper needs
-Ā_P^L as well wherever C itself is the parameter; at the usual N ≤ 64 the other powers cost little more, and nothing
-here depends on a length chosen beforehand. The zero-order hold keeps no low rank: its Ā_P = e^{dt (Λ − P Pᴴ)} is dense,
-and a step costs O(N²).
+so that a step costs O(R·N). As power series in the delay z, with K_CB = Σ_l C Ā^l G B z^l and so on,
+
+    K = K_CB − K_CP (1 + K_QP)^{−1} K_QB,    Q = Pᴴ (1 + z)/2
+
+is the kernel, cut at z^L, at the cost of some FFTs. Re K_QP ≥ 0 for |z| ≤ 1, so that nothing is near to singular. Where
+L is large against N², k_l = C Ā_P^l B̄ costs less by the dense Ā_P of the same step: as Re Λ < 0 and −P Pᴴ ≤ 0, it never
+lengthens a vector, and its powers are exact to rounding. Neither depends on a length chosen beforehand, as the Cauchy
+kernel of the paper does, which needs Ā_P^L wherever C itself is the parameter. The zero-order hold keeps no low rank:
+its Ā_P = e^{dt (Λ − P Pᴴ)} is dense, and a step costs O(N²).
 
 Source: Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, and the official
 code (state-spaces/s4).
@@ -23,11 +27,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stu.errors import require
 from stu.mixer import Mixer
 from stu.ops.hippo import clipped_input, nplr_legs
-from stu.ops.kernels import Discretization, complex_parameter, dense_kernel, dense_state, discretize, widened
+from stu.ops.kernels import (
+    Discretization,
+    closed_loop,
+    complex_parameter,
+    dense_kernel,
+    dense_state,
+    diagonal_responses,
+    discretize,
+    widened,
+)
 from stu.ops.long_convolution import long_convolution
 
 
@@ -42,7 +56,7 @@ class S4State(NamedTuple):
 
 
 class ClosedLoop(NamedTuple):
-    """One step with its feedback, a channel each: Ā and G B (D, N/2), P (R, D, N/2), response (D, N/2, R).
+    """One step with its feedback, a channel each: Ā and G B (D, N/2), P and G P (R, D, N/2), response (D, N/2, R).
 
     response: what of x_t the Pᴴ (x_t + x_{t−1}) without feedback takes away, G P (1 + Pᴴ G P/2)^{−1}/2.
     """
@@ -50,6 +64,7 @@ class ClosedLoop(NamedTuple):
     a: Tensor
     b: Tensor
     P: Tensor
+    push: Tensor
     response: Tensor
 
     def advance(self, modes: Tensor, u: Tensor) -> Tensor:
@@ -57,6 +72,13 @@ class ClosedLoop(NamedTuple):
         free = self.a * modes + self.b * u.unsqueeze(-1)
         seen = 2 * torch.einsum("rdn,...dn->...dr", self.P.conj(), free + modes).real
         return free - torch.einsum("dnr,...dr->...dn", self.response, seen.to(free.dtype))
+
+    def kernel(self, C: Tensor, length: int) -> Tensor:
+        """2 Re C x_l after an impulse u_0 = 1: complex C (H, D, N/2) → (H, L, D)."""
+        inputs, outputs = torch.cat((self.b.unsqueeze(0), self.push)), torch.cat((C, self.P.conj()))
+        heard, seen = diagonal_responses(self.a, inputs, outputs, length).split((len(C), len(self.P)))
+        seen = (seen + F.pad(seen[:, :, :-1], (0, 0, 1, 0))) / 2  # Pᴴ (x_t + x_{t−1})/2
+        return closed_loop(torch.cat((heard, seen)), len(self.P)).squeeze(1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Ā_P (D, N, N) and B̄ (D, N) on real and imaginary parts in turn."""
@@ -72,8 +94,8 @@ class S4(Mixer):
 
     causal: without it, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
     rank: R; HiPPO-LegS has one column P, further ones begin as noise of deviation 0.01. discretization: "bilinear", as
-    in the paper, or "zoh", the zero-order hold, by a matrix exponential. n_ssm: independent copies of
-    Λ, P and B, which the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
+    in the paper, or "zoh", the zero-order hold, by a matrix exponential. n_ssm: independent copies of Λ, P and B, which
+    the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
 
     Complex parameters are real pairs (…, 2). C and D begin normal of variance 1.
     """
@@ -123,8 +145,11 @@ class S4(Mixer):
 
     def kernel(self, length: int) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
-        C = 2 * torch.view_as_real(complex_parameter(self.C).conj_physical()).flatten(-2)  # of 2 Re C x
-        kernel = dense_kernel(*self._dense(), C, length)
+        C = complex_parameter(self.C)
+        if self._by_feedback(length):
+            kernel = self._system().kernel(C, length)
+        else:
+            kernel = dense_kernel(*self._dense(), 2 * torch.view_as_real(C.conj_physical()).flatten(-2), length)
         kernel[0, 0] += self.D
         return kernel
 
@@ -160,6 +185,15 @@ class S4(Mixer):
         dense = self._dense()
         modes = _modes(dense_state(*dense, x))
         return self.forward(x), S4State(modes, dense if self.discretization == "zoh" else None)
+
+    def _by_feedback(self, length: int) -> bool:
+        """Whether the kernel costs less by power series, (1 + R)² of them, than by matrices of N² numbers.
+
+        The factor is measured, on a processor. Other devices start the many small operations of the series too slowly.
+        """
+        rank, _, half, _ = self.P.shape
+        short = (1 + rank) ** 2 * length <= 2 * (2 * half) ** 2
+        return self.discretization == "bilinear" and short and self.P.device.type == "cpu"
 
     def _require_causal(self) -> None:
         if not self.causal:
@@ -198,7 +232,7 @@ class S4(Mixer):
         eye = torch.eye(len(P), dtype=dt.dtype, device=dt.device)
         inverse = torch.linalg.inv_ex(eye + loop).inverse  # never singular, as Re G > 0; a check would wait
         response = torch.einsum("sdn,dn,dsr->dnr", P, gain, inverse.to(gain.dtype)) / 2
-        return ClosedLoop(a, gain * B, P, response)
+        return ClosedLoop(a, gain * B, P, gain * P, response)
 
 
 def _modes(parts: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 r"""Linear systems x_t = A x_{t−1} + B u_t, y_t = C x_t without a loop over time: impulse responses and states.
 
-B batch, L length, D channels, each with a system of its own, N size of the state, H outputs, T block length
+B batch, L length, D channels, each with a system of its own, N size of the state, H outputs, M inputs, R feedbacks, T
+block length
 
     k_l = C A^l B,    x_L = Σ_l A^{L−1−l} B u_l
 
@@ -9,16 +10,24 @@ which no array has L·N entries. Tables grow by doubling: [X, A^m X] after m col
 diagonal (k is then a product with a Vandermonde matrix, as in S4D) or dense.
 
 The tables are float64 where the device has it: they are small, and A^l magnifies the rounding of A by l.
+
+A feedback of low rank is closed on the responses themselves. Where input r is fed −1 times output r, the responses of
+outputs i to inputs j, as power series in the delay z cut at z^L, become
+
+    K_ij ← K_ij − K_ir (1 + K_rr)^{−1} K_rj
+
+one r after the other. Products are convolutions, and Newton's iteration finds the reciprocal, all in O(L log L).
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stu.errors import require
+from stu.ops.long_convolution import fft_length, long_convolution
 
 Discretization = Literal["zoh", "bilinear"]
 Times = Callable[[Tensor, Tensor], Tensor]
@@ -53,11 +62,16 @@ def diagonal_kernel(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
 
     a, b: complex (D, N); c: complex (H, D, N). Returns (H, L, D), real.
     """
+    return diagonal_responses(a, b.unsqueeze(0), c, length).squeeze(1)
+
+
+def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
+    """The kernels of every output for every input: complex (D, N), (M, D, N), (H, D, N) → real (H, M, L, D)."""
     with torch.autocast(a.device.type, enabled=False):
-        powers = _squares(torch.mul, a.unsqueeze(-1))
-        columns = _table(torch.mul, powers, b.unsqueeze(-1), _block(length))
-        rows = _table(torch.mul, powers, c.movedim(0, -1), -(-length // columns.shape[-1]))
-        return _product(_planes(2 * rows.conj()), _planes(columns), len(c), length)
+        powers, block = _squares(torch.mul, a.unsqueeze(-1)), _block(length)
+        columns = _table(torch.mul, powers, b.movedim(0, -1), block)
+        rows = _table(torch.mul, powers, c.movedim(0, -1), -(-length // block))
+        return _product(_planes(2 * rows.conj()), _planes(columns), len(c), len(b), length)
 
 
 def diagonal_state(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
@@ -79,7 +93,7 @@ def dense_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
         columns = _table(torch.matmul, powers, B.unsqueeze(-1), _block(length))
         transposed = (power.mT for power in powers)
         rows = _table(torch.matmul, transposed, C.movedim(0, -1), -(-length // columns.shape[-1]))
-        return _product(rows, columns, len(C), length)
+        return _product(rows, columns, len(C), 1, length).squeeze(1)
 
 
 def dense_state(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
@@ -88,6 +102,29 @@ def dense_state(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
         powers = _squares(torch.matmul, A)
         columns = _table(torch.matmul, powers, B.unsqueeze(-1), _block(u.shape[1]))
         return _final_state(torch.matmul, powers, _block_ends(columns, u))
+
+
+def closed_loop(responses: Tensor, rank: int) -> Tensor:
+    """The responses once the last R inputs are fed −1 times the last R outputs: (H + R, M + R, L, D) → (H, M, L, D).
+
+    Well conditioned for a passive feedback, whose R by R responses K have Re K ≥ 0 inside the unit circle: there
+    |1 + K_rr| ≥ 1 for the first r, and for the others still when it is closed.
+    """
+    for _ in range(rank):
+        *outputs, (*seen, loop) = (row.unbind() for row in responses.unbind())
+        fed_back = long_convolution(torch.stack(seen), reciprocal(loop))  # (M + R − 1, L, D)
+        rows = [torch.stack(inputs) - long_convolution(fed_back, kernel) for *inputs, kernel in outputs]
+        responses = torch.stack(rows)
+    return responses
+
+
+def reciprocal(series: Tensor) -> Tensor:
+    """The power series 1/(1 + s) of every channel, cut at z^L: (L, D) → (L, D).
+
+    Differentiable any number of times.
+    """
+    v: Tensor = _reciprocal(series)
+    return v
 
 
 def kernel_reference(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
@@ -129,13 +166,13 @@ def _table(times: Times, powers: Iterator[Tensor], start: Tensor, count: int) ->
 
 def _planes(x: Tensor) -> Tensor:
     """Real parts, then imaginary parts: complex (D, N, m) → (D, 2N, m)."""
-    return torch.cat((x.real, x.imag), 1)
+    return torch.view_as_real(x).movedim(-1, 1).flatten(1, 2)
 
 
-def _product(rows: Tensor, columns: Tensor, outputs: int, length: int) -> Tensor:
-    """k_{iT+j} = row_i column_j: (D, N, i·H), (D, N, T) → (H, L, D)."""
-    blocks = (rows.mT @ columns).unflatten(1, (-1, outputs))  # (D, i, H, T)
-    return blocks.permute(2, 1, 3, 0).flatten(1, 2)[:, :length]
+def _product(rows: Tensor, columns: Tensor, outputs: int, inputs: int, length: int) -> Tensor:
+    """k_{iT+j} = row_i column_j: (D, N, i·H), (D, N, T·M) → (H, M, L, D)."""
+    blocks = (rows.mT @ columns).unflatten(2, (-1, inputs)).unflatten(1, (-1, outputs))  # (D, i, H, T, M)
+    return blocks.permute(2, 4, 1, 3, 0).flatten(2, 3)[:, :, :length]
 
 
 def _block_ends(columns: Tensor, u: Tensor) -> Tensor:
@@ -158,3 +195,52 @@ def _final_state(times: Times, powers: Iterator[Tensor], ends: Tensor) -> Tensor
         early, late = ends[:, :, 0::2], ends[:, :, 1::2]
         ends = times(next(powers), early.flatten(2)).view_as(late) + late
     return ends.squeeze(2).movedim(-1, 0)
+
+
+@torch.library.custom_op("stu::reciprocal", mutates_args=())
+def _reciprocal(series: Tensor) -> Tensor:
+    """Newton's iteration, v − v ∗ ((1 + s) ∗ v − 1): each step doubles the entries that are right.
+
+    Of (1 + s) ∗ v − 1, the entries where v is right already are rounding and left out, which halves the FFTs. One more
+    step then takes the rounding out of all entries.
+    """
+    length = len(series)
+    rows = series.mT.clone(memory_format=torch.contiguous_format)  # numbers in a row are transformed fastest
+    rows[:, 0] += 1
+    v, sizes = 1 / rows[:, :1], [length]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    for size in sizes[-2::-1]:
+        known, n = v.shape[1], fft_length(2 * v.shape[1])
+        spectrum = torch.fft.rfft(v, n=n)
+        error = _filtered(rows[:, :size], spectrum, n)[:, known:size]  # the sums that n is too short for come before
+        v = torch.cat((v, -_filtered(error, spectrum, n)[:, : size - known]), 1)
+    n = fft_length(2 * length)
+    spectrum = torch.fft.rfft(v, n=n)
+    error = _filtered(rows, spectrum, n)[:, :length]
+    error[:, 0] -= 1
+    return (v - _filtered(error, spectrum, n)[:, :length]).mT.contiguous()
+
+
+@_reciprocal.register_fake
+def _(series: Tensor) -> Tensor:
+    return torch.empty_like(series, memory_format=torch.contiguous_format)
+
+
+def _save_output(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward_of_reciprocal(ctx: Any, grad: Tensor) -> Tensor:
+    """The adjoint of ds → −v ∗ v ∗ ds."""
+    (v,) = ctx.saved_tensors
+    squared = long_convolution(v.unsqueeze(0), v).squeeze(0)
+    return -long_convolution(grad.flip(0).unsqueeze(0), squared).squeeze(0).flip(0)
+
+
+_reciprocal.register_autograd(_backward_of_reciprocal, setup_context=_save_output)
+
+
+def _filtered(x: Tensor, spectrum: Tensor, n: int) -> Tensor:
+    """The circular convolution of rows x (D, …) with those of a spectrum (D, n/2 + 1): (D, n)."""
+    return torch.fft.irfft(torch.fft.rfft(x, n=n).mul_(spectrum), n=n)
