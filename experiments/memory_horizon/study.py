@@ -216,7 +216,7 @@ STUDY = Study(
         "lengths": [16, 32, 64, 128, 256],
         "lrs": [0.004, 0.012],
         "seeds": 3,
-        "steps": 600,
+        "steps": 500,
         "batch_size": 16,
     },
     quick={"models": ["stu", "lstm"], "lengths": [16, 32], "lrs": [0.004], "seeds": 1, "steps": 4, "batch_size": 4},
