@@ -1,6 +1,7 @@
 """What every test runs under: few threads, a fixed seed, and NaN in all memory that nobody wrote."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: its spinning threads get in each other's way
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tests.golden import ABSENT, path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us, and our children, without it
 torch.set_num_threads(1)
 settings.register_profile("stu", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("stu")

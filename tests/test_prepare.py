@@ -458,7 +458,9 @@ class TestCommand:
         assert done.out.startswith(f"lds, {task.fingerprint()}\n")
         assert re.search(r"^examples +40 +10 +10 *$", done.out, re.MULTILINE)
         assert re.search(r"^length +32 +32 +32 *$", done.out, re.MULTILINE)
-        assert re.search(r"^no achievement: zero [\d.]+, static [\d.]+ \(mse\)$", done.out, re.MULTILINE)
+        assert re.search(
+            r"^no achievement: zero [\d.]+, static [\d.]+, .*, truth [\de.-]+ \(mse\)$", done.out, re.MULTILINE
+        )
         card = card_of("lds", task, instantiate(config.task))
         overrides = f"task=lds task.seq_len=32 {' '.join(SIZES)} card=cards.md pictures=look/at"
         expected = f"<!-- python -m data.prepare {overrides} -->\n\n{markdown([card])}"
