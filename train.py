@@ -1,14 +1,10 @@
 """Train a model on a task, or test what was trained: python train.py model=stu task=lra_listops. See --help."""
 
 # ruff: noqa: E402
-from conf import usage
+from conf import threads, usage
 
 usage.answer()  # --help, before the imports that take seconds
-
-import os
-
-# Threads that wait leave their core to others: a busy machine then costs its share and not a multiple of it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+threads.wait_briefly()
 
 import math
 import signal

@@ -23,8 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show and save, or show what was saved; returns the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
-    # Threads that wait leave their core to others, as in train.py; PyTorch reads it when it is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from experiments.speed import run
     from stu.errors import OptionError
 

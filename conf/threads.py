@@ -1,0 +1,13 @@
+"""How threads wait for each other. To be settled before PyTorch is imported, which reads it then."""
+
+import os
+
+
+def wait_briefly() -> None:
+    """Let a thread without work look for some for a few microseconds, then sleep, unless the environment decides.
+
+    PyTorch's threads (libgomp, on Linux) spin for milliseconds by themselves, which on a machine with other work takes
+    the core from whom they wait for; to sleep at once (OMP_WAIT_POLICY=PASSIVE) costs a wake-up at each operation.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
