@@ -123,7 +123,7 @@ def test_takes_arguments_of_any_layout(ahead):
     turned = [v.mT.contiguous().mT for v in arguments]
     assert not any(v.is_contiguous() for v in turned)
     y = long_convolution(*turned)
-    assert y.is_contiguous()
+    assert y.stride() == turned[0].stride()
     assert_same(y, long_convolution(*arguments), arguments, 1e-12)
     long_convolution(*arguments).sum().backward()  # whose gradient has strides of zero
     (expected,) = torch.autograd.grad((long_convolution(*arguments) * torch.ones_like(y)).sum(), arguments[0])

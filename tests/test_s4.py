@@ -502,21 +502,22 @@ def test_kernels_are_their_references(length, outputs):
     expected = 2 * kernel_reference(torch.diag_embed(a), b, c, length).real
     assert_close(diagonal_kernel(a, b, c, length), expected, rtol=0, atol=1e-12)
     responses = diagonal_responses(a, torch.stack((3 * b, b)), c, length)
-    assert_close(responses, torch.stack((3 * expected, expected), 1), rtol=0, atol=1e-12)
+    assert_close(responses.mT, torch.stack((3 * expected, expected), 1), rtol=0, atol=1e-12)
     A, B, C = contraction(), noise(WIDTH, STATES), noise(outputs, WIDTH, STATES)
     assert_close(dense_kernel(A, B, C, length), kernel_reference(A, B, C, length), rtol=0, atol=1e-12)
 
 
 def decaying_series(*shape, length):
-    """(*shape, L, D), whose entries halve every step: a feedback of these does not grow."""
-    return noise(*shape, length, WIDTH) * 0.1 * 0.5 ** torch.arange(length, dtype=torch.float64).unsqueeze(-1)
+    """(*shape, D, L), whose entries halve every step: a feedback of these does not grow."""
+    return noise(*shape, WIDTH, length) * 0.1 * 0.5 ** torch.arange(length, dtype=torch.float64)
 
 
 def toeplitz(series):
-    """(i, j, L, D) → the causal filters as one matrix a channel, (D, i·L, j·L)."""
-    lag = torch.arange(series.shape[2])[:, None] - torch.arange(series.shape[2])  # (t, s)
-    filters = series[:, :, lag.clamp(min=0)] * (lag >= 0).unsqueeze(-1)  # (i, j, t, s, D)
-    return filters.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+    """(i, j, D, L) → the causal filters as one matrix a channel, (D, i·L, j·L)."""
+    time = torch.arange(series.shape[3])
+    lag = time[:, None] - time  # (t, s)
+    filters = series[..., lag.clamp(min=0)] * (lag >= 0)  # (i, j, D, t, s)
+    return filters.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 @given(length=st.integers(1, 40), outputs=st.integers(1, 3), inputs=st.integers(1, 2), rank=st.integers(0, 3))
@@ -533,10 +534,10 @@ def test_closed_loops_are_solutions_of_their_equations(length, outputs, inputs, 
 @pytest.mark.parametrize("length", [1, 2, 17, 500])
 def test_reciprocals_are_their_closed_forms(pole, length):
     """1/(1 + s) = (1 − p z)/(1 + g − p z) = 1 − g/(1 + g) Σ (p/(1 + g))^l z^l for s = g/(1 − p z)."""
-    time = torch.arange(length, dtype=torch.float64).unsqueeze(-1)
-    gain = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+    time = torch.arange(length, dtype=torch.float64)
+    gain = torch.tensor([[1e-3], [1.0], [1e3]], dtype=torch.float64)
     expected = -gain / (1 + gain) * (pole / (1 + gain)) ** time
-    expected[0] += 1
+    expected[:, 0] += 1
     assert_close(reciprocal(gain * pole**time), expected, rtol=0, atol=1e-14)
 
 
@@ -564,6 +565,7 @@ def test_gradients_of_kernels_and_states():
     for x in (*diagonal, *dense, u):
         x.requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: diagonal_kernel(*x, 7), diagonal)
+    assert torch.autograd.gradgradcheck(lambda *x: diagonal_kernel(*x, 7), diagonal)
     assert torch.autograd.gradcheck(lambda *x: dense_kernel(*x, 7), dense)
     assert torch.autograd.gradcheck(diagonal_state, (a, b, u))
     assert torch.autograd.gradcheck(dense_state, (A, B, u))

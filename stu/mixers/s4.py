@@ -77,8 +77,8 @@ class ClosedLoop(NamedTuple):
         """2 Re C x_l after an impulse u_0 = 1: complex C (H, D, N/2) → (H, L, D)."""
         inputs, outputs = torch.cat((self.b.unsqueeze(0), self.push)), torch.cat((C, self.P.conj()))
         heard, seen = diagonal_responses(self.a, inputs, outputs, length).split((len(C), len(self.P)))
-        seen = (seen + F.pad(seen[:, :, :-1], (0, 0, 1, 0))) / 2  # Pᴴ (x_t + x_{t−1})/2
-        return closed_loop(torch.cat((heard, seen)), len(self.P)).squeeze(1)
+        seen = (seen + F.pad(seen[..., :-1], (1, 0))) / 2  # Pᴴ (x_t + x_{t−1})/2
+        return closed_loop(torch.cat((heard, seen)), len(self.P)).squeeze(1).mT
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Ā_P (D, N, N) and B̄ (D, N) on real and imaginary parts in turn."""

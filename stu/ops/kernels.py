@@ -62,25 +62,25 @@ def diagonal_kernel(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
 
     a, b: complex (D, N); c: complex (H, D, N). Returns (H, L, D), real.
     """
-    return diagonal_responses(a, b.unsqueeze(0), c, length).squeeze(1)
+    return diagonal_responses(a, b.unsqueeze(0), c, length).squeeze(1).mT
 
 
 def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
-    """The kernels of every output for every input: complex (D, N), (M, D, N), (H, D, N) → real (H, M, L, D)."""
+    """The kernels of every output for every input: complex (D, N), (M, D, N), (H, D, N) → real (H, M, D, L)."""
     with torch.autocast(a.device.type, enabled=False):
-        powers, block = _squares(torch.mul, a.unsqueeze(-1)), _block(length)
-        columns = _table(torch.mul, powers, b.movedim(0, -1), block)
-        rows = _table(torch.mul, powers, c.movedim(0, -1), -(-length // block))
-        return _product(_planes(2 * rows.conj()), _planes(columns), len(c), len(b), length)
+        block = _block(length)
+        powers, past = _powers(a, block)
+        rows, _ = _powers(past.conj(), -(-length // block))  # Re xy is the scalar product of x* and y
+        return _product(_planes(_times(2 * c.conj(), rows)), _planes(_times(b, powers)), length)
 
 
 def diagonal_state(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     """x_L = Σ_l a^{L−1−l} b u_l of each mode: complex (D, N), (D, N) and real u (B, L, D) → complex (B, D, N)."""
     with torch.autocast(a.device.type, enabled=False):
-        powers = _squares(torch.mul, a.unsqueeze(-1))
-        columns = _table(torch.mul, powers, b.unsqueeze(-1), _block(u.shape[1]))
-        ends = torch.complex(*_block_ends(_planes(columns), u).chunk(2, 1))
-        return _final_state(torch.mul, powers, ends)
+        powers, past = _powers(a, _block(u.shape[1]))
+        columns = _planes(_times(b.unsqueeze(0), powers)).squeeze(2)
+        ends = torch.complex(*_block_ends(columns, u).chunk(2, 1))
+        return _final_state(torch.mul, _squares(torch.mul, past.unsqueeze(-1)), ends)
 
 
 def dense_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
@@ -90,36 +90,36 @@ def dense_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """
     with torch.autocast(A.device.type, enabled=False):
         powers = _squares(torch.matmul, A)
-        columns = _table(torch.matmul, powers, B.unsqueeze(-1), _block(length))
+        columns = _table(powers, B.unsqueeze(-1), _block(length))
         transposed = (power.mT for power in powers)
-        rows = _table(torch.matmul, transposed, C.movedim(0, -1), -(-length // columns.shape[-1]))
-        return _product(rows, columns, len(C), 1, length).squeeze(1)
+        rows = _table(transposed, C.movedim(0, -1), -(-length // columns.shape[-1])).unflatten(2, (-1, len(C)))
+        return _product(rows.mT, columns.unsqueeze(2), length).squeeze(1).mT
 
 
 def dense_state(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
     """x_L = Σ_l A^{L−1−l} B u_l: real (D, N, N), (D, N) and u (B, L, D) → (B, D, N)."""
     with torch.autocast(A.device.type, enabled=False):
         powers = _squares(torch.matmul, A)
-        columns = _table(torch.matmul, powers, B.unsqueeze(-1), _block(u.shape[1]))
+        columns = _table(powers, B.unsqueeze(-1), _block(u.shape[1]))
         return _final_state(torch.matmul, powers, _block_ends(columns, u))
 
 
 def closed_loop(responses: Tensor, rank: int) -> Tensor:
-    """The responses once the last R inputs are fed −1 times the last R outputs: (H + R, M + R, L, D) → (H, M, L, D).
+    """The responses once the last R inputs are fed −1 times the last R outputs: (H + R, M + R, D, L) → (H, M, D, L).
 
     Well conditioned for a passive feedback, whose R by R responses K have Re K ≥ 0 inside the unit circle: there
     |1 + K_rr| ≥ 1 for the first r, and for the others still when it is closed.
     """
     for _ in range(rank):
         *outputs, (*seen, loop) = (row.unbind() for row in responses.unbind())
-        fed_back = long_convolution(torch.stack(seen), reciprocal(loop))  # (M + R − 1, L, D)
-        rows = [torch.stack(inputs) - long_convolution(fed_back, kernel) for *inputs, kernel in outputs]
+        fed_back = _quotient(torch.stack(seen), loop, reciprocal(loop))  # (M + R − 1, D, L)
+        rows = [torch.stack(inputs) - _series_product(fed_back, kernel) for *inputs, kernel in outputs]
         responses = torch.stack(rows)
     return responses
 
 
 def reciprocal(series: Tensor) -> Tensor:
-    """The power series 1/(1 + s) of every channel, cut at z^L: (L, D) → (L, D).
+    """The power series 1/(1 + s) of every channel, cut at z^L: (D, L) → (D, L).
 
     Differentiable any number of times.
     """
@@ -156,23 +156,34 @@ def _squares(times: Times, A: Tensor) -> Iterator[Tensor]:
         A = times(A, A)
 
 
-def _table(times: Times, powers: Iterator[Tensor], start: Tensor, count: int) -> Tensor:
+def _table(powers: Iterator[Tensor], start: Tensor, count: int) -> Tensor:
     """[X, A X, A² X, …] of X = start (D, N, m): a power of two of them, `count` or more; (D, N, … · m)."""
     table, size = start, 1
     while size < count:
-        table, size = torch.cat((table, times(next(powers), table)), -1), 2 * size
+        table, size = torch.cat((table, next(powers) @ table), -1), 2 * size
     return table
 
 
+def _powers(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """1, a, a², …, a power of two of them, `count` or more, and the one behind them: (D, N) → (D, N, T), (D, N)."""
+    table: Tensor = _power_table(a, 1 << (count - 1).bit_length())
+    return table, table[..., -1] * a
+
+
+def _times(factors: Tensor, powers: Tensor) -> Tensor:
+    """(m, D, N), (D, N, T) → (D, N, m, T)."""
+    return factors.movedim(0, -1).unsqueeze(-1) * powers.unsqueeze(2)
+
+
 def _planes(x: Tensor) -> Tensor:
-    """Real parts, then imaginary parts: complex (D, N, m) → (D, 2N, m)."""
+    """Real parts, then imaginary parts: complex (D, N, …) → (D, 2N, …)."""
     return torch.view_as_real(x).movedim(-1, 1).flatten(1, 2)
 
 
-def _product(rows: Tensor, columns: Tensor, outputs: int, inputs: int, length: int) -> Tensor:
-    """k_{iT+j} = row_i column_j: (D, N, i·H), (D, N, T·M) → (H, M, L, D)."""
-    blocks = (rows.mT @ columns).unflatten(2, (-1, inputs)).unflatten(1, (-1, outputs))  # (D, i, H, T, M)
-    return blocks.permute(2, 4, 1, 3, 0).flatten(2, 3)[:, :, :length]
+def _product(rows: Tensor, columns: Tensor, length: int) -> Tensor:
+    """k_{iT+j} = row_i column_j: (D, N, H, i), (D, N, M, T) → (H, M, D, L)."""
+    blocks = (rows.flatten(2).mT @ columns.flatten(2)).unflatten(2, columns.shape[2:]).unflatten(1, rows.shape[2:])
+    return blocks.permute(1, 3, 0, 2, 4).flatten(3)[..., :length]
 
 
 def _block_ends(columns: Tensor, u: Tensor) -> Tensor:
@@ -197,6 +208,41 @@ def _final_state(times: Times, powers: Iterator[Tensor], ends: Tensor) -> Tensor
     return ends.squeeze(2).movedim(-1, 0)
 
 
+def _series_product(x: Tensor, y: Tensor) -> Tensor:
+    """The product of power series, cut at z^L: (M, D, L), (D, L) → (M, D, L)."""
+    return long_convolution(x.mT, y.mT).mT
+
+
+@torch.library.custom_op("stu::power_table", mutates_args=())
+def _power_table(a: Tensor, count: int) -> Tensor:
+    """1, a, … a^{count − 1}, by doubling in place: (D, N) → (D, N, T)."""
+    table = torch.ones(*a.shape, count, dtype=a.dtype, device=a.device)
+    power, size = a.unsqueeze(-1), 1
+    while size < count:
+        torch.mul(table[..., :size], power, out=table[..., size : 2 * size])
+        power, size = power * power, 2 * size
+    return table
+
+
+@_power_table.register_fake
+def _(a: Tensor, count: int) -> Tensor:
+    return a.new_empty(*a.shape, count)
+
+
+def _save_output(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward_of_power_table(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    """The adjoint of da → j a^{j−1} da: one pass, where autograd would go back through every doubling."""
+    (table,) = ctx.saved_tensors
+    exponent = torch.arange(1, table.shape[-1], dtype=table.real.dtype, device=table.device)
+    return (grad[..., 1:] * table[..., :-1].conj() * exponent).sum(-1), None
+
+
+_power_table.register_autograd(_backward_of_power_table, setup_context=_save_output)
+
+
 @torch.library.custom_op("stu::reciprocal", mutates_args=())
 def _reciprocal(series: Tensor) -> Tensor:
     """Newton's iteration, v − v ∗ ((1 + s) ∗ v − 1): each step doubles the entries that are right.
@@ -204,8 +250,8 @@ def _reciprocal(series: Tensor) -> Tensor:
     Of (1 + s) ∗ v − 1, the entries where v is right already are rounding and left out, which halves the FFTs. One more
     step then takes the rounding out of all entries.
     """
-    length = len(series)
-    rows = series.mT.clone(memory_format=torch.contiguous_format)  # numbers in a row are transformed fastest
+    length = series.shape[1]
+    rows = series.clone(memory_format=torch.contiguous_format)
     rows[:, 0] += 1
     v, sizes = 1 / rows[:, :1], [length]
     while sizes[-1] > 1:
@@ -219,7 +265,7 @@ def _reciprocal(series: Tensor) -> Tensor:
     spectrum = torch.fft.rfft(v, n=n)
     error = _filtered(rows, spectrum, n)[:, :length]
     error[:, 0] -= 1
-    return (v - _filtered(error, spectrum, n)[:, :length]).mT.contiguous()
+    return v - _filtered(error, spectrum, n)[:, :length]
 
 
 @_reciprocal.register_fake
@@ -227,18 +273,50 @@ def _(series: Tensor) -> Tensor:
     return torch.empty_like(series, memory_format=torch.contiguous_format)
 
 
-def _save_output(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_reciprocal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(output)
+    ctx.set_materialize_grads(False)
 
 
-def _backward_of_reciprocal(ctx: Any, grad: Tensor) -> Tensor:
-    """The adjoint of ds → −v ∗ v ∗ ds."""
+def _backward_of_reciprocal(ctx: Any, grad: Tensor | None) -> Tensor | None:
+    """The adjoint of ds → −v ∗ v ∗ ds; nothing, where 1/(1 + s) was but a help."""
+    if grad is None:
+        return None
     (v,) = ctx.saved_tensors
-    squared = long_convolution(v.unsqueeze(0), v).squeeze(0)
-    return -long_convolution(grad.flip(0).unsqueeze(0), squared).squeeze(0).flip(0)
+    squared = _series_product(v.unsqueeze(0), v)
+    return -_series_product(grad.flip(1).unsqueeze(0), squared.squeeze(0)).squeeze(0).flip(1)
 
 
-_reciprocal.register_autograd(_backward_of_reciprocal, setup_context=_save_output)
+_reciprocal.register_autograd(_backward_of_reciprocal, setup_context=_save_reciprocal)
+
+
+@torch.library.custom_op("stu::series_quotient", mutates_args=())
+def _quotient(x: Tensor, series: Tensor, v: Tensor) -> Tensor:
+    """x/(1 + s) with v = 1/(1 + s) as a help: (M, D, L), (D, L), (D, L) → (M, D, L).
+
+    The gradient of s comes from the quotient q itself, −g/(1 + s) ∗ q, and none from v: that takes half the FFTs.
+    """
+    return _series_product(x, v)
+
+
+@_quotient.register_fake
+def _(x: Tensor, series: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_quotient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[2], output)
+
+
+def _backward_of_quotient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Adjoints run backwards in time; v, saved with its own history, makes them differentiable in s."""
+    v, q = ctx.saved_tensors
+    turned = _series_product(grad.flip(2), v)
+    by_series = torch.cat([_series_product(g.unsqueeze(0), each) for g, each in zip(turned, q, strict=True)])
+    return turned.flip(2), -by_series.sum(0).flip(1), None
+
+
+_quotient.register_autograd(_backward_of_quotient, setup_context=_save_quotient)
 
 
 def _filtered(x: Tensor, spectrum: Tensor, n: int) -> Tensor:

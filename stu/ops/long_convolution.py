@@ -61,7 +61,7 @@ def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
     """(B, L, D), (T, D) → (B, L, D), as one node for autograd and torch.compile."""
     length = u.shape[1]
     n, dtype = _plan(u, taps, future)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y = torch.empty_like(u)
     for channels, chunks in _chunks(u, n):
         response = _response(taps[:, channels], future, n, dtype)
         for rows in chunks:
@@ -75,8 +75,8 @@ def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor
     """Gradients of u, G(f) K(f)*, and of taps, Σ_b G(f) U(f)*; the spectra are made again instead of stored."""
     length = u.shape[1]
     n, dtype = _plan(u, taps, future)
-    grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
-    grad_taps = torch.empty_like(taps, memory_format=torch.contiguous_format)
+    grad_u = torch.empty_like(u)
+    grad_taps = torch.empty_like(taps)
     for channels, chunks in _chunks(u, n):
         # Conjugates are written out: torch.compile runs this where a lazy one would be passed over.
         response = _response(taps[:, channels], future, n, dtype).conj_physical()
@@ -93,15 +93,12 @@ def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor
 
 @_convolution.register_fake
 def _(u: Tensor, taps: Tensor, future: int) -> Tensor:
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+    return torch.empty_like(u)
 
 
 @_adjoint.register_fake
 def _(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(u, memory_format=torch.contiguous_format),
-        torch.empty_like(taps, memory_format=torch.contiguous_format),
-    )
+    return torch.empty_like(u), torch.empty_like(taps)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
