@@ -6,8 +6,10 @@ import os
 def wait_briefly() -> None:
     """Let a thread without work look for some for a few microseconds, then sleep, unless the environment decides.
 
-    PyTorch's threads (libgomp, on Linux) spin for milliseconds by themselves, which on a machine with other work takes
-    the core from whom they wait for; to sleep at once (OMP_WAIT_POLICY=PASSIVE) costs a wake-up at each operation.
+    PyTorch's threads spin for milliseconds by themselves, which on a machine with other work takes the core from whom
+    they wait for; to sleep at once (OMP_WAIT_POLICY=PASSIVE) costs a wake-up at each operation. The one variable is for
+    libgomp (Linux), the other for the OpenMP of LLVM, whose unit of a millisecond leaves zero.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("KMP_BLOCKTIME", "0")

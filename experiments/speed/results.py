@@ -19,6 +19,7 @@ from experiments.speed.floor import Peak, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "results.json"
+DECISIVE = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_")  # how environment variables begin that times depend on
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def describe_machine(settings: Settings) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(DECISIVE)},
     }
 
 

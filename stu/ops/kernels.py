@@ -6,8 +6,9 @@ block length
     k_l = C A^l B,    x_L = Σ_l A^{L−1−l} B u_l
 
 Split at l = iT + j, k_l = (C A^{iT}) (A^j B): two tables of about √L powers each and one matrix product a channel, in
-which no array has L·N entries. Tables grow by doubling: [X, A^m X] after m columns X, then A^{2m} = A^m A^m. A may be
-diagonal (k is then a product with a Vandermonde matrix, as in S4D) or dense.
+which no array has L·N entries. A may be dense: then tables grow by doubling, [X, A^m X] after m columns X, then
+A^{2m} = A^m A^m. Of a diagonal A the powers alone are doubled, with a gradient of one pass, and then multiplied with B
+and C; k is a product with a Vandermonde matrix, as in S4D.
 
 The tables are float64 where the device has it: they are small, and A^l magnifies the rounding of A by l.
 
@@ -294,14 +295,14 @@ _reciprocal.register_autograd(_backward_of_reciprocal, setup_context=_save_recip
 def _quotient(x: Tensor, series: Tensor, v: Tensor) -> Tensor:
     """x/(1 + s) with v = 1/(1 + s) as a help: (M, D, L), (D, L), (D, L) → (M, D, L).
 
-    The gradient of s comes from the quotient q itself, −g/(1 + s) ∗ q, and none from v: that takes half the FFTs.
+    The gradient of s comes from the quotient q itself, −g/(1 + s) ∗ q, and none from v: fewer FFTs, half for one x.
     """
     return _series_product(x, v)
 
 
 @_quotient.register_fake
 def _(x: Tensor, series: Tensor, v: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x.mT).mT
 
 
 def _save_quotient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

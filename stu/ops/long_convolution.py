@@ -20,14 +20,15 @@ from torch import Tensor
 # next. Elsewhere large kernels are fast, and only their memory is to be bounded.
 CHUNK = 1 << 18
 CHUNK_ELSEWHERE = 1 << 26
-CHANNELS = 16  # of a chunk, at least: they lie side by side in memory, and this many fill a cache line
+CHANNELS = 16  # of a chunk, at least: where they lie side by side in memory, this many fill a cache line
 
 
 def long_convolution(u: Tensor, kernel: Tensor, reverse: Tensor | None = None) -> Tensor:
     """y_t = Σ_{i≥0} k(i) u_{t−i}, and with `reverse` also Σ_{j≥0} r(j) u_{t+1+j}: the future begins one step ahead.
 
-    u: (B, L, D); kernel, reverse: (any length, D), what exceeds L is never heard. Returns (B, L, D) in u's dtype.
-    The FFTs run in float32 at least, whatever the dtypes or an enclosing autocast. Differentiable any number of times.
+    u: (B, L, D); kernel, reverse: (any length, D), what exceeds L is never heard. Returns (B, L, D) in u's dtype
+    and layout. The FFTs run in float32 at least, whatever the dtypes or an enclosing autocast. Differentiable any
+    number of times.
     """
     length = u.shape[1]
     taps, future = kernel[:length], 0
