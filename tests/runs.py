@@ -37,8 +37,10 @@ SCRIPT = ROOT / "train.py"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT), "NETRC": "/dev/null"}
 
 # What makes a run small, wherever a task or model has an option of that name.
-SMALL_TASK = {"seq_len": 64, "min_length": 10, "max_length": 60, "train": 40, "val": 10, "test": 10}
-SMALL_TASK |= {"windows": 1, "transient": 1.0, "tolerance": 1e-5}
+SMALL_TASK = {
+    **{"seq_len": 64, "min_length": 10, "max_length": 60, "train": 40, "val": 10, "test": 10},
+    **{"windows": 1, "transient": 1.0, "tolerance": 1e-5},  # of trajectories
+}
 SMALL_MODEL = {"d_model": 8, "depth": 1, "num_filters": 4, "num_heads": 2, "d_state": 8, "num_blocks": 2}
 SMALL_RUN = ("trainer=cpu", "trainer.max_epochs=2", "loader.batch_size=4", "logger=csv", "pictures.when=never")
 

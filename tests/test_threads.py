@@ -33,9 +33,15 @@ def test_the_environment_decides(given: dict[str, str], expected: dict[str, str]
     assert json.loads(done.stdout) == expected
 
 
+def test_what_comes_too_late_is_not_set():
+    """Or results would name an environment that PyTorch never read."""
+    code = f"import torch, os, experiments.speed; print([name for name in {NAMES} if name in os.environ])"
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_train_py_settles_it_before_other_imports():
-    body = ast.parse((ROOT / "train.py").read_text(encoding="utf-8")).body
-    before = [
-        ast.unparse(statement) for statement in body[: list(map(ast.unparse, body)).index("threads.wait_briefly()")]
-    ]
-    assert before[1:] == ["from conf import threads, usage", "usage.answer()"]
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    _, *first = map(ast.unparse, tree.body[:4])  # behind the docstring
+    assert first == ["from conf import threads, usage", "usage.answer()", "threads.wait_briefly()"]
