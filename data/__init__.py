@@ -1,1 +1,1 @@
-"""Tasks: each file defines one, a final subclass of `stu.task.Task`; the data itself lives in a cache."""
+"""Tasks and their data, in folders by kind; what is generated or converted is cached outside the repository."""

@@ -1,1 +1,1 @@
-"""What is done with many runs: compare them."""
+"""Work with many runs, or with many small models."""

@@ -1,9 +1,34 @@
-"""Spectral state space models: the Spectral Transform Unit, its filters, and what it is compared with."""
+"""Spectral state space models: the Spectral Transform Unit, its filters, and what it is compared with.
 
-from stu.backbone import Backbone, SequenceModel
-from stu.mixer import Mixer
-from stu.mixers.stu import STU
-from stu.ops.filters import spectral_filters
-from stu.task import Batch, Task
+Names are imported on first use, so that `import stu` alone (and with it `train.py --help`) costs no import of PyTorch.
+"""
 
-__all__ = ["STU", "Backbone", "Batch", "Mixer", "SequenceModel", "Task", "spectral_filters"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stu.backbone import Backbone, SequenceModel
+    from stu.mixer import Mixer
+    from stu.mixers.stu import STU
+    from stu.ops.filters import spectral_filters
+    from stu.task import Batch, Classification, Regression, Task
+
+_MODULES = {
+    **dict.fromkeys(("Backbone", "SequenceModel"), "stu.backbone"),
+    **dict.fromkeys(("Batch", "Classification", "Regression", "Task"), "stu.task"),
+    "Mixer": "stu.mixer",
+    "STU": "stu.mixers.stu",
+    "spectral_filters": "stu.ops.filters",
+}
+__all__ = ["STU", "Backbone", "Batch", "Classification", "Mixer", "Regression", "SequenceModel", "Task"]
+__all__ += ["spectral_filters"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'stu' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,4 @@
-"""A backbone stacks residual blocks of mixers; a sequence model puts an encoder before it and a head behind.
+"""A backbone stacks residual blocks of mixers; a sequence model adds an encoder before it and a head after it.
 
 B batch, L length, D model width
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stu.encoders import LearnedPositions, Positions, SinusoidalPositions
+from stu.encoders import LearnedPositions, Positions, RotaryPositions, SinusoidalPositions
 from stu.errors import require
 from stu.mixer import ChannelMixerFactory, MixerFactory, State
 from stu.norm import Norm, make_norm
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class BackboneState(NamedTuple):
-    """How many steps a backbone has taken, and the state of each of its mixers."""
+    """Steps taken so far, and the state of each mixer."""
 
     position: int
     mixers: tuple[State, ...]
@@ -82,9 +82,9 @@ class Backbone(nn.Module):
     """`depth` blocks over sequences of width `d_model`; the same code whichever mixer it holds.
 
     mixer: one factory `mixer(d_model)`, or several, cycled over depth (hybrids need no class of their own).
-    channel_mixer: None where the mixer is a whole block of its own, as Mamba's is.
-    positions: absolute positions added to the input; "rotary" ones are the attention's own business.
-    final_norm: one more norm behind the last block, as pre-norm Transformers have it.
+    channel_mixer: None where the mixer is a complete block of its own, as in Mamba.
+    positions: absolute positions added to the input; "rotary" ones are applied inside attention.
+    final_norm: one more norm after the last block, as in pre-norm Transformers.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         depth: int,
         mixer: MixerFactory | Sequence[MixerFactory],
         channel_mixer: ChannelMixerFactory | None,
-        norm: Norm = "layer",
+        norm: Norm = "batch",
         prenorm: bool = True,
         final_norm: bool = False,
         channel_residual: bool = False,
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         self.d_model = d_model
         self.positions = _make_positions(positions, d_model, seq_len)
         self.longest = seq_len if positions == "learned" else math.inf
-        # nn.ModuleList does not say what it lists
+        # nn.ModuleList does not type its elements
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(
                 d_model,
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
             )
             for i in range(depth)
         )
-        rotary = any(block.mixer.rotary for block in self.blocks)
+        rotary = any(isinstance(module, RotaryPositions) for module in self.modules())
         require(rotary or positions != "rotary", "positions", positions, "no mixer of this model has rotary positions")
         self.norm = make_norm(norm if final_norm else "none", d_model)
 
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
         return self.norm(x), BackboneState(state.position + 1, tuple(mixers))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, BackboneState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
         length = x.shape[1]
         x = self._place(x, 0)
         mixers = []

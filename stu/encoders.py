@@ -1,6 +1,6 @@
-"""Ways in: tokens, reals and positions.
+"""Encoders of tokens and reals, and positions.
 
-B batch, L length, D model width, C input channels, V vocabulary
+B batch, L length, D model width, C input channels, V vocabulary, E width of a head
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stu.errors import require
+from stu.ops.precision import to_float64
 
 Positions = Literal["none", "learned", "sinusoidal", "rotary"]
 
@@ -42,7 +43,7 @@ class LinearEncoder(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """One learned vector a position, (L,) → (L, D)."""
+    """One learned vector per position, (L,) → (L, D)."""
 
     def __init__(self, d_model: int, *, seq_len: int) -> None:
         super().__init__()
@@ -71,3 +72,24 @@ class SinusoidalPositions(nn.Module):
         """(L,) int64 → (L, D)."""
         angle = positions[:, None] * self.frequency  # (L, ⌈D/2⌉)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, : self.d_model]
+
+
+class RotaryPositions(nn.Module):
+    """Turns the pairs (x_j, x_{j+E/2}) of a head by the angle t · base^{−2j/E}; no parameters.
+
+    Scores of queries and keys then depend on their distance alone. Source: Su et al., "RoFormer" (2104.09864).
+    """
+
+    def __init__(self, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """(…, L, E) at positions t = start, start + 1, … → (…, L, E)."""
+        length, width = x.shape[-2:]
+        pairs = to_float64(torch.arange(0, width, 2, device=x.device))
+        times = to_float64(torch.arange(start, start + length, device=x.device))  # large angles need all their digits
+        angle = times[:, None] * torch.exp(pairs * (-math.log(self.base) / width))  # (L, E/2)
+        cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cosine - second * sine, first * sine + second * cosine), -1)

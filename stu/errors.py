@@ -1,11 +1,11 @@
-"""The one error a user's setting raises: which option, which value, what is allowed."""
+"""The one error that a user's setting raises: which option, which value, what is allowed."""
 
 
 class OptionError(ValueError):
     """An option has a value that cannot work.
 
-    `name` is the keyword of the constructor that refused it; the command line shows the full
-    configuration key instead, because the same keyword lives at one place of the configuration.
+    `name` is the keyword of the constructor that refused it; the command line shows the full configuration key of that
+    keyword instead.
     """
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
@@ -13,7 +13,7 @@ class OptionError(ValueError):
         self.name, self.value, self.allowed = name, value, allowed
 
     def __reduce__(self) -> tuple[type["OptionError"], tuple[str, object, str]]:
-        return type(self), (self.name, self.value, self.allowed)  # crosses process borders whole
+        return type(self), (self.name, self.value, self.allowed)  # pickled whole, for other processes
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -1,4 +1,4 @@
-"""Ways out: one answer a sequence, one a pair of them, or one a step. All of them know which positions are real.
+"""Heads: one prediction per sequence, per pair of sequences, or per step. All of them respect padding.
 
 B batch, L length, D model width, O outputs
 """
@@ -9,25 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from stu.errors import require
+from stu.ops.padding import masked
 
 Pool = Literal["mean", "first", "last"]
 
 
 def pooled(x: Tensor, mask: Tensor | None, how: Pool = "mean") -> Tensor:
     """Reduce (B, L, D) to (B, D) over the real positions of `mask` (B, L): their mean, the first or the last."""
-    if how == "first":
-        first = x.new_zeros(len(x), dtype=torch.long) if mask is None else mask.int().argmax(1)  # (B,)
-        return x[torch.arange(len(x), device=x.device), first]
-    if how == "last":
-        if mask is None:
-            return x[:, -1]
-        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
-        return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
     if mask is None:
-        return x.mean(1)
-    weight = mask.unsqueeze(-1).to(x.dtype)  # (B, L, 1)
-    # where, not times: a padded position may hold inf or nan
-    return x.where(mask.unsqueeze(-1), x.new_zeros(())).sum(1) / weight.sum(1).clamp_min(1)
+        return x.mean(1) if how == "mean" else x[:, 0 if how == "first" else -1]
+    if how == "mean":
+        count = mask.to(x.dtype).sum(1, keepdim=True)  # (B, 1)
+        return masked(x, mask).sum(1) / count.clamp_min(1)
+    position = mask.int().argmax(1) if how == "first" else mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
+    return x[torch.arange(len(x), device=x.device), position]
 
 
 class PooledHead(nn.Module):
@@ -45,10 +40,10 @@ class PooledHead(nn.Module):
 
 
 class TwoTowerHead(nn.Module):
-    """Compare two sequences that one tower has read, (2B, L, D) → (B, O): row i with row B + i.
+    """Compare two sequences encoded by one tower, (2B, L, D) → (B, O): row i with row B + i.
 
-    Of their pooled forms x₁ and x₂ the features [x₁, x₂, x₁ ∘ x₂, x₁ − x₂] are taken, and from these the answer by
-    two layers, 4D → D and D → O, with a GELU between them.
+    Their pooled forms x₁ and x₂ give the features [x₁, x₂, x₁ ∘ x₂, x₁ − x₂], and these the prediction by two layers,
+    4D → D and D → O, with a GELU between them.
 
     Sources: Tay et al., "Long Range Arena" (2011.04006), section 2.2, for the features; Gu et al., "Efficiently
     modeling long sequences with structured state spaces" (2111.00396), the code of which has these layers.

@@ -1,26 +1,31 @@
-"""What a mixer is: it mixes along time, (B, L, D) → (B, L, D), and owns no residual, norm, dropout or transposition.
+"""The mixer contract: a map along time, (B, L, D) → (B, L, D), without residual, norm, dropout or transposition.
 
-B batch, L length, D model width
+B batch, L length, D model width, K filters
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-State = Any  # each mixer's own NamedTuple of tensors; opaque to everybody else
+State = Any  # each mixer's own NamedTuple of tensors; opaque to everything else
 
 
 class Mixer(nn.Module, ABC):
-    """A map over time. Built by `Mixer(d_model, *, …)` with plain keywords.
+    """A map along time. Built by `Mixer(d_model, *, …)` with plain keywords.
 
     `causal` says whether y_t depends on x_1 … x_t alone. A causal mixer also runs one step at a time: `forward`,
     `prefill` and `step` agree. Others raise `NotImplementedError` from `initial_state`, `prefill` and `step`.
     """
 
     causal: bool
-    rotary: bool = False  # whether it turns by the position itself, which `positions=rotary` of a backbone asks for
+
+    @property
+    def filters(self) -> Tensor | None:
+        """Fixed impulse responses (L, K) that the mixer convolves with, for figures; None where it has none."""
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,8 +41,33 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
-        """`forward` over a whole prefix (B, L, D), and the state from which `step` goes on."""
+        """`forward` over a whole prefix (B, L, D), and the state from which `step` continues."""
+
+    def require_causal(self) -> None:
+        """Raise `NotImplementedError` unless the mixer is causal."""
+        if not self.causal:
+            raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
 
 
 MixerFactory = Callable[[int], Mixer]
 ChannelMixerFactory = Callable[[int], nn.Module]
+
+
+class Redrawn(Protocol):
+    """A mixer that can draw its initial parameters again."""
+
+    causal: bool
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+
+
+R = TypeVar("R", bound=Redrawn)
+
+
+def reverse_twin(mixer: R) -> R:
+    """A causal mixer with the options of `mixer` and parameters of its own, drawn next: to run from the end."""
+    twin = copy.deepcopy(mixer)
+    twin.causal = True
+    twin.reset_parameters()
+    return twin

@@ -10,6 +10,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 
 from stu.errors import OptionError
+from stu.ops.padding import masked
+from stu.ops.precision import no_autocast
 
 Norm = Literal["batch", "layer", "rms", "none"]
 
@@ -29,7 +31,7 @@ def make_norm(name: Norm, d_model: int) -> nn.Module:
 
 
 class PositionNorm(nn.Module):
-    """A norm that looks at one position at a time, and so needs no mask."""
+    """A norm of one position at a time, which needs no mask."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -43,9 +45,9 @@ class PositionNorm(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over all *real* positions of all sequences, on every device together.
 
-    As in Haiku and the official STU code the moving averages are exponential with the biased variance and debiased
-    for their start at zero, so they can be trusted from the first step on; `momentum` is the share of the new batch,
-    as in PyTorch (Haiku's decay rate is 1 − momentum).
+    As in Haiku and the official STU code, the moving averages are exponential, of the biased variance, and debiased for
+    their start at zero, so they are usable from the first step on; `momentum` is the share of the new batch, as in
+    PyTorch (Haiku's decay rate is 1 − momentum).
 
     Source: Ioffe and Szegedy, 1502.03167.
     """
@@ -64,19 +66,19 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(…, D) → (…, D); statistics over the positions where `mask` (…) is True."""
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-            mean, var = self._batch_statistics(wide, mask) if self.training else self._averages()
+        with no_autocast(x):
+            upcast = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            mean, var = self._batch_statistics(upcast, mask) if self.training else self._averages()
             scale = self.weight * torch.rsqrt(var + self.eps)
-            return ((wide - mean) * scale + self.bias).to(x.dtype)
+            return ((upcast - mean) * scale + self.bias).to(x.dtype)
 
     def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         keep = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)  # (…, 1)
         over = tuple(range(x.ndim - 1))
         count = _sum_over_devices(keep.sum())
-        real = x if mask is None else x.where(mask.unsqueeze(-1), x.new_zeros(()))  # padding may hold nan
-        mean = _sum_over_devices(real.sum(over)) / count
-        var = _sum_over_devices(((real - mean).square() * keep).sum(over)) / count
+        x = masked(x, mask)
+        mean = _sum_over_devices(x.sum(over)) / count
+        var = _sum_over_devices(((x - mean).square() * keep).sum(over)) / count
         with torch.no_grad():
             self.hidden_mean.lerp_(mean.to(self.hidden_mean.dtype), self.momentum)
             self.hidden_var.lerp_(var.to(self.hidden_var.dtype), self.momentum)
@@ -84,14 +86,14 @@ class BatchNorm(nn.Module):
         return mean, var
 
     def _averages(self) -> tuple[Tensor, Tensor]:
-        seen = 1 - (1 - self.momentum) ** self.num_batches.to(self.hidden_mean.dtype)
-        fresh = self.num_batches == 0  # nothing seen yet: the identity
-        mean = self.hidden_mean / torch.where(fresh, 1.0, seen)
-        return mean, torch.where(fresh, torch.ones_like(self.hidden_var), self.hidden_var / seen)
+        debias = 1 - (1 - self.momentum) ** self.num_batches.to(self.hidden_mean.dtype)
+        unused = self.num_batches == 0  # no batch yet: the identity
+        mean = self.hidden_mean / torch.where(unused, 1.0, debias)
+        return mean, torch.where(unused, torch.ones_like(self.hidden_var), self.hidden_var / debias)
 
 
 def _sum_over_devices(x: Tensor) -> Tensor:
-    """Sum over the processes of a distributed run, differentiable; x itself in any other."""
+    """Sum over the processes of a distributed run, differentiable; x itself elsewhere."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return all_reduce(x)
     return x

@@ -1,9 +1,7 @@
-"""Free runs: a causal model continues a sequence from its own predictions, one step at a time.
+"""Rollouts: a causal model continues a sequence on its own predictions, one step at a time.
 
-B batch, C inputs, O outputs, T steps given, H steps of the free run
+B batch, C inputs, O outputs, T steps of context, H steps of the rollout
 """
-
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,30 +9,12 @@ from torch import Tensor
 from stu.backbone import SequenceModel
 from stu.task import Batch
 
-if TYPE_CHECKING:  # slow to import, and only tasks need it
-    from torchmetrics import Metric
-
-
-@runtime_checkable
-class FreeRunning(Protocol):
-    """What a `Task` has besides, if its models are also to be tested in a free run.
-
-    The target of a step is then the first O channels of the next input; other channels are known beforehand.
-    context: T. horizon: H, with T + H at most one more than the steps of a sequence.
-    """
-
-    context: int
-    horizon: int
-
-    def rollout_metrics(self) -> "dict[str, Metric]":
-        """Fresh metrics, updated with predictions and targets (B, H, O)."""
-
 
 def rollout(model: SequenceModel, context: Tensor, horizon: int, known: Tensor | None = None) -> Tensor:
     """Predict H steps from inputs (B, T, C), each from the predictions before it → (B, H, O).
 
-    The model is causal, in eval mode, and answers every step, as `StepHead` does. known: (B, H − 1 or more, C − O)
-    further channels of the inputs behind the context; None: there are none.
+    The model is causal, in eval mode, and predicts every step, as with `StepHead`. known: (B, H − 1 or more, C − O)
+    further channels of the inputs after the context; None: there are none.
     """
     features, state = model.backbone.prefill(model.encoder(context))
     predictions = [model.head(features[:, -1:], None)]  # (B, 1, O)
@@ -47,9 +27,9 @@ def rollout(model: SequenceModel, context: Tensor, horizon: int, known: Tensor |
     return torch.cat(predictions, dim=1)
 
 
-def free_run(model: SequenceModel, batch: Batch, *, context: int, horizon: int) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of the steps that follow the context, (B, H, O) each; sequences without padding."""
-    assert batch.mask is None, "all sequences of a free run are equally long"
+def batch_rollout(model: SequenceModel, batch: Batch, *, context: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of the H steps after the first T, (B, H, O) each, for sequences without padding."""
+    assert batch.mask is None, "all sequences of a rollout are equally long"
     stop = context + horizon - 1
     targets = batch.targets[:, context - 1 : stop]
     known = batch.inputs[:, context:stop, targets.shape[2] :]

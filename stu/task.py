@@ -1,17 +1,20 @@
-"""What a task is: data, encoder, head, loss and metrics, behind one small interface.
+"""A task: data, encoder, head, loss and metrics, behind one small interface.
 
-B batch, L length, C channels of the input, O outputs
+B batch, L length, C input channels, O outputs, H steps of a rollout
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # slow to import, and only tasks need it
+from stu.errors import require
+from stu.heads import Pool, PooledHead, StepHead
+
+if TYPE_CHECKING:  # slow to import, and only training needs it
     from torchmetrics import Metric
 
 
@@ -19,7 +22,7 @@ class Batch(NamedTuple):
     """One batch, ready for a `SequenceModel`.
 
     inputs: (B, L) int64 tokens or (B, L, C) float reals.
-    targets: (B,) int64 classes, or (B, L, O) float values for every step.
+    targets: (B,) int64 classes or float values, (B, L) int64 tokens, or (B, L, O) float values for every step.
     mask: (B, L) bool, True on real positions; None where no position is padding.
     """
 
@@ -51,33 +54,76 @@ class Splits(NamedTuple):
     test: Examples
 
 
-class Task(ABC):
-    """Data, encoder, head, loss and metrics of one problem. Names no model.
+class Data(ABC):
+    """The examples of a task: prepared once, then read by every process.
 
-    Facts that models and the configuration may read are attributes: `seq_len`, the longest input a model
-    must take, and `causal`, whether the prediction for step t may depend on inputs up to t alone.
+    seq_len: the length of a sequence, or the most that is kept of it; None where the data do not fix one.
     """
 
-    seq_len: int
-    causal: bool
-    monitor: str  # the validation metric that selects checkpoints, one of `metrics()` or "loss"
-    mode: Literal["min", "max"]
+    seq_len: int | None
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Build or check the data in the cache; called in one process before any `datasets()`."""
+    def prepare(self) -> object:
+        """Build the data in the cache unless they are there; called in one process before any `splits()`."""
 
     @abstractmethod
-    def datasets(self) -> Splits:
+    def splits(self) -> Splits:
         """The prepared data; cheap, called in every process."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the data."""
 
+
+class Rollout(NamedTuple):
+    """How models are tested on their own predictions: they continue a sequence step by step.
+
+    The target of a step is then the first O channels of the next input; other channels are known beforehand.
+    context: steps given first. horizon: H, steps predicted; context + horizon is at most one more than the steps of a
+    sequence. metrics: makes fresh metrics, updated with predictions and targets (B, H, O).
+    """
+
+    context: int
+    horizon: int
+    metrics: "Callable[[], dict[str, Metric]]"
+
+
+class Task(ABC):
+    """Data, encoder, head, loss and metrics of one problem. Names no model.
+
+    seq_len: the longest input a model must take. causal: whether the prediction for step t may depend on inputs up to
+    t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
+    smaller or larger is better.
+
+    Two optional members serve tests and figures. rollout: models continue test sequences on their own predictions.
+    image_shape: rows and columns of the image that an input sequence is.
+    """
+
+    monitor: str
+    mode: Literal["min", "max"]
+    rollout: Rollout | None = None
+    image_shape: tuple[int, int] | None = None
+
+    def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
+        same = data.seq_len is None or seq_len == data.seq_len
+        require(same, "seq_len", seq_len, f"must be the data's, {data.seq_len}")
+        self.seq_len, self.causal, self.data = seq_len, causal, data
+
+    def prepare(self) -> None:
+        """Build or check the data in the cache; called in one process before any `datasets()`."""
+        self.data.prepare()
+
+    def datasets(self) -> Splits:
+        """The prepared data; cheap, called in every process."""
+        return self.data.splits()
+
+    def fingerprint(self) -> str:
+        """A hex digest of everything that determines the data."""
+        return self.data.fingerprint()
+
     @abstractmethod
     def baselines(self) -> dict[str, float]:
-        """What no model should be praised for: name → score of a trivial predictor in the monitored metric."""
+        """Name → score of a trivial predictor in the monitored metric."""
 
     @abstractmethod
     def encoder(self, d_model: int) -> nn.Module:
@@ -100,29 +146,97 @@ class Task(ABC):
         """Fresh metrics, updated with what `scored` returned."""
 
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> Batch:
-        """Examples padded on the right to the longest of the batch."""
-        inputs, mask = pad([torch.as_tensor(np.asarray(x)) for x, _ in examples])
-        targets = [torch.as_tensor(np.asarray(y)) for _, y in examples]
-        stacked = torch.stack(targets) if targets[0].ndim == 0 else pad(targets)[0]
-        as_batch = inputs if inputs.is_floating_point() else inputs.long()
-        return Batch(as_batch, stacked if stacked.is_floating_point() else stacked.long(), mask)
+        """Examples as a batch, padded on the right to the longest of them."""
+        return collate(examples)
+
+    def impulse_response(self, length: int) -> np.ndarray | None:
+        """The first `length` steps of the true impulse response, (length, O, C); None where there is none."""
+        return None
 
 
-@runtime_checkable
-class KnowsImpulseResponse(Protocol):
-    """A task of real inputs whose targets are those of a linear system that is known."""
+class Classification(Task):
+    """One label per sequence: a pooled linear head, cross-entropy, accuracy."""
 
-    def impulse_response(self, length: int) -> np.ndarray:
-        """The first responses of each target to a unit impulse at each input, (length, O, C)."""
+    monitor = "accuracy"
+    mode = "max"
+
+    def __init__(self, *, seq_len: int, causal: bool, data: Data, num_classes: int, pool: Pool = "mean") -> None:
+        super().__init__(seq_len=seq_len, causal=causal, data=data)
+        self.num_classes, self.pool = num_classes, pool
+
+    def head(self, d_model: int) -> nn.Module:
+        """(B, L, d_model) → (B, num_classes)."""
+        return PooledHead(d_model, d_output=self.num_classes, pool=self.pool)
+
+    def scored(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Every sequence: (B, num_classes) and (B,)."""
+        return prediction, batch.targets
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(prediction, target)
+
+    def metrics(self) -> "dict[str, Metric]":
+        """The share of correct labels, each sequence with the same weight."""
+        from torchmetrics.classification import MulticlassAccuracy
+
+        return {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
 
 
-def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack (L_i, ...) tensors into (B, max L_i, ...), zeros on the right, and the mask of real positions.
+class Regression(Task):
+    """Real targets for every step or, with `pool`, for the sequence: a linear head, mean squared error.
 
-    The mask is None where all lengths agree.
+    d_output: O. Targets are (B, L, O) floats; with `pool` (B, O), or (B,) where O = 1.
     """
-    lengths = torch.tensor([len(x) for x in sequences])
-    padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)  # (B, L, ...)
-    if int(lengths.min()) == padded.shape[1]:
-        return padded, None
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+    monitor = "mse"
+    mode = "min"
+
+    def __init__(self, *, seq_len: int, causal: bool, data: Data, d_output: int, pool: Pool | None = None) -> None:
+        super().__init__(seq_len=seq_len, causal=causal, data=data)
+        self.d_output, self.pool = d_output, pool
+
+    def head(self, d_model: int) -> nn.Module:
+        """(B, L, d_model) → (B, L, O), or (B, O) with `pool`."""
+        if self.pool is None:
+            return StepHead(d_model, d_output=self.d_output)
+        return PooledHead(d_model, d_output=self.d_output, pool=self.pool)
+
+    def scored(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Every real step, (n, O) and (n, O), or every sequence in the shape of the targets."""
+        if self.pool is not None:
+            return prediction.view(batch.targets.shape), batch.targets
+        if batch.mask is None:
+            return prediction.flatten(0, 1), batch.targets.flatten(0, 1)
+        return prediction[batch.mask], batch.targets[batch.mask]
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error over steps and outputs."""
+        return nn.functional.mse_loss(prediction, target)
+
+    def metrics(self) -> "dict[str, Metric]":
+        """The mean squared error."""
+        from torchmetrics import MeanSquaredError
+
+        return {"mse": MeanSquaredError()}
+
+
+def collate(examples: Sequence[tuple[Any, Any]]) -> Batch:
+    """(inputs, targets) pairs as a batch, padded on the right to the longest sequence."""
+    inputs, targets = zip(*examples, strict=True)
+    stacked, mask = pad(inputs)
+    return Batch(stacked, pad(targets)[0], mask)
+
+
+def pad(sequences: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Stack arrays (L_i, ...) into (B, max L_i, ...), zeros on the right, and the mask of real positions (B, L).
+
+    Integers become int64. The mask is None where all lengths agree; arrays without a length are stacked only.
+    """
+    arrays = [np.asarray(x) for x in sequences]
+    if len({x.shape for x in arrays}) == 1:  # several times as fast as padding
+        stacked, mask = torch.from_numpy(np.stack(arrays)), None
+    else:
+        stacked = nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in arrays], batch_first=True)
+        mask = torch.arange(stacked.shape[1]) < torch.tensor([len(x) for x in arrays])[:, None]
+    return stacked if stacked.is_floating_point() else stacked.long(), mask

@@ -1,4 +1,4 @@
-"""What every test runs under: few threads, a fixed seed, and NaN in all memory that nobody wrote."""
+"""What every test runs under: one order, few threads, a fixed seed, and NaN in all memory that nobody wrote."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from tests.golden import ABSENT, path
+from tests.golden import path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us, and our children, without it
 torch.set_num_threads(1)
@@ -20,10 +20,23 @@ settings.register_profile("stu", deadline=None, derandomize=True, max_examples=5
 settings.load_profile("stu")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no process is left alone with a long one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Filters that tests make do not go to the user's cache."""
     os.environ["STU_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _server_of_processes() -> None:
+    """After collection, in which the last import would decide."""
+    from tests import runs
+
+    runs.preload()
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +53,6 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
     """Load one golden file: array name → tensor (strings are left out)."""
 
     def load(name: str) -> dict[str, Tensor]:
-        if not path(name).is_file():
-            pytest.skip(ABSENT.format(name))
         with np.load(path(name)) as file:
             return {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biufc"}
 

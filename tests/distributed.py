@@ -1,4 +1,4 @@
-"""What a process of a distributed run does; by itself, because every process imports it anew, which takes time."""
+"""What a process of a distributed run does; a module of its own because every process imports it, which takes time."""
 
 import torch
 from torch import distributed

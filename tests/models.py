@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from conf.cli import CONF, options_of
 from stu.backbone import Backbone
+from stu.cli.usage import CONF, options_of
 from stu.mixer import Mixer
 from stu.mixers.attention import Attention
 from stu.mixers.stu import STU
@@ -27,8 +27,8 @@ MODELS = options_of("model")
 STU_VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"k_y": 0},
     "fixed": {"k_y": 2, "recurrence": "fixed"},
-    "learned": {"k_y": 3},
-    "one_branch": {"two_sided": False, "k_u": 1, "k_y": 1},
+    "learned": {"k_y": 3, "recurrence": "learned"},
+    "one_branch": {"two_sided": False, "k_u": 1, "k_y": 1, "recurrence": "learned"},
     "flash": {"k_u": 0, "k_y": 0, "delay": 0},
     "hankel_l": {"hankel": "L", "two_sided": False, "delay": 1},
 }
@@ -65,14 +65,21 @@ def composed(*overrides: str) -> DictConfig:
 
 def model_config(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> DictConfig:
     """The model node of a small model; `options` overrule `SMALL`."""
-    config = composed(f"model={model}", "task=lds", f"task.seq_len={seq_len}", f"task.causal={causal}").copy()
+    config = composed(f"model={model}", "task=lds").copy()  # one for all: composing takes longer than a test
+    config.task.seq_len, config.task.causal = seq_len, causal
     _set_everywhere(config.model, SMALL | options)
     return config.model
 
 
+@cache
+def factory(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> partial[Backbone]:
+    """The constructor call of a small backbone: instantiating it takes longer than the call."""
+    return instantiate(model_config(model, seq_len=seq_len, causal=causal, **options), _partial_=True)
+
+
 def small_backbone(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> Backbone:
     """A small backbone of conf/model, its parameters far from what they are initialised to."""
-    return randomized(instantiate(model_config(model, seq_len=seq_len, causal=causal, **options)))
+    return randomized(factory(model, seq_len=seq_len, causal=causal, **options)())
 
 
 def randomized(module: M, scale: float = 0.1) -> M:
@@ -101,9 +108,9 @@ def stu_cases() -> list[Case]:
 
 
 def _configured(model: str, index: int, causal: bool, *, seq_len: int, **options: Any) -> Mixer:
-    config = model_config(model, seq_len=seq_len, causal=causal, **options)
-    factories = instantiate(config.mixer)
-    return (factories if callable(factories) else factories[index])(config.d_model)
+    backbone = factory(model, seq_len=seq_len, causal=causal, **options).keywords
+    mixer = backbone["mixer"]
+    return (mixer if callable(mixer) else mixer[index])(backbone["d_model"])
 
 
 def _stu(*, seq_len: int, d_model: int = 8, num_filters: int = 6, num_heads: int = 0, **variant: Any) -> Mixer:

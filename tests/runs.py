@@ -42,16 +42,20 @@ SMALL_TASK = {
     **{"windows": 1, "transient": 1.0, "tolerance": 1e-5},  # of trajectories
 }
 SMALL_MODEL = {"d_model": 8, "depth": 1, "num_filters": 4, "num_heads": 2, "d_state": 8, "num_blocks": 2}
-SMALL_RUN = ("trainer=cpu", "trainer.max_epochs=2", "loader.batch_size=4", "logger=csv", "pictures.when=never")
+SMALL_RUN = ("trainer=cpu", "trainer.max_epochs=2", "loader.batch_size=4", "logger=csv", "figures.when=never")
 
 PRELOADED = ["lightning", "hydra", "torchmetrics.classification", "scipy.signal", "datasets", "filelock", "rich.table"]
 _server = get_context("forkserver")
-_server.set_forkserver_preload([*PRELOADED, "rich.progress"])
+
+
+def preload() -> None:
+    """Say what the server imports. There is one, also for `experiments.speed`, whose own list this replaces."""
+    _server.set_forkserver_preload([*PRELOADED, "rich.progress", "torch._dynamo"])
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left behind."""
+    """The outcome of a command."""
 
     code: int  # as a shell shows it: 128 + the signal for a killed one
     out: str
@@ -210,8 +214,7 @@ def _run(
     """What the forked process does."""
     os.environ.clear()
     os.environ.update(environment)
-    for module in ("conf", "conf.cli"):  # which reads the environment
-        sys.modules.pop(module, None)
+    sys.modules.pop("stu.cli.errors", None)  # which reads the environment
     os.chdir(home)
     for path, number in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -248,20 +251,20 @@ class Training:
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
         folder.mkdir(exist_ok=True)
-        self.data = SequenceData(task, seed=seed, batch_size=batch_size, bucket=bucket)
-        self.plan = self.data.plan = StepPlan.make(
-            examples=len(self.data.splits.train),
+        splits = task.datasets()
+        self.plan = StepPlan.make(
+            examples=len(splits.train),
             batch_size=batch_size,
             max_epochs=max_epochs,
             max_steps=max_steps,
             val_check_interval=val_check_interval,
             accumulate_grad_batches=accumulate_grad_batches,
         )
-        self.module = SequenceModule(model, task, optimizer=optimizer, total_steps=self.plan.total_steps, seed=seed)
+        self.data = SequenceData(task, splits, self.plan, seed=seed, batch_size=batch_size, bucket=bucket)
+        recipe = optimizer(model.named_parameters(), self.plan.total_steps)
+        self.module = SequenceModule(model, task, recipe=recipe, seed=seed)
         self.csv = MetricsCSV(folder / "metrics.csv")
-        self.checkpoints = Checkpoints(
-            folder / "checkpoints", self.plan, monitor=task.monitor, mode=task.mode, **checkpoints or {}
-        )
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.plan, task.monitor, task.mode, **checkpoints or {})
         self.trainer = L.Trainer(
             **StepPlan.trainer_arguments,
             accelerator="cpu",

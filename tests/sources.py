@@ -1,4 +1,4 @@
-"""Small stand-ins, of the same schema, for the data sets that are fetched: what `task.data.source` may name."""
+"""Small stand-ins, of the same schema, for the data sets that are downloaded: what `task.data.source` may name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -14,13 +14,13 @@ WORDS = ["a", "bad", "<br />", "café", "dull", "é", "film", "fine", "good", "g
 
 
 def reviews(rows: int, seed: int = 0, longest: int = 40) -> dict[str, list[Any]]:
-    """Columns of IMDB, the labels one after the other as there."""
+    """Columns of IMDB, sorted by label like the original."""
     random = np.random.default_rng(seed)
     texts = [" ".join(random.choice(WORDS, random.integers(1, longest))) for _ in range(rows)]
     return {"text": texts, "label": [2 * row // rows for row in range(rows)]}
 
 
-def pictures(rows: int, seed: int = 0) -> dict[str, list[Any]]:
+def images(rows: int, seed: int = 0) -> dict[str, list[Any]]:
     """Columns of CIFAR-10."""
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 256, (rows, 32, 32, 3), np.uint8)
@@ -29,14 +29,14 @@ def pictures(rows: int, seed: int = 0) -> dict[str, list[Any]]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture file."""
+    """An image file."""
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def pairs(rows: int, seed: int = 0) -> list[tuple[str, str, str, str, str]]:
-    """Lines of AAN: few papers, each in many pairs, their texts as Python writes bytes."""
+    """Lines of AAN: few papers, each in many pairs, their texts as bytes literals of Python."""
     random = np.random.default_rng(seed)
     texts = [str(" ".join(random.choice(WORDS, random.integers(5, 60))).encode()) for _ in range(12)]
     drawn = random.integers(0, len(texts), (rows, 2))
@@ -50,9 +50,9 @@ def parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def array(values: Sequence[Any]) -> pa.Array:
-    """A column, pictures with the type that they have on the hub even where they are missing."""
-    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    return pa.array(values, picture if isinstance(values[0], dict) else None)
+    """A column; images have the type that they have on the hub even where they are missing."""
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.array(values, image if isinstance(values[0], dict) else None)
 
 
 def published(folder: Path, columns: Callable[..., Mapping[str, Sequence[Any]]], train: int, test: int) -> Path:
@@ -69,7 +69,7 @@ def imdb(folder: Path, train: int = 50, test: int = 10) -> Path:
 
 def cifar10(folder: Path, train: int = 50, test: int = 10) -> Path:
     """CIFAR-10, small."""
-    return published(folder, pictures, train, test)
+    return published(folder, images, train, test)
 
 
 def aan(folder: Path, train: int = 40, val: int = 10, test: int = 10) -> Path:
@@ -91,7 +91,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 
 def overrides(task: str, folder: Path) -> list[str]:
-    """What tells train.py where the data of a task are, written there first; nothing where a task makes its own."""
+    """What tells train.py where the data of a task are, written first; nothing for tasks that need no files."""
     if task not in WRITERS:
         return []
     if not (place := folder / "sources" / task).exists():

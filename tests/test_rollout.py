@@ -1,4 +1,4 @@
-"""Free runs: `step` after `prefill` against `forward` over growing prefixes, for every model; in a Trainer, too."""
+"""Rollouts: `step` after `prefill` against `forward` over growing prefixes, for every model; in a Trainer, too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from data.dynamics import Lorenz63, Pendulum
-from data.forecast import Forecast, TrajectoryData
-from data.lds import LDS, LDSData
+from data.systems.dynamics import Lorenz63, Pendulum
+from data.systems.forecast import Forecast, TrajectoryData
+from data.systems.lds import LDS, LDSData
 from stu.backbone import SequenceModel
 from stu.encoders import LinearEncoder
 from stu.heads import StepHead
-from stu.rollout import FreeRunning, free_run, rollout
+from stu.rollout import batch_rollout, rollout
 from stu.task import Batch
 from tests import runs
 from tests.models import MODELS, small_backbone
@@ -30,7 +30,7 @@ def sequence_model(
     width = backbone.d_model
     model = SequenceModel(LinearEncoder(width, d_input=inputs), backbone, StepHead(width, d_output=outputs))
     with torch.no_grad():
-        model.head.linear.weight.mul_(0.5)  # most free runs stay in bounds
+        model.head.linear.weight.mul_(0.5)  # most rollouts stay in bounds
     return model.to(dtype).eval()
 
 
@@ -80,7 +80,7 @@ def test_streaming_by_states_at_length():
 
 @torch.no_grad()
 def test_a_batch_is_cut_where_its_targets_lie():
-    """A model that says its last observation again: step h of the free run is the context's last observation."""
+    """A model that repeats its last observation: step h of the rollout is the last observation of the context."""
 
     class Echo(nn.Module):
         """Prefill and step as a backbone has them."""
@@ -99,7 +99,7 @@ def test_a_batch_is_cut_where_its_targets_lie():
     samples = torch.arange(22.0).reshape(1, 11, 2)
     force = torch.tensor([0.0, 0.0, 0.0, 100.0, 1000.0, 1e4, 1e5, 1e6, 1e7, 1e8])[None, :, None]
     batch = Batch(torch.cat((samples[:, :-1], force), dim=2), samples[:, 1:], None)
-    prediction, target = free_run(model, batch, context=4, horizon=3)
+    prediction, target = batch_rollout(model, batch, context=4, horizon=3)
     assert target.tolist() == [[[8, 9], [10, 11], [12, 13]]]
     assert prediction.tolist() == [[[106, 107], [1106, 1107], [11106, 11107]]]
 
@@ -132,10 +132,9 @@ def forecast(folder: Path, **changes) -> Forecast:
     return Forecast(seq_len=SEQ_LEN, causal=True, context=10, horizon=8, threshold=0.4, data=data)
 
 
-def test_which_tasks_run_freely(tmp_path):
-    lds = LDS(seq_len=4, causal=True, data=LDSData(seq_len=4))
-    assert isinstance(forecast(tmp_path), FreeRunning)
-    assert not isinstance(lds, FreeRunning)
+def test_which_tasks_have_rollouts(tmp_path):
+    assert forecast(tmp_path).rollout[:2] == (10, 8)
+    assert LDS(seq_len=4, causal=True, data=LDSData(seq_len=4)).rollout is None
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_which_tasks_run_freely(tmp_path):
     [({}, 3, 3), ({"force": 5.0}, 3, 4), ({"system": Pendulum()}, 3, 3)],
     ids=["lorenz", "forced", "pendulum"],
 )
-def test_a_test_measures_free_runs(changes, channels, inputs, tmp_path):
+def test_a_test_measures_rollouts(changes, channels, inputs, tmp_path):
     task = forecast(tmp_path / "data", **changes)
     task.prepare()
     model = sequence_model("stu", inputs=inputs, outputs=channels, dtype=torch.float32)
@@ -153,15 +152,16 @@ def test_a_test_measures_free_runs(changes, channels, inputs, tmp_path):
     assert module.evaluated.keys() == {"loss", *task.metrics()}
     for _ in range(2):  # nothing is left of the first
         trainer.test(module, training.data, verbose=False)
-        assert module.evaluated.keys() == {"loss", *task.metrics(), *task.rollout_metrics()}
+        assert module.evaluated.keys() == {"loss", *task.metrics(), *task.rollout.metrics()}
         whole = task.collate(list(task.datasets().test))
         with torch.no_grad():
-            run = free_run(model.eval(), whole, context=10, horizon=8)
-        for name, metric in task.rollout_metrics().items():
+            run = batch_rollout(model.eval(), whole, context=10, horizon=8)
+        for name, metric in task.rollout.metrics().items():
             metric.update(*run)
             assert module.evaluated[name] == pytest.approx(metric.compute().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_writes_them_down(tmp_path):
     """As a user does, in seconds."""
     command = runs.small("task=lorenz63", "model=stu", "name=free", "trainer.max_epochs=1")
@@ -175,4 +175,4 @@ def test_a_run_writes_them_down(tmp_path):
     assert 0 <= steps <= 33
     assert summary["test"]["rollout_valid_lyapunov"] == pytest.approx(steps * 0.02 * 0.906, rel=1e-5)
     assert "test rollout_nmse" in done.out
-    assert {"persistence", "free run: persistence", "free run: linear, 8 lags"} < summary["baselines"].keys()
+    assert {"persistence", "rollout: persistence", "rollout: linear, 8 lags"} < summary["baselines"].keys()

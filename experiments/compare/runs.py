@@ -1,8 +1,8 @@
-"""What run directories say of themselves.
+"""What run directories, of this version and earlier ones, say about themselves.
 
-Their files are read with the standard library and yaml: `stu.training` has readers of them, but importing it imports
-PyTorch and Lightning, which takes seconds. Whatever lies in a file, a row comes of it, which says what is unreadable.
-(Therefore not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with it.)
+Files are read with the standard library and yaml: `stu.training` has readers of them, but importing it imports PyTorch
+and Lightning, which takes seconds. Whatever a file contains, the result is a row, which says what is unreadable.
+(Hence not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with it.)
 """
 
 import fcntl
@@ -24,21 +24,21 @@ Metrics = list[tuple[int, float, str, float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One run; None is what it does not say."""
+    """One run; None is what its files do not say."""
 
     task: str
     model: str
     name: str
     seed: int | None
     metric: str | None  # the monitored one
-    mode: Mode  # whether less of it is better, or more
+    mode: Mode  # whether less or more of it is better
     test: float | None
     best_val: float | None
     parameters: int | None
     sequences_per_second: float | None  # in training, the median
     seconds: float | None  # of training, all starts together
     status: Status
-    step: int | None  # the last one that was logged
+    step: int | None  # the last one logged
     total_steps: int | None
     unreadable: tuple[str, ...]
     path: str
@@ -56,7 +56,7 @@ class Row:
 
 
 def find(folders: Iterable[Path]) -> Iterator[Path]:
-    """Run directories below these folders, links included, each once."""
+    """Run directories below these folders, through links too, each once."""
     seen = set()
     for folder in folders:
         for directory, below, files in os.walk(folder, followlinks=True):
@@ -80,14 +80,13 @@ def read(path: Path) -> Row:
     summary = _read_mapping(path / "summary.json", json.loads, unreadable) if finished else {}
     metrics = _read_metrics(path / "metrics.csv", unreadable)
 
-    direction = _at(manifest, "mode")
     monitored = (_at(manifest, "monitor"), _at(summary, "best", "metric"))  # the manifest may be unreadable
     metric = next((_printable(name).removeprefix("val/") for name in monitored if isinstance(name, str)), None)
-    mode: Mode = "max" if direction == "max" else "min"
+    mode: Mode = "max" if _at(manifest, "mode") == "max" else "min"
     values = [value for _, _, name, value in metrics if name == f"val/{metric}" and math.isfinite(value)]
     best = _number(_at(summary, "best", "value"))
-    if best is None and values:
-        best = max(values) if mode == "max" else min(values)
+    if best is None:
+        best = (max if mode == "max" else min)(values, default=None)
     test = _number(_at(summary, "test", metric))
     if finished and test is None and "summary.json is unreadable" not in unreadable:
         unreadable.append(f"summary.json has no test {metric}")
@@ -96,12 +95,12 @@ def read(path: Path) -> Row:
         task=_printable(path.parent.parent.name),
         model=_printable(path.parent.name),
         name=_printable(path.name),
-        seed=_first(_whole(_at(config, "seed")), _whole(_at(manifest, "seed"))),
+        seed=_whole(_at(config, "seed"), _at(manifest, "seed")),
         metric=metric,
         mode=mode,
         test=test,
         best_val=best,
-        parameters=_first(_whole(_at(summary, "parameters")), _whole(_at(manifest, "parameters"))),
+        parameters=_whole(_at(summary, "parameters"), _at(manifest, "parameters")),
         sequences_per_second=statistics.median(rates) if rates else None,
         seconds=_number(_at(summary, "seconds")),
         status="finished" if finished else _unfinished(path, manifest, metrics),
@@ -113,7 +112,7 @@ def read(path: Path) -> Row:
 
 
 def best_first(rows: Iterable[Row]) -> list[Row]:
-    """By task, then by the test metric, then, also for what has none, by the validation metric."""
+    """Sorted by task, then by the test metric, then by the validation metric, also where there is no test metric."""
 
     def rank(value: float | None, mode: Mode) -> tuple[bool, float]:
         if value is None or math.isnan(value):
@@ -123,29 +122,22 @@ def best_first(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda r: (r.task, rank(r.test, r.mode), rank(r.best_val, r.mode), r.model, r.name))
 
 
-def held(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
     """Whether a process holds this file lock.
 
-    Asked with a shared lock through a descriptor that only reads, for the blink of an eye: unlike a `FileLock` it
-    never creates, writes or deletes the file, and others who ask at the same time are not in the way.
+    This takes a shared lock on a file opened for reading, for a moment: unlike a `FileLock` it never creates, writes or
+    deletes the file, and processes that check at the same time do not interfere.
     """
     try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
+        with open(lock, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # another one than BlockingIOError: no such file, or a file system without locks
+        return isinstance(error, BlockingIOError)
     return False
 
 
 def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
-    if held(path.with_name(f".{path.name}.lock")):
+    if is_locked(path.with_name(f".{path.name}.lock")):
         return "running"
     starts = _at(manifest, "starts")
     latest = starts[-1] if isinstance(starts, list) and starts else {}
@@ -159,7 +151,7 @@ def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
 def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]) -> dict[str, Any]:
     try:
         content = parse(file.read_text(encoding="utf-8"))
-    except Exception:  # parsers raise anything when they are fed with anything
+    except Exception:  # parsers raise anything, given anything
         content = None
     if isinstance(content, dict):
         return content
@@ -168,7 +160,7 @@ def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]
 
 
 def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
-    """Rows (step, epoch, metric, value), without those that are broken."""
+    """Rows (step, epoch, metric, value), without the broken ones."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -176,7 +168,8 @@ def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
     except OSError:
         unreadable.append(f"{file.name} is unreadable")
         return []
-    lines, rest = text[: text.rfind("\n") + 1].split("\n")[1:-1], text[text.rfind("\n") + 1 :]
+    whole, _, rest = text.rpartition("\n")
+    lines = whole.split("\n")[1:]
     rows = [row for line in lines if (row := _parse_row(line))]
     if bad := len(lines) - len(rows):
         unreadable.append(f"{file.name} has {bad:,} unreadable row{'s' * (bad > 1)}")
@@ -209,15 +202,12 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _whole(value: Any) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and math.isfinite(number) else None
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
+def _whole(*values: Any) -> int | None:
+    """The first of these that is a finite number."""
+    numbers = map(_number, values)
+    return next((int(number) for number in numbers if number is not None and math.isfinite(number)), None)
 
 
 def _printable(name: str) -> str:
-    """Names of files, and strings in JSON, may hold what no encoding has."""
+    """File names, and strings in JSON, may have characters that cannot be encoded."""
     return name.encode("utf-8", errors="replace").decode("utf-8")

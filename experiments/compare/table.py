@@ -16,17 +16,17 @@ from rich.table import Table
 from experiments.compare.runs import Row
 
 ABSENT = "-"
-WIDTH = 110  # at least; the lines of a narrower terminal run over, which is easier to read than columns of letters
+WIDTH = 110  # at least; in a narrower terminal lines wrap, which is easier to read than columns of single letters
 # Title, alignment and content.
 COLUMNS: Sequence[tuple[str, Literal["left", "right"], Callable[[Row], str]]] = (
     ("task", "left", lambda row: row.task),
     ("model", "left", lambda row: row.model),
     ("name", "left", lambda row: row.name),
-    ("seed", "right", lambda row: _whole(row.seed)),
+    ("seed", "right", lambda row: _number(row.seed, ",")),
     ("metric", "left", lambda row: row.metric or ABSENT),
     ("test", "right", lambda row: _number(row.test)),
     ("best val", "right", lambda row: _number(row.best_val)),
-    ("parameters", "right", lambda row: _whole(row.parameters)),
+    ("parameters", "right", lambda row: _number(row.parameters, ",")),
     ("seq/s", "right", lambda row: _number(row.sequences_per_second, ",.0f")),
     ("time", "right", lambda row: _duration(row.seconds)),
     ("status", "left", lambda row: row.state),
@@ -34,7 +34,7 @@ COLUMNS: Sequence[tuple[str, Literal["left", "right"], Callable[[Row], str]]] = 
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table as wide as the terminal, or, where output goes elsewhere, as it needs to be."""
+    """Print a table as wide as the terminal, or, if the output goes elsewhere, as wide as needed."""
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, WIDTH) if sys.stdout.isatty() else 10_000
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -47,7 +47,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
-    """A line per run; what it does not say is empty."""
+    """Write one line per run; unknown values are empty."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
@@ -55,17 +55,13 @@ def write_csv(file: Path, rows: Sequence[Row]) -> None:
 
 
 def write_json(file: Path, rows: Sequence[Row]) -> None:
-    """A list of objects; what a run does not say is null, and so is what is not finite, which JSON does not know."""
+    """Write a list of objects; unknown values are null, and so are those that are not finite, which JSON lacks."""
     content = [{key: _finite(value) for key, value in asdict(row).items()} for row in rows]
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole(value: int | None) -> str:
-    return ABSENT if value is None else f"{value:,}"
 
 
 def _number(value: float | None, form: str = ".4g") -> str:

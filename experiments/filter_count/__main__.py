@@ -1,8 +1,6 @@
 """The command line: python -m experiments.filter_count. See --help."""
 
-import sys
+from experiments.filter_count import study
+from experiments.shared.study import Study
 
-from experiments.filter_count.study import STUDY
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())
+raise SystemExit(Study(study).main())

@@ -1,6 +1,6 @@
-"""Keep what runs on the Long Range Arena reached: python -m experiments.lra RUN … --out FOLDER.
+"""Collect the results of runs on the Long Range Arena: python -m experiments.lra RUN … --out FOLDER.
 
-From the folders of finished runs, results.json: commands, machine, accuracy over time, results; and accuracy.png.
+Writes results.json, with commands, machine, accuracy over time and results of finished runs, and accuracy.png.
 """
 
 import argparse
@@ -10,26 +10,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.shared.files import refuse
 from stu.training import Run
 from stu.training.loggers import read_metrics
+from stu.training.run import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the runs, write the files; returns the exit code."""
+    """Read the runs and write the files; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.lra", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the files")
+    parser.add_argument("--force", action="store_true", help="replace existing results")
     options = parser.parse_args(arguments)
     for path in options.runs:
         if not Run(path).finished:
-            return _error(f"{path}: no finished run: summary.json is missing")
+            return refuse(f"{path}: no finished run: summary.json is missing")
     file: Path = options.out / "results.json"
     if file.exists() and not options.force:
-        return _error(f"{file}: is there already; --force replaces it")
+        return refuse(f"{file}: is there already; --force replaces it")
     results = [read(path) for path in options.runs]
     options.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_atomically(file, json.dumps(results, indent=1) + "\n")
     for result in results:
         print(" ".join([*result["run"], *(f"{key}={value}" for key, value in result["test"].items())]))
     try:
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What is kept of a finished run; `curves`: metric → [(step, value), …]."""
+    """The results of a finished run; `curves`: metric → [(step, value), …]."""
     run = Run(path.absolute())
     manifest, summary = json.loads(run.manifest.read_text(encoding="utf-8")), run.read_summary()
     monitor = manifest["monitor"]
@@ -49,19 +51,13 @@ def read(path: Path) -> dict[str, Any]:
         if name in curves:
             curves[name].append((step, value))
     starts = [{key: start[key] for key in ("time", "command", "device", "git")} for start in manifest["starts"]]
+    facts = {"run": run.path.parts[-3:], "starts": starts, "data": manifest["data"], "monitor": monitor}
     kept = ("test", "best", "baselines", "steps", "seconds", "parameters")
-    return {
-        "run": run.path.parts[-3:],
-        "starts": starts,
-        "data": manifest["data"],
-        "monitor": monitor,
-        **{key: summary[key] for key in kept},
-        "curves": curves,
-    }
+    return facts | {key: summary[key] for key in kept} | {"curves": curves}
 
 
 def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """The monitored metric over the steps, a panel for each task: training faint, validation strong, dashed chance."""
+    """The monitored metric over the steps, one panel per task: training faint, validation strong, baselines dashed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -73,7 +69,7 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
         for color, result in zip(colormaps["tab10"].colors, here, strict=False):  # type: ignore[attr-defined]
             for split, width, alpha in (("train", 0.6, 0.35), ("val", 1.8, 1.0)):
                 steps, values = zip(*result["curves"][f"{split}/{result['monitor']}"], strict=True)
-                label = f"{'/'.join(result['run'][1:])}" if split == "val" else None
+                label = "/".join(result["run"][1:]) if split == "val" else None
                 panel.plot(steps, values, color=color, linewidth=width, alpha=alpha, label=label)
         for name, value in here[0]["baselines"].items():
             panel.axhline(value, color="black", linestyle="--", linewidth=0.7)
@@ -81,11 +77,6 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
         panel.set(title=task, xlabel="step", ylabel=here[0]["monitor"])
         panel.legend(fontsize="small", loc="lower right")
     figure.savefig(file, dpi=110)
-
-
-def _error(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The command line: python -m experiments.memory_horizon. See --help."""
 
-import sys
+from experiments.memory_horizon import study
+from experiments.shared.study import Study
 
-from experiments.memory_horizon.study import STUDY
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())
+raise SystemExit(Study(study).main())

@@ -1,8 +1,7 @@
-"""How long a sequence may be: lengths double until a model, trained anew at each, does not solve the task any more."""
+"""How long a sequence may be: lengths double until a model, newly trained at each, no longer solves the task."""
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,19 +10,23 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from conf.usage import CONF
-from experiments.study import Cell, Results, Row, Study, distinct, fit, made_with, markdown, median, number, select
+from experiments.shared.fit import fit
+from experiments.shared.grid import Cell, Row, Settings, cross
+from experiments.shared.plots import markdown, provenance
+from experiments.shared.statistics import distinct, from_json, median, select
+from experiments.shared.study import Results
 from stu.backbone import SequenceModel
+from stu.cli.usage import CONF
 from stu.task import Batch, Task
 
-SOLVED = 0.01  # at most: the share of wrong answers or, of adding, the mean squared error
-ENOUGH = 0.005  # on validation sequences: training ends, at some distance from the former
-DECAY = 0.3  # the share of the steps over which the learning rate falls to zero
+SOLVED = 0.01  # largest error rate of a solved task, or mean squared error of adding
+ENOUGH = 0.005  # validation error at which training ends, some distance below SOLVED
+DECAY = 0.3  # share of the steps over which the learning rate falls to zero
 HELD_OUT = {"val": 200, "test": 500}  # sequences
-AT_ONCE = 100  # of them
+AT_ONCE = 100  # of them in one batch
 TASKS: dict[str, dict[str, Any]] = {"copying": {"num_symbols": 5}, "adding": {}, "induction_heads": {"vocab_size": 8}}
 COMMON = {"depth": 2, "norm": "layer"}
-MODELS: dict[str, dict[str, Any]] = {  # 15,000 parameters each, to a few percent
+MODELS: dict[str, dict[str, Any]] = {  # about 15,000 parameters each
     "stu": {"d_model": 16, "mixer.num_filters": 12},
     "lru": {"d_model": 24, "mixer.d_state": 60},
     "s4d": {"d_model": 44, "mixer.d_state": 64},
@@ -33,20 +36,28 @@ MODELS: dict[str, dict[str, Any]] = {  # 15,000 parameters each, to a few percen
     "transformer": {"d_model": 24, "mixer.num_heads": 2},
 }
 
+SETTINGS: Settings = {
+    "tasks": list(TASKS),
+    "models": list(MODELS),
+    "lengths": [16, 32, 64, 128, 256],
+    "lrs": [0.004, 0.012],
+    "seeds": 3,
+    "steps": 500,
+    "batch_size": 16,
+}
+QUICK: Settings = {
+    "models": ["stu", "lstm"], "lengths": [16, 32], "lrs": [0.004], "seeds": 1, "steps": 4, "batch_size": 4
+}  # fmt: skip
 
-def cells(settings: Mapping[str, Any]) -> list[Cell]:
-    """A climb for each task, model and seed."""
-    common = {key: settings[key] for key in ("lengths", "lrs", "steps", "batch_size")}
-    return [
-        {"task": task, "model": model, "seed": seed, **common}
-        for task in settings["tasks"]
-        for model in settings["models"]
-        for seed in range(settings["seeds"])
-    ]
+
+def cells(settings: Settings) -> list[Cell]:
+    """One climb through the lengths per task, model and seed."""
+    kept = ("lengths", "lrs", "steps", "batch_size")
+    return cross(settings, kept, task=settings["tasks"], model=settings["models"])
 
 
 class Attempt(NamedTuple):
-    """What came of one training; the smallest is that with the smallest validation error."""
+    """The outcome of one training; the smallest is the one with the smallest validation error."""
 
     validation_error: float
     test_error: float
@@ -66,7 +77,7 @@ def work(cell: Cell) -> Row:
 
 
 def best_attempt(cell: Cell, length: int) -> Attempt:
-    """By the validation error; once that is small enough, no other learning rate is tried."""
+    """The attempt with the smallest validation error; once one is small enough, no other learning rate is tried."""
     attempts: list[Attempt] = []
     for lr in cell["lrs"]:
         attempts.append(attempt(cell, length, lr))
@@ -76,7 +87,7 @@ def best_attempt(cell: Cell, length: int) -> Attempt:
 
 
 def attempt(cell: Cell, length: int, lr: float) -> Attempt:
-    """Train a new model on sequences of this length, none of which comes twice."""
+    """Train a new model on sequences of this length, none of which is used twice."""
     size = cell["batch_size"]
     task, model = build(cell["task"], cell["model"], length, train=cell["steps"] * size, seed=cell["seed"])
     curve = fit(
@@ -107,14 +118,14 @@ def build(task: str, model: str, length: int, *, train: int, seed: int) -> tuple
 
 @cache
 def composed(task: str, model: str) -> DictConfig:
-    """What `train.py` would compose, with the options of this study; not to be changed."""
+    """What `train.py` would compose with the options of this study; must not be modified."""
     options = [f"model.{key}={value}" for key, value in (COMMON | MODELS[model]).items()]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", [f"task={task}", f"model={model}", *options])
 
 
 def error_on(task: Task, split: str, model: nn.Module) -> float:
-    """The share of wrong answers or, of adding, the mean squared error."""
+    """The error rate, or the mean squared error of adding."""
     metric = task.metrics()[task.monitor]
     for first in range(0, HELD_OUT[split], AT_ONCE):
         inputs, targets = batch_of(task, split, range(first, first + AT_ONCE))
@@ -131,7 +142,7 @@ def batch_of(task: Task, split: str, indices: range) -> tuple[Tensor, Tensor]:
 
 
 def scored(task: Task, prediction: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The predictions and targets that count; none of these tasks looks at the inputs for that."""
+    """The predictions and targets that are scored; none of these tasks needs the inputs for that."""
     return task.scored(prediction, Batch(prediction, targets, None))
 
 
@@ -148,23 +159,20 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
 
 def horizon(row: Row) -> int:
     """The longest length solved, 0 if there is none."""
-    solved = sum(number(error) <= SOLVED for error in row["test_error"])
+    solved = sum(from_json(error) <= SOLVED for error in row["test_error"])
     return row["lengths"][solved - 1] if solved else 0
 
 
 def report(results: Results) -> str:
-    """A table of horizons, and how it was made."""
+    """A table of horizons, and its provenance."""
     summary, settings = results["summary"], results["settings"]
-    lines = [
-        [
-            f"`{model}`",
-            *(_shown(found[model], settings["lengths"]) for found in summary.values()),
-            _sizes(summary, model),
-        ]
-        for model in settings["models"]
-    ]
+    lines = []
+    for model in settings["models"]:
+        horizons = (_shown(found[model], settings["lengths"]) for found in summary.values())
+        sizes = [found[model]["parameters"] for found in summary.values()]
+        lines.append([f"`{model}`", *horizons, f"{min(sizes):,} to {max(sizes):,}"])
     header = ["", *(task.replace("_", " ") for task in summary), "parameters"]
-    return f"{markdown(header, lines)}\n\n{made_with(results)}"
+    return f"{markdown(header, lines)}\n\n{provenance(results)}"
 
 
 def _shown(found: Mapping[str, Any], lengths: list[int]) -> str:
@@ -177,47 +185,21 @@ def _shown(found: Mapping[str, Any], lengths: list[int]) -> str:
     return f"{text(found['median'])}{spread}"
 
 
-def _sizes(summary: Mapping[str, Any], model: str) -> str:
-    counts = [found[model]["parameters"] for found in summary.values()]
-    return f"{min(counts):,} to {max(counts):,}"
-
-
 def draw(results: Results, figure: Any) -> None:
-    """The horizons of each task: a bar to the median and a dot for each seed."""
+    """The horizons of each task: a bar to the median and one dot per seed."""
     summary, settings = results["summary"], results["settings"]
     models, lengths = settings["models"], settings["lengths"]
-    nothing = lengths[0] / 2  # where a model stands that solves no length
+    nothing = lengths[0] / 2  # the position of a model that solves no length
     figure.set_size_inches(3.8 * len(summary), 0.35 * len(models) + 1.3)
     axes = figure.subplots(1, len(summary), sharey=True, squeeze=False)[0]
     for axis, (task, found) in zip(axes, summary.items(), strict=True):
         for place, model in enumerate(models):
             seeds = [max(length, nothing) for length in found[model]["horizons"]]
-            axis.barh(
-                place, max(found[model]["median"], nothing) - 0.8 * nothing, left=0.8 * nothing, height=0.7, alpha=0.5
-            )
+            length = max(found[model]["median"], nothing) - 0.8 * nothing
+            axis.barh(place, length, left=0.8 * nothing, height=0.7, alpha=0.5)
             axis.plot(seeds, [place + 0.2 * (i - (len(seeds) - 1) / 2) for i in range(len(seeds))], "k.", markersize=4)
         axis.set_xscale("log", base=2)
         axis.set_xticks([nothing, *lengths], ["none", *map(str, lengths)])
         axis.set(title=task.replace("_", " "), xlabel="longest length solved", xlim=(0.8 * nothing, 1.25 * lengths[-1]))
     axes[0].set_yticks(range(len(models)), models)
     axes[0].invert_yaxis()
-
-
-STUDY = Study(
-    folder=Path(__file__).parent,
-    cells=cells,
-    work=work,
-    summarize=summarize,
-    report=report,
-    draw=draw,
-    settings={
-        "tasks": list(TASKS),
-        "models": list(MODELS),
-        "lengths": [16, 32, 64, 128, 256],
-        "lrs": [0.004, 0.012],
-        "seeds": 3,
-        "steps": 500,
-        "batch_size": 16,
-    },
-    quick={"models": ["stu", "lstm"], "lengths": [16, 32], "lrs": [0.004], "seeds": 1, "steps": 4, "batch_size": 4},
-)

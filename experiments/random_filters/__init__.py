@@ -1,1 +1,1 @@
-"""Whether it is the filters of the Hankel matrix that matter, or any: `python -m experiments.random_filters`."""
+"""Whether the filters of the Hankel matrix matter, or any others would do: `python -m experiments.random_filters`."""

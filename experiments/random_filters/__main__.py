@@ -1,8 +1,6 @@
 """The command line: python -m experiments.random_filters. See --help."""
 
-import sys
+from experiments.random_filters import study
+from experiments.shared.study import Study
 
-from experiments.random_filters.study import STUDY
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())
+raise SystemExit(Study(study).main())

@@ -1,8 +1,6 @@
 """The command line: python -m experiments.spectral_gap. See --help."""
 
-import sys
+from experiments.shared.study import Study
+from experiments.spectral_gap import study
 
-from experiments.spectral_gap.study import STUDY
-
-if __name__ == "__main__":
-    sys.exit(STUDY.main())
+raise SystemExit(Study(study).main())

@@ -1,5 +1,5 @@
 """How fast each mixer is, and how much memory it takes: `python -m experiments.speed`."""
 
-from conf.threads import wait_briefly
+from stu.cli.threads import wait_briefly
 
 wait_briefly()  # as train.py does

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from experiments.speed.contenders import Size, build
+from experiments.speed.candidates import Size, build
 from stu.mixer import Mixer
 
 Stage = Literal["build", "forward", "step", "forward_backward"]
@@ -37,12 +37,12 @@ class Settings:
     limit_bytes: float = 8e9
 
     def apply(self) -> None:
-        """Set what PyTorch keeps for the whole process."""
+        """Set the options that PyTorch has for the whole process."""
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
         if self.compile:
-            warnings.simplefilter("ignore")  # the compiler's, on what it does not compile
+            warnings.simplefilter("ignore")  # the compiler warns of what it does not compile
 
 
 class Data(NamedTuple):
@@ -72,12 +72,11 @@ class Bench:
         self._steps: Iterator[None] | None = None
 
     def call(self, stage: Stage) -> Callable[[], None]:
-        """What one measurement of this stage does; it returns when the device is done."""
-        calls = {"forward": self._forward, "forward_backward": self._forward_backward, "step": self._step}
-        return calls[stage]
+        """The call that one measurement of this stage times; it returns when the device is done."""
+        return {"forward": self._forward, "forward_backward": self._forward_backward, "step": self._step}[stage]
 
     def warm_up(self) -> None:
-        """All over a few steps of one sequence, so that libraries and threads are there before memory is measured."""
+        """Run a few steps of one sequence, so that libraries and threads exist before memory is measured."""
         whole = self._run, self.data
         self._run, self.data = self.mixer, Data(self.data.x[:1, :8], self.data.grad[:1, :8])
         self._forward()
@@ -91,7 +90,7 @@ class Bench:
         synchronize(self.device)
 
     def _forward_backward(self) -> None:
-        """Gradients of the input and of all parameters, as in the middle of a stack."""
+        """Forward, then gradients of the input and of all parameters, as in the middle of a stack."""
         self.mixer.train()
         x = self.data.x.detach().requires_grad_()
         with self._precision():
@@ -108,7 +107,7 @@ class Bench:
         synchronize(self.device)
 
     def _stream(self) -> Iterator[None]:
-        """Go on from the prefix, step by step, for ever: at the end of the sequence again from the prefix."""
+        """Continue from the prefix, step by step; at the end of the sequence start over from the prefix."""
         assert isinstance(self.mixer, Mixer)
         self.mixer.eval()
         x, length = self.data.x, self.data.x.shape[1]
@@ -129,7 +128,7 @@ class Bench:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was told to."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -137,7 +136,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _without_zeros(mixer: nn.Module) -> nn.Module:
-    """Give small noise to parameters that begin at zero: a product of zeros takes a device less power and time."""
+    """Replace zero parameters by small noise: products of zeros take a device less power and time."""
     with torch.no_grad():
         for parameter in mixer.parameters():
             if not parameter.any():

@@ -1,134 +1,156 @@
-r"""The Spectral Transform Unit as the paper writes it: one function an equation, nothing rearranged.
+"""The layers of `stu.mixers` computed by `stu.reference`, the papers' own algorithms, with the layers' parameters.
 
-B batch, L length, D model width, K filters of one branch, F = L + 1 frequencies, k_u, k_y lags of input and output
+Same parameters, same outputs, another way: the STU with every channel convolved with every filter; the Vandermonde and
+Cauchy kernels of S4D and S4 whole in memory, then FFTs over all channels at once; S5 and the LRU by the associative
+scan of `jax.lax` over all their states; Mamba-2 by the minimal form of its recurrence.
 
-    y_t = Σ_{i=1}^{k_y} M^y_i y_{t−i} + Σ_{i=1}^{k_u} M^u_i u_{t+1−i}
-          + Σ_k M^{φ+}_k σ_k^{1/4} U⁺_{t−2,k} + Σ_k M^{φ−}_k σ_k^{1/4} U⁻_{t−2,k}
-
-with U^±_{t,k} = Σ_{i=0}^{t−1} u_{t−i} (±1)^i φ_k(i). Source: Agarwal, Suo, Chen, Hazan, "Spectral State Space
-Models", 2312.06837, section 2.
-
-Published implementations compute it in just this order: every channel convolved with every filter, all features held
-in memory, then one contraction. That makes it the baseline of the benchmark, and the oracle of `stu.STU` in the tests.
+B batch, L length, D model width
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stu.mixers.stu import Recurrence
-from stu.ops.filters import Hankel, spectral_filters
-from stu.ops.recurrence import linear_recurrence_reference
+from stu.mixer import Mixer
+from stu.mixers.lru import LRU
+from stu.mixers.mamba2 import Mamba2
+from stu.mixers.s4 import S4
+from stu.mixers.s4d import S4D
+from stu.mixers.s5 import S5
+from stu.mixers.stu import STU
+from stu.ops.filters import spectral_filters
+from stu.reference.lru import lru
+from stu.reference.mamba2 import mamba2
+from stu.reference.s4 import s4, truncated_output
+from stu.reference.s4d import s4d
+from stu.reference.s5 import s5
+from stu.reference.stu import fixed_recurrence, stu
+
+M = TypeVar("M", bound=Mixer)
 
 
-class LiteralSTU(nn.Module):
-    """The paper's equations, with the options and the parameters of `stu.STU`.
+class Literal(nn.Module, Generic[M]):
+    """The literal form of a layer, with its parameters, for inputs of `length` steps, on which only S4's depends."""
 
-    Takes what `STU` takes, raises what its filters raise, and loads its `state_dict`. B·L·2K·D numbers of memory, and
-    a loop over time where there is an output recurrence. Parameters begin as noise, M^y at zero.
-    """
+    def __init__(self, layer: M, length: int) -> None:
+        super().__init__()
+        self.layer, self.causal = layer, layer.causal
+
+
+class LiteralSTU(Literal[STU]):
+    """The STU: B·L·2K·D numbers of memory, and a loop over time where there is an output recurrence."""
 
     filters: Tensor
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        seq_len: int,
-        causal: bool = True,
-        num_filters: int = 24,
-        two_sided: bool = True,
-        k_u: int = 3,
-        k_y: int = 2,
-        recurrence: Recurrence = "learned",
-        hankel: Hankel = "standard",
-        delay: int = 2,
-    ) -> None:
-        super().__init__()
-        self.d_model, self.seq_len, self.causal, self.delay = d_model, seq_len, causal, delay
-        self.fixed_lag = k_y if recurrence == "fixed" else 0
-        eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
+    def __init__(self, layer: STU, length: int) -> None:
+        super().__init__(layer, length)
+        assert layer.bank.spectral is not None
+        self.spectral = layer.bank.spectral
+        eigenvalues, filters = spectral_filters(self.spectral.seq_len, self.spectral.num_filters, self.spectral.hankel)
         self.register_buffer("filters", eigenvalues**0.25 * filters, persistent=False)  # (L, K), σ_k^{1/4} φ_k
-        spectral, learned = num_filters * (1 + two_sided), 0 if self.fixed_lag else k_y
-        self.m_phi = nn.Parameter(torch.randn(spectral, d_model, d_model) * (spectral * d_model) ** -0.5)
-        self.m_u = nn.Parameter(torch.randn(k_u, d_model, d_model) * d_model**-0.5) if k_u else None
-        self.m_y = nn.Parameter(torch.zeros(learned, d_model, d_model)) if learned else None
-        self.reverse: LiteralSTU | None = None
-        if not causal:
-            self.reverse = LiteralSTU(
-                d_model,
-                seq_len=seq_len,
-                num_filters=num_filters,
-                two_sided=two_sided,
-                k_u=k_u,
-                k_y=k_y,
-                recurrence=recurrence,
-                hankel=hankel,
-                delay=delay,
-            )
 
     def forward(self, u: Tensor) -> Tensor:
-        """(B, L, D) → (B, L, D), L ≤ seq_len."""
-        num_filters = self.filters.shape[1]
-        w = spectral_term(u, self.filters, self.m_phi[:num_filters], self.delay)
-        if len(self.m_phi) > num_filters:
-            w = w + spectral_term(u, alternating(self.filters), self.m_phi[num_filters:], self.delay)
-        if self.m_u is not None:
-            w = w + input_term(u, self.m_u)
-        y = w
-        if self.fixed_lag:
-            y = recurrence(w, fixed_matrices(w, self.fixed_lag))
-        elif self.m_y is not None:
-            y = recurrence(w, self.m_y)
-        return y if self.reverse is None else y + self.reverse(u.flip(1)).flip(1)
+        """(B, L, D) → (B, L, D)."""
+        y, reverse = self._from_start(self.layer, u), self.layer.reverse
+        return y if reverse is None else y + self._from_start(reverse, u.flip(1)).flip(1)
+
+    def _from_start(self, layer: STU, u: Tensor) -> Tensor:
+        lag = self.spectral.recurrence
+        m_y = fixed_recurrence(lag, u) if lag else layer.m_y
+        return stu(u, self.filters, layer.m_phi, layer.m_u, m_y, delay=self.spectral.delay)
 
 
-def spectral_term(u: Tensor, filters: Tensor, m_phi: Tensor, delay: int) -> Tensor:
-    """Σ_k M^φ_k U_{t−delay,k}: (B, L, D), filters (L' ≥ L, K), m_phi (K, D, D) → (B, L, D)."""
-    features = delayed(spectral_features(u, filters[: u.shape[1]]), delay)  # (B, L, K, D)
-    return torch.einsum("blki,kio->blo", features, m_phi)
+class LiteralS4D(Literal[S4D]):
+    """S4D by a Vandermonde matrix with a row of L powers for every mode of every channel. `layer`: zoh, causal."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer = self.layer
+        A = torch.complex(-layer.log_A_real.exp(), layer.A_imag)
+        B, C = torch.view_as_complex(layer.B), torch.view_as_complex(layer.C[0])
+        return s4d(u, for_channels(A, C), for_channels(B, C), C, layer.D, layer.log_dt.exp())
 
 
-def spectral_features(u: Tensor, filters: Tensor) -> Tensor:
-    """U_{t,k} = Σ_{i=0}^{t−1} u_{t−i} φ_k(i), every channel with every filter: (B, L, D), (L, K) → (B, L, K, D).
+class LiteralS4(Literal[S4]):
+    """S4 by its generating function at the roots of unity. `layer`: bilinear, causal, of rank 1.
 
-    In float32 at least: FFTs know no half precision.
+    The parameter is C̃, as in the official code: it is made from the layer's C for one length, and does not follow what
+    the layer learns later.
     """
-    n = 2 * u.shape[1]  # nothing wraps around
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    spectrum = torch.fft.rfft(u.to(dtype), n=n, dim=1)  # (B, F, D)
-    response = torch.fft.rfft(filters.to(dtype), n=n, dim=0)  # (F, K)
-    product = spectrum.unsqueeze(2) * response.unsqueeze(-1)  # (B, F, K, D)
-    return torch.fft.irfft(product, n=n, dim=1)[:, : u.shape[1]].to(u.dtype)
+
+    def __init__(self, layer: S4, length: int) -> None:
+        super().__init__(layer, length)
+        with torch.no_grad():
+            A, P, _ = self._modes()
+            C_tilde = truncated_output(A, P, torch.view_as_complex(layer.C[0]), layer.log_dt.exp(), length)
+        self.C = nn.Parameter(torch.view_as_real(C_tilde).clone())
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D), of the one length."""
+        return s4(u, *self._modes(), torch.view_as_complex(self.C), self.layer.D, self.layer.log_dt.exp())
+
+    def _modes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Λ, P and B of every channel, complex (D, N/2)."""
+        layer, C = self.layer, self.layer.C[0]
+        A = torch.complex(-layer.log_A_real.exp(), layer.A_imag)
+        P, B = torch.view_as_complex(layer.P[0]), torch.view_as_complex(layer.B)
+        return for_channels(A, C), for_channels(P, C), for_channels(B, C)
 
 
-def alternating(filters: Tensor) -> Tensor:
-    """(−1)^i φ_k(i), the filters of the second branch: (L, K) → (L, K)."""
-    signs = torch.ones(len(filters), dtype=filters.dtype, device=filters.device)
-    signs[1::2] = -1
-    return filters * signs.unsqueeze(1)
+class LiteralS5(Literal[S5]):
+    """S5 by an associative scan over its modes. `layer`: zoh, causal, with one mode of each conjugate pair."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer = self.layer
+        Lambda, B, C = (torch.view_as_complex(pairs) for pairs in (layer.Lambda, layer.B, layer.C[0]))
+        return s5(u, Lambda, B, C, layer.D, layer.log_dt.exp())
 
 
-def delayed(x: Tensor, steps: int) -> Tensor:
-    """x_{t−steps}, zero before the beginning: (B, L, …) → (B, L, …)."""
-    length = x.shape[1]
-    start = x.new_zeros(len(x), min(steps, length), *x.shape[2:])
-    return torch.cat((start, x[:, : max(length - steps, 0)]), 1)
+class LiteralLRU(Literal[LRU]):
+    """The LRU by an associative scan over its states. `layer`: exponential, normalised, causal."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer = self.layer
+        assert layer.nu_log is not None
+        assert layer.theta_log is not None
+        assert layer.gamma_log is not None
+        B, C = torch.view_as_complex(layer.B), torch.view_as_complex(layer.C[0])
+        return lru(u, layer.nu_log, layer.theta_log, layer.gamma_log, B, C, layer.D)
 
 
-def input_term(u: Tensor, m_u: Tensor) -> Tensor:
-    """Σ_{i=1}^{k_u} M^u_i u_{t+1−i}: (B, L, D), (k_u, D, D) → (B, L, D)."""
-    return torch.stack([delayed(u, lag) @ matrix for lag, matrix in enumerate(m_u)]).sum(0)
+class LiteralMamba2(Literal[Mamba2]):
+    """Mamba-2 by the paper's listing. `layer`: causal; L is a multiple of its chunks, or below one."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer = self.layer
+        assert layer.conv.bias is not None
+        W_in, W_out = layer.project_in.weight, layer.project_out.weight
+        convolution = layer.conv.weight[:, 0, :, 0], layer.conv.bias
+        system = layer.dt_bias, -layer.A_log.exp(), layer.D, layer.gain
+        chunk_size = min(layer.chunk_size, u.shape[1])
+        return mamba2(u, W_in, *convolution, *system, W_out, num_groups=layer.num_groups, chunk_size=chunk_size)
 
 
-def recurrence(w: Tensor, m_y: Tensor) -> Tensor:
-    """y_t = w_t + Σ_{i=1}^{k_y} M^y_i y_{t−i}, step by step: (B, L, D), (k_y, D, D) → (B, L, D)."""
-    dtype = torch.promote_types(w.dtype, torch.float32)  # rounding adds up over the steps
-    with torch.autocast(w.device.type, enabled=False):
-        return linear_recurrence_reference(w.to(dtype), m_y.to(dtype)).to(w.dtype)
+def for_channels(modes: Tensor, C: Tensor) -> Tensor:
+    """The systems of all channels, which share `n_ssm` of them in turn: (n_ssm, N/2), C (D, …) → (D, N/2)."""
+    return modes.repeat(len(C) // len(modes), 1)
 
 
-def fixed_matrices(w: Tensor, lag: int) -> Tensor:
-    """The M^y of y_{t−lag} with coefficient I: zeros, and I last, (lag, D, D)."""
-    matrices = w.new_zeros(lag, w.shape[2], w.shape[2])
-    matrices[-1] = torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
-    return matrices
+def literal_stu(d_model: int, layer: Callable[[int], STU]) -> LiteralSTU:
+    """The literal form of the STU that `layer` makes; a constructor for configurations."""
+    mixer = layer(d_model)
+    return LiteralSTU(mixer, mixer.seq_len)
+
+
+LITERAL: Mapping[str, Callable[[Any, int], nn.Module]] = {
+    "s4": LiteralS4,
+    "s4d": LiteralS4D,
+    "s5": LiteralS5,
+    "lru": LiteralLRU,
+    "mamba2": LiteralMamba2,
+}

@@ -12,18 +12,8 @@ from experiments.speed.results import Results, Row, Timing
 
 ABSENT = "—"
 FIGURE = "speed.png"
-COLUMNS: Sequence[str] = (
-    "forward ms",
-    "(min)",
-    "fwd+bwd ms",
-    "(min)",
-    "× literal",
-    "peak MB",
-    "tokens/s",
-    "step µs",
-    "of fwd",
-    "of floor",
-)
+TIMES = ("forward ms", "(min)", "fwd+bwd ms", "(min)")
+COLUMNS = (*TIMES, "× literal", "peak MB", "tokens/s", "step µs", "of fwd", "of roofline")
 MARKERS = "os^vDPX*<>p"
 STAGES = {"step": "step", "forward_backward": "fwd+bwd"}
 
@@ -43,7 +33,7 @@ def show(results: Results, console: Console, rows: Sequence[Row]) -> None:
 
 
 def show_machine(results: Results, console: Console) -> None:
-    """On what all this was measured, and what the floor is counted with."""
+    """What this was measured on, and the peak that the roofline assumes."""
     peak = results.peak
     flops, traffic = f"{peak.flops / 1e9:,.0f} GFLOP/s in a matrix product", f"{peak.bytes / 1e9:,.0f} GB/s copied"
     console.print(describe(results))
@@ -51,11 +41,11 @@ def show_machine(results: Results, console: Console) -> None:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Time and memory against the length, log-log, a row of axes for each B, D and K.
+    """Time and memory against the length, log-log, one row of axes per B, D and K.
 
     Raises `ModuleNotFoundError` without matplotlib.
     """
-    from matplotlib import colormaps  # no dependency of the benchmark itself
+    from matplotlib import colormaps  # not a dependency of the benchmark itself
     from matplotlib.figure import Figure
 
     pairs: Sequence[Any] = colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -67,13 +57,16 @@ def plot(results: Results, file: Path) -> None:
         for index, model in enumerate(dict.fromkeys(row.model for row in rows)):
             own = [row for row in rows if row.model == model]
             style = {"color": colors[index % 20], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-            _line(times, own, [_median(row.forward) for row in own], 1e3, **style, linestyle=":")
-            _line(times, own, [_median(row.forward_backward) for row in own], 1e3, **style)
-            _line(memory, own, [row.forward_backward_bytes for row in own], 1e-6, **style)
-            memory.plot([], [], **style, label=_label(own))  # also of what has no line
+            forward = [(row.length, 1e3 * row.forward.median) for row in own if row.forward]
+            both = [(row.length, 1e3 * row.forward_backward.median) for row in own if row.forward_backward]
+            peak = [(row.length, 1e-6 * row.forward_backward_bytes) for row in own if row.forward_backward_bytes]
+            _line(times, forward, **style, linestyle=":")
+            _line(times, both, **style)
+            _line(memory, peak, **style)
+            memory.plot([], [], **style, label=_label(own))  # also for models without a line
         for axis, what in ((times, "milliseconds (dotted: forward alone)"), (memory, "peak memory, MB")):
             axis.set(xscale="log", xlabel="L", ylabel=what)
-            if any(len(line.get_xdata()) for line in axis.lines):  # without anything to draw it has no logarithm
+            if any(len(line.get_xdata()) for line in axis.lines):  # an empty axis cannot be logarithmic
                 axis.set_yscale("log")
             axis.set_title(_title(rows[0], length=False), fontsize="medium")
             lengths = sorted({row.length for row in rows})
@@ -86,7 +79,7 @@ def plot(results: Results, file: Path) -> None:
 
 
 def describe(results: Results) -> str:
-    """Where and how it was measured, in a line."""
+    """Where and how it was measured, in one line."""
     machine, settings = results.machine, results.settings
     options = [
         machine["device"],
@@ -101,18 +94,13 @@ def describe(results: Results) -> str:
     return ", ".join(filter(None, options))
 
 
-def _line(axis: Any, rows: Sequence[Row], values: Sequence[float | None], factor: float, **style: Any) -> None:
-    points = [(row.length, factor * value) for row, value in zip(rows, values, strict=True) if value]
+def _line(axis: Any, points: Sequence[tuple[int, float]], **style: Any) -> None:
     if points:
         axis.plot(*zip(*points, strict=True), **style)
 
 
-def _median(timing: Timing | None) -> float | None:
-    return None if timing is None else timing.median
-
-
 def _label(rows: Sequence[Row]) -> str:
-    """The name of a line, and why it ends."""
+    """The name of a line, and why it ends early."""
     for row in rows:
         if row.forward_backward is None:
             return f"{row.model} (L = {row.length:,}: {_note(row)})"
@@ -143,7 +131,7 @@ def _note(row: Row) -> str:
     """Why something was not measured."""
     if "build" in row.failures:
         return f"build: {row.failures['build']}"
-    if "forward" in row.failures:  # then there is nothing else
+    if "forward" in row.failures:  # then nothing else was measured
         return row.failures["forward"]
     return "; ".join(f"{STAGES[stage]}: {reason}" for stage, reason in row.failures.items())
 
@@ -153,7 +141,7 @@ def _times(timing: Timing | None, factor: float) -> tuple[str, str]:
 
 
 def _number(value: float | None, factor: float = 1.0, unit: str = "", digits: int | None = None) -> str:
-    """Three digits, or a whole number."""
+    """Three significant digits, or a whole number."""
     if value is None:
         return ABSENT
     value *= factor

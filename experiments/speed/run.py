@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -11,41 +10,33 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from experiments.speed import contenders, report
+from experiments.shared.files import runs_folder
+from experiments.shared.machine import memory_of, origin
+from experiments.speed import candidates, report
 from experiments.speed.bench import Settings
-from experiments.speed.contenders import Size
-from experiments.speed.floor import measured_peak
+from experiments.speed.candidates import Size
 from experiments.speed.measure import measure
-from experiments.speed.results import FILE, Results, commit, describe_machine, memory_of, now
+from experiments.speed.results import FILE, Results
+from experiments.speed.roofline import measured_peak
 from stu.errors import OptionError, require
 
-WIDTH = 140  # at least; the lines of a narrower terminal run over, which is easier to read than columns of letters
+WIDTH = 140  # at least; in a narrower terminal lines wrap, which is easier to read than columns of single letters
 
 
 def measure_all(options: argparse.Namespace, command: str) -> None:
-    """Measure every size, show its table at once and save all so far; draw the figure.
+    """Measure every size, show its table immediately and save all results so far; draw the figure.
 
-    Raises `OptionError` for what cannot be done, before anything is measured.
+    Raises `OptionError` for impossible options, before anything is measured.
     """
     settings = _settings(options)
-    sizes = [
-        Size(length, batch, width, filters)
-        for batch, width, filters, length in itertools.product(
-            *map(dict.fromkeys, (options.batches, options.widths, options.filters, sorted(options.lengths)))
-        )
-    ]
-    found = contenders.find(options.models or contenders.allowed(), causal=settings.causal, size=sizes[0])
-    folder = _made(options.out or _new_folder(), options.force)
+    varied = map(dict.fromkeys, (options.batches, options.widths, options.filters, sorted(options.lengths)))
+    sizes = [Size(length, batch, width, filters) for batch, width, filters, length in itertools.product(*varied)]
+    found = candidates.find(options.models or candidates.allowed(), causal=settings.causal, size=sizes[0])
+    folder = _new(options.out or _new_folder(), options.force)
     settings.apply()
     console = _console()
-    results = Results(
-        command=command,
-        date=now(),
-        commit=commit(),
-        machine=describe_machine(settings),
-        settings=settings,
-        peak=measured_peak(settings),
-    )
+    about = origin(torch.device(settings.device))
+    results = Results(command=command, settings=settings, peak=measured_peak(settings), **about)
     report.show_machine(results, console)
     try:
         with Console(stderr=True).status("") as status:
@@ -53,13 +44,13 @@ def measure_all(options: argparse.Namespace, command: str) -> None:
                 results = replace(results, rows=(*results.rows, *rows))
                 results.write(folder)
                 report.show(results, console, rows)
-    finally:  # also of what was measured when somebody stops it
+    finally:  # also when it is interrupted
         if results.rows:
             _draw(results, folder, console)
 
 
 def redraw(folder: Path) -> None:
-    """Show and draw what an earlier run saved. Raises `OptionError` where that cannot be read."""
+    """Show and draw what an earlier run saved. Raises `OptionError` if it cannot be read."""
     try:
         results = Results.read(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,24 +65,18 @@ def redraw(folder: Path) -> None:
 def _settings(options: argparse.Namespace) -> Settings:
     device = _device(options.device)
     require(not options.tf32 or device.type == "cuda", "--tf32", device, "only CUDA devices have it")
-    limit = 0.75 * memory_of(device) if options.limit_gb is None else 1e9 * options.limit_gb
+    given = ("dtype", "autocast", "tf32", "compile", "repeats", "min_seconds", "limit_seconds")
     return Settings(
         device=str(device),
-        dtype=options.dtype,
-        autocast=options.autocast,
-        tf32=options.tf32,
-        compile=options.compile,
         causal=not options.bidirectional,
         threads=options.threads or torch.get_num_threads(),
-        repeats=options.repeats,
-        min_seconds=options.min_s,
-        limit_seconds=options.limit_s,
-        limit_bytes=limit,
+        limit_bytes=0.75 * memory_of(device) if options.limit_gb is None else 1e9 * options.limit_gb,
+        **{name: getattr(options, name) for name in given},
     )
 
 
 def _device(name: str) -> torch.device:
-    """The device of this name, which works; a CUDA device with its number."""
+    """The device of this name, checked to work; a CUDA device with its number."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -105,20 +90,20 @@ def _device(name: str) -> torch.device:
         raise OptionError("--device", name, f"cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _made(folder: Path, force: bool) -> Path:
-    """The folder of the results, which has none yet, or whose results may be replaced."""
+def _new(folder: Path, force: bool) -> Path:
+    """The folder of the results, created, without results or with some that may be replaced."""
     there = [name for name in (FILE, report.FIGURE) if (folder / name).exists()]
     require(force or not there, "--out", folder, f"has {' and '.join(there)}; --force replaces them")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError("--out", folder, f"cannot be made: {error.strerror}") from error
+        raise OptionError("--out", folder, f"cannot be created: {error.strerror}") from error
     return folder
 
 
 def _new_folder() -> Path:
-    """A folder below runs/ that is not there yet."""
-    parent = Path(os.environ.get("STU_RUNS", "runs")) / "speed"
+    """A folder below runs/ that does not exist yet."""
+    parent = runs_folder() / "speed"
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d-%H%M%S")
     names = itertools.chain([stamp], (f"{stamp}-{number}" for number in itertools.count(2)))
     return next(parent / name for name in names if not (parent / name).exists())
@@ -136,7 +121,6 @@ def _draw(results: Results, folder: Path, console: Console) -> None:
         report.plot(results, folder / report.FIGURE)
         files.append(report.FIGURE)
     except ModuleNotFoundError as error:
-        print(
-            f"no figure: {error.name} is not installed; pip install matplotlib, then --redraw {folder}", file=sys.stderr
-        )
+        advice = f"pip install matplotlib, then --redraw {folder}"
+        print(f"no figure: {error.name} is not installed; {advice}", file=sys.stderr)
     console.print(f"saved in {folder}: {', '.join(files)}")

@@ -1,21 +1,20 @@
-r"""Multi-head attention, bidirectional or causal, to everything or inside a local window.
+r"""Multi-head attention, bidirectional or causal, global or in a local window.
 
 B batch, L length, D model width, H heads, E = D / H width of a head, T length of a block, K keys of a block
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stu.encoders import Positions
+from stu.encoders import Positions, RotaryPositions
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.kernels import widened
+from stu.ops.padding import masked, real_first
 
-BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than the keys they save
+BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than they save in keys
 
 
 class AttentionState(NamedTuple):
@@ -29,10 +28,10 @@ class AttentionState(NamedTuple):
 class Attention(Mixer):
     """Softmax attention through `scaled_dot_product_attention`, whose memory is linear in L.
 
-    causal: position t attends to 1 … t only. window: to the last `window` of them, t itself among them, or without
-    causal to t − window//2 … t + window//2; time is then linear in L, too. positions: "rotary" turns queries and keys
-    by angles that grow with the position (RoFormer, 2104.09864); other values are the backbone's business. dropout: of
-    attention weights; on processors PyTorch then forms all of them, L × L.
+    causal: position t attends to 1 … t only. window: to the last `window` of them, t included, or without causal to
+    t − window//2 … t + window//2; time is then linear in L, too. positions: "rotary" turns queries and keys by angles
+    that grow with the position (RoFormer, 2104.09864); other values concern the backbone alone. dropout: of attention
+    weights; on CPUs PyTorch then forms all of them, L × L.
 
     Sources: Vaswani et al., 1706.03762; local windows: Longformer, 2004.05150, and Griffin, 2402.19427.
     """
@@ -41,48 +40,43 @@ class Attention(Mixer):
         self,
         d_model: int,
         *,
-        num_heads: int = 8,
-        causal: bool = False,
+        num_heads: int = 4,
+        causal: bool = True,
         window: int | None = None,
         dropout: float = 0.0,
         positions: Positions = "none",
     ) -> None:
         super().__init__()
-        require(
-            num_heads >= 1 and d_model % num_heads == 0,
-            "num_heads",
-            num_heads,
-            f"must divide d_model ({d_model})",
-        )
+        fits = num_heads >= 1 and d_model % num_heads == 0
+        require(fits, "num_heads", num_heads, f"must divide d_model ({d_model})")
         require(window is None or window >= 1, "window", window, "must be at least 1, or null")
-        self.rotary = positions == "rotary"
-        require(
-            not (self.rotary and d_model // num_heads % 2),
-            "num_heads",
-            num_heads,
-            f"must leave heads of even width for rotary positions (d_model {d_model})",
-        )
+        self.rotary = RotaryPositions() if positions == "rotary" else None
+        even = f"must leave heads of even width for rotary positions (d_model {d_model})"
+        require(self.rotary is None or d_model // num_heads % 2 == 0, "num_heads", num_heads, even)
         self.d_model, self.num_heads, self.causal, self.window = d_model, num_heads, causal, window
         self.dropout = dropout
         self.project_in = nn.Linear(d_model, 3 * d_model)
         self.project_out = nn.Linear(d_model, d_model)
 
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+        self.project_in.reset_parameters()
+        self.project_out.reset_parameters()
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        if mask is not None:  # hidden values have weight zero, but zero times nan is nan
-            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
-        return self._output(self._attend(*self._heads(x, 0), mask))
+        return self._output(self._attend(*self._heads(masked(x, mask), 0), mask))
 
     def initial_state(self, batch_size: int) -> AttentionState:
         """No keys, no values."""
-        self._require_causal()
+        self.require_causal()
         shape = (batch_size, self.num_heads, 0, self.d_model // self.num_heads)
         empty = self.project_in.weight.new_zeros(shape)
         return AttentionState(empty, empty, 0)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """x_t (B, D), state → y_t (B, D), state; without a window the state grows by one key and value a step."""
-        self._require_causal()
+        """x_t (B, D), state → y_t (B, D), state; without a window the state grows by one key and value per step."""
+        self.require_causal()
         query, key, value = self._heads(x.unsqueeze(1), state.position)
         keys, values = torch.cat((state.keys, key), 2), torch.cat((state.values, value), 2)
         state = self._remembered(keys, values, state.position + 1)
@@ -90,8 +84,8 @@ class Attention(Mixer):
         return self._output(y).squeeze(1), state
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
-        self._require_causal()
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+        self.require_causal()
         query, key, value = self._heads(x, 0)
         return self._output(self._attend(query, key, value)), self._remembered(key, value, x.shape[1])
 
@@ -106,18 +100,18 @@ class Attention(Mixer):
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.causal)
         if not self.causal:
             return F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout_p=dropout)
-        # Both causal and masked would be a mask of L × L for each sequence. But with all real positions in front, in
+        # Causality and padding together would need a mask of L × L per sequence. But with all real positions first, in
         # their order, none of them has padding in its past.
-        real_first = mask.logical_not().int().argsort(stable=True, dim=1)[:, None, :, None]  # (B, 1, L, 1)
-        query, key, value = (heads.take_along_dim(real_first, 2) for heads in (query, key, value))
+        order = real_first(mask)[:, None, :, None]  # (B, 1, L, 1)
+        query, key, value = (heads.take_along_dim(order, 2) for heads in (query, key, value))
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return y.take_along_dim(real_first.argsort(2), 2)
+        return y.take_along_dim(order.argsort(2), 2)
 
     def _heads(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) → query, key, value (B, H, L, E), rotated from position `start` on."""
         query, key, value = self.project_in(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.rotary:
-            query, key = rotate(query, start), rotate(key, start)
+        if self.rotary is not None:
+            query, key = self.rotary(query, start), self.rotary(key, start)
         return query, key, value
 
     def _output(self, heads: Tensor) -> Tensor:
@@ -130,10 +124,6 @@ class Attention(Mixer):
 
     def _dropout(self) -> float:
         return self.dropout if self.training else 0.0
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("attention runs step by step only with causal=true")
 
 
 def local_attention(
@@ -150,8 +140,8 @@ def local_attention(
 
     query, key, value: (B, H, L, E); mask: (B, L), True where a key may be seen. Returns (B, H, L, E).
 
-    Blocks of T queries attend to the K = before + T + after keys around them, so that one mask of T × K serves them all
-    and the ends of the sequence (and `mask`) alone differ.
+    Blocks of T queries attend to the K = before + T + after keys around them, so that one mask of T × K serves them
+    all, except at the ends of the sequence and where `mask` is False.
     """
     batch, heads, length, _ = query.shape
     block = max(BLOCK, before + after)
@@ -164,20 +154,10 @@ def local_attention(
     k, v = (F.pad(each, (0, 0, before, after + spare)).unfold(2, strip, block) for each in (key, value))
     ahead = torch.arange(strip, device=query.device) - torch.arange(block, device=query.device).unsqueeze(1)
     seen = (ahead >= 0) & (ahead <= before + after) & real.unsqueeze(2)  # (blocks, B or 1, T, K)
-    seen = seen | (ahead == before)  # itself in any case: a softmax over nothing is nan
-    # The batch goes with the heads where all share the mask of their block, and with the blocks where they do not.
+    seen = seen | (ahead == before)  # always itself: a softmax over nothing is nan
+    # Merge the batch with the heads where all sequences share the mask of a block, and with the blocks otherwise.
     merge = (1, 2) if mask is None else (0, 1)
     q, k, v = (each.permute(2, 0, 1, 4, 3).flatten(*merge) for each in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
     y = y.reshape(blocks, batch, heads, block, -1).permute(1, 2, 0, 3, 4)
     return y.flatten(2, 3)[:, :, :length]
-
-
-def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: turn the pairs (x_j, x_{j+E/2}) of (…, L, E) by angle t · base^{−2j/E}, t from `start`."""
-    length, width = x.shape[-2:]
-    pairs, times = (widened(torch.arange(*each, device=x.device)) for each in ((0, width, 2), (start, start + length)))
-    angle = times[:, None] * torch.exp(pairs * (-math.log(base) / width))  # (L, E/2); late ones need all their digits
-    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), -1)

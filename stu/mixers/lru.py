@@ -1,6 +1,6 @@
 r"""The Linear Recurrent Unit.
 
-B batch, L length, D model width, N size of the state
+B batch, L length, D model width, N state size
 
     x_t = λ ⊙ x_{t−1} + exp(γ^log) ⊙ B u_t,    y_t = Re(C x_t) + D ⊙ u_t,    λ = exp(−exp(ν^log) + i exp(θ^log))
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.kernels import complex_parameter, widened
+from stu.ops.padding import masked
+from stu.ops.precision import to_complex128, to_float64
 from stu.ops.scan import diagonal_ssm, diagonal_step
 
 
@@ -27,15 +28,15 @@ class LRUState(NamedTuple):
 
 
 class LRU(Mixer):
-    """A diagonal complex recurrence, and what makes it trainable.
+    """A diagonal complex recurrence with the parametrisation and initialisation that make it trainable.
 
-    exponential: λ has the stable form above (section 3.3); without it λ itself is learned, and nothing keeps it inside
-    the unit disk. ring: λ begins uniform on the ring of radii r_min and r_max, with phases from 0 to max_phase
-    (section 3.4); without it, on all of the unit disk, like the eigenvalues of a random dense matrix (section 3.2).
-    normalize: the input is scaled by the learned exp(γ^log), which begins as √(1 − |λ|²) (section 3.4); without it, not
-    at all. causal: without it, a second state with the same λ, γ^log and B runs from the end, and has a C of its own.
+    exponential: λ has the stable form above (section 3.3); if false, λ itself is learned, and nothing keeps it inside
+    the unit disk. ring: λ is initialised uniformly on the ring of radii r_min and r_max, with phases from 0 to
+    max_phase (section 3.4); if false, on all of the unit disk, like the eigenvalues of a random dense matrix (section
+    3.2). normalize: the input is scaled by the learned exp(γ^log), initialised as √(1 − |λ|²) (section 3.4). causal: if
+    false, a second state with the same λ, γ^log and B runs from the end, and has a C of its own.
 
-    Complex parameters are real pairs (…, 2). They begin normal, B_ij of variance 1/D, C_ij of 2/N, D of 1.
+    Complex parameters are real pairs (…, 2), initialised normal: B_ij of variance 1/D, C_ij of 2/N, D of 1.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class LRU(Mixer):
         d_model: int,
         *,
         causal: bool = True,
-        d_state: int = 256,
+        d_state: int = 128,
         exponential: bool = True,
         ring: bool = True,
         normalize: bool = True,
@@ -69,7 +70,9 @@ class LRU(Mixer):
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters."""
-        radius, phase = torch.empty(2, len(self.B), dtype=torch.float64).uniform_(1e-6, 1 - 1e-6)  # has logarithms
+        radius, phase = torch.empty(2, len(self.B), dtype=torch.float64).uniform_(
+            1e-6, 1 - 1e-6
+        )  # whose logarithms are finite
         nu, theta = ring_eigenvalues(radius, phase, self.r_min, self.r_max, self.max_phase)
         with torch.no_grad():
             if self.nu_log is not None and self.theta_log is not None:
@@ -85,29 +88,23 @@ class LRU(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        if mask is not None:
-            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
-        return self._run(x)[0]
+        return self._run(masked(x, mask))[0]
 
     def initial_state(self, batch_size: int) -> LRUState:
-        """Zeros: nothing was seen."""
-        self._require_causal()
-        return LRUState(complex_parameter(self.C).new_zeros(batch_size, len(self.B)))
+        """Zeros."""
+        self.require_causal()
+        return LRUState(to_complex128(self.C).new_zeros(batch_size, len(self.B)))
 
     def step(self, x: Tensor, state: LRUState) -> tuple[Tensor, LRUState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self._require_causal()
+        self.require_causal()
         y, after = diagonal_step(x, *self._system(), state.x)
         return y + (self.D * x).to(x.dtype), LRUState(after)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, LRUState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
-        self._require_causal()
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+        self.require_causal()
         return self._run(x)
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("an LRU runs step by step only with causal=true")
 
     def _run(self, x: Tensor) -> tuple[Tensor, LRUState]:
         y, last = diagonal_ssm(x, *self._system())
@@ -115,20 +112,20 @@ class LRU(Mixer):
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """λ (N,), exp(γ^log) B (N, D), C (directions, D, N)."""
-        B = complex_parameter(self.B)
+        B = to_complex128(self.B)
         if self.gamma_log is not None:
-            B = widened(self.gamma_log).exp().unsqueeze(-1) * B
-        return self._decay(), B, complex_parameter(self.C)
+            B = to_float64(self.gamma_log).exp().unsqueeze(-1) * B
+        return self._decay(), B, to_complex128(self.C)
 
     def _decay(self) -> Tensor:
         if self.nu_log is None or self.theta_log is None:
             assert self.eigenvalues is not None
-            return complex_parameter(self.eigenvalues)
-        return torch.polar((-widened(self.nu_log).exp()).exp(), widened(self.theta_log).exp())
+            return to_complex128(self.eigenvalues)
+        return torch.polar((-to_float64(self.nu_log).exp()).exp(), to_float64(self.theta_log).exp())
 
 
 def ring_eigenvalues(
     radius: Tensor, phase: Tensor, r_min: float, r_max: float, max_phase: float
 ) -> tuple[Tensor, Tensor]:
-    """ν and θ of λ = exp(−ν + iθ), uniform on the ring's area if radius and phase are so in 0 … 1 (lemma 3.2)."""
+    """ν and θ of λ = exp(−ν + iθ): uniform on the ring for radius and phase uniform in 0 … 1 (lemma 3.2)."""
     return -(radius * (r_max**2 - r_min**2) + r_min**2).log() / 2, max_phase * phase

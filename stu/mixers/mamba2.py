@@ -1,4 +1,4 @@
-r"""Mamba-2: a selective state space model whose decay is one number a head.
+r"""Mamba-2: a selective state space model with a scalar decay per head.
 
 B batch, L length, D model width, H heads, P width of a head, E = H·P inner width, G groups of heads that share B and C,
 N state size, S = E + 2·G·N convolved signals; dt is Δ, and A, B, C, D in formulas are the system, as in the paper
@@ -20,14 +20,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from stu.errors import require
-from stu.mixer import Mixer
+from stu.mixer import Mixer, reverse_twin
+from stu.ops.padding import masked
+from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.ssd import ssd, ssd_step
 
 
 class Mamba2State(NamedTuple):
-    """What a streaming Mamba-2 remembers.
+    """The memory of a streaming Mamba-2.
 
-    signals: (B, d_conv − 1, S), the last ones before the convolution, the newest last; hidden: (B, H, N, P).
+    signals: (B, d_conv − 1, S), the last inputs of the convolution, the newest last; hidden: (B, H, N, P).
     """
 
     signals: Tensor
@@ -37,12 +39,12 @@ class Mamba2State(NamedTuple):
 class Mamba2(Mixer):
     """The block of Mamba-2: projections, convolution, recurrence, gate and norm.
 
-    causal: without it, a second unit with parameters of its own (`reverse`) runs from the end and is added, as in the
+    causal: if false, a second unit with parameters of its own (`reverse`) runs from the end and is added, as in the
     STU. num_heads: H, so that a head has width P = expand · d_model / num_heads (64 in the paper). d_state: N.
-    num_groups: G. d_conv: taps of the convolution. chunk_size: steps computed as one matrix, a matter of speed alone.
+    num_groups: G. d_conv: taps of the convolution. chunk_size: steps computed as one matrix; it affects speed only.
 
     Initialised as in the official code: Δ log-uniform in dt_min … dt_max but at least dt_init_floor, −A uniform in
-    A_init_range, D and the gain of the norm one, the rest PyTorch's own. Padding leaves the state as it is: Δ is zero.
+    A_init_range, D and the gain of the norm one, the rest by PyTorch. Padding leaves the state unchanged: Δ is zero.
     """
 
     def __init__(
@@ -73,52 +75,57 @@ class Mamba2(Mixer):
         require(0 < slowest <= fastest, "A_init_range", A_init_range, "must be two numbers above 0, the smaller first")
         self.causal, self.num_heads, self.num_groups, self.chunk_size = causal, num_heads, num_groups, chunk_size
         self.widths = inner, matrix, matrix  # of x, B and C
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.A_init_range = slowest, fastest
         signals = sum(self.widths)
         self.project_in = nn.Linear(d_model, inner + signals + num_heads, bias=False)
-        # Over images of one column: unlike those of sequences, their channels may stay in the last place.
+        # As images of one column: unlike those of sequences, their channels may stay in the last dimension.
         self.conv = nn.Conv2d(signals, signals, (d_conv, 1), groups=signals)
-        dt = torch.empty(num_heads).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp_min(dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(slowest, fastest).log())
-        self.D = nn.Parameter(torch.ones(num_heads))
-        self.gain = nn.Parameter(torch.ones(inner))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.D = nn.Parameter(torch.empty(num_heads))
+        self.gain = nn.Parameter(torch.empty(inner))
+        self._reset_system()
         self.project_out = nn.Linear(inner, d_model, bias=False)
         self.reverse: Mamba2 | None = None
         if not causal:
-            self.reverse = Mamba2(
-                d_model,
-                d_state=d_state,
-                num_heads=num_heads,
-                expand=expand,
-                num_groups=num_groups,
-                d_conv=d_conv,
-                chunk_size=chunk_size,
-                dt_min=dt_min,
-                dt_max=dt_max,
-                dt_init_floor=dt_init_floor,
-                A_init_range=A_init_range,
-            )
+            self.reverse = reverse_twin(self)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+        self.project_in.reset_parameters()
+        self.conv.reset_parameters()
+        self._reset_system()
+        self.project_out.reset_parameters()
+
+    def _reset_system(self) -> None:
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp()
+        dt = dt.clamp_min(self.dt_init_floor)
+        with torch.no_grad():
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log.uniform_(*self.A_init_range).log_()
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.gain)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        y, _ = self._run(x, mask)
+        y, _ = self._from_start(x, mask)
         if self.reverse is None:
             return y
-        backwards, _ = self.reverse._run(x.flip(1), None if mask is None else mask.flip(1))
+        backwards, _ = self.reverse._from_start(x.flip(1), None if mask is None else mask.flip(1))
         return y + backwards.flip(1)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
-        """Zeros: nothing was seen."""
-        self._require_causal()
+        """Zeros."""
+        self.require_causal()
         inner, matrix, _ = self.widths
         signals = self.conv.weight.new_zeros(batch_size, self.conv.kernel_size[0] - 1, sum(self.widths))
         shape = batch_size, self.num_heads, matrix // self.num_groups, inner // self.num_heads
-        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
-        return Mamba2State(signals, self.A_log.new_zeros(shape, dtype=dtype))
+        return Mamba2State(signals, self.A_log.new_zeros(shape, dtype=at_least_float32(self.A_log)))
 
     def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self._require_causal()
+        self.require_causal()
         gate, signal, dt = self._project(x)
         signals = torch.cat((state.signals, signal.unsqueeze(1)), 1)  # (B, d_conv, S)
         inputs, B, C = (each.squeeze(1) for each in self._convolve(signals))
@@ -126,19 +133,13 @@ class Mamba2(Mixer):
         return self._output(y, gate), Mamba2State(signals[:, 1:], hidden)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Mamba2State]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
-        self._require_causal()
-        return self._run(x)
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+        self.require_causal()
+        return self._from_start(x)
 
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("Mamba-2 runs step by step only with causal=true")
-
-    def _run(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
-        """From the first step to the last: (B, L, D) → (B, L, D) and the state behind it."""
-        if mask is not None:
-            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
-        gate, signals, dt = self._project(x)
+    def _from_start(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+        """From the first step to the last: (B, L, D) → (B, L, D) and the state after it."""
+        gate, signals, dt = self._project(masked(x, mask))
         if mask is not None:
             dt = dt * mask.unsqueeze(-1)
         signals = F.pad(signals, (0, 0, self.conv.kernel_size[0] - 1, 0))
@@ -149,33 +150,29 @@ class Mamba2(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(…, D) → the gate (…, E), the signals x, B, C (…, S) and Δ (…, H), in float32 at least."""
         gate, signals, dt = self.project_in(x).split((self.widths[0], sum(self.widths), self.num_heads), -1)
-        return gate, signals, F.softplus(dt.to(_wide(dt)) + self.dt_bias)
+        return gate, signals, F.softplus(dt.to(at_least_float32(dt)) + self.dt_bias)
 
     def _convolve(self, signals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, d_conv − 1 + L, S) → x (B, L, H, P) and B, C (B, L, G, N), in float32 at least."""
-        dtype = _wide(signals)
+        dtype = at_least_float32(signals)
         columns = signals.to(dtype).unsqueeze(2).permute(0, 3, 1, 2)  # (B, S, L, 1), in memory (B, L, 1, S)
         weights = {name: weight.to(dtype) for name, weight in self.conv.named_parameters()}
-        with torch.autocast(signals.device.type, enabled=False):
+        with no_autocast(signals):
             columns = functional_call(self.conv, weights, columns)
         x, B, C = F.silu(columns.squeeze(-1).transpose(1, 2)).split(self.widths, -1)
         groups = self.num_groups, -1
         return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _rates(self) -> Tensor:
-        """A, one number a head (H,)."""
-        return -self.A_log.to(_wide(self.A_log)).exp()
+        """A, a scalar per head (H,)."""
+        return -self.A_log.to(at_least_float32(self.A_log)).exp()
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """(…, H, P) and (…, E) → (…, D); the norm is over each group, as the official code has it."""
-        gated = y.flatten(-2) * F.silu(gate.to(_wide(gate)))
+        gated = y.flatten(-2) * F.silu(gate.to(at_least_float32(gate)))
         groups = gated.unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(groups, groups.shape[-1:], eps=1e-5).flatten(-2) * self.gain
         return self.project_out(normed.to(gate.dtype))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _require_divisor(name: str, value: int, of: str, whole: int) -> None:

@@ -1,10 +1,10 @@
 r"""S4, the structured state space model: diagonal plus low rank.
 
-B batch, L length, D model width, R rank, N size of the state, of which N/2 modes are kept: their conjugates follow
+B batch, L length, D model width, R rank, N state size, of which N/2 modes are kept: their conjugates are implied
 
-    x'(t) = (Λ − P Pᴴ) x(t) + B u(t),    y(t) = C x(t) + D u(t)        (in every channel, in time steps dt of its own)
+    x'(t) = (Λ − P Pᴴ) x(t) + B u(t),    y(t) = C x(t) + D u(t)        (per channel, with its own time step dt)
 
-The low rank term is a feedback. With w_t = Pᴴ (x_t + x_{t−1})/2 the bilinear rule reads
+The low-rank term is a feedback. With w_t = Pᴴ (x_t + x_{t−1})/2 the bilinear rule reads
 
     x_t = Ā x_{t−1} + G (B u_t − P w_t),    Ā = (1 + dt Λ/2)/(1 − dt Λ/2),    G = dt/(1 − dt Λ/2)
 
@@ -12,10 +12,10 @@ so that a step costs O(R·N). As power series in the delay z, with K_CB = Σ_l C
 
     K = K_CB − K_CP (1 + K_QP)^{−1} K_QB,    Q = Pᴴ (1 + z)/2
 
-is the kernel, cut at z^L, at the cost of some FFTs. Re K_QP ≥ 0 for |z| ≤ 1, so that nothing is near to singular. Where
-L is large against N², k_l = C Ā_P^l B̄ costs less by the dense Ā_P of the same step: as Re Λ < 0 and −P Pᴴ ≤ 0, it never
-lengthens a vector, and its powers are exact to rounding. Neither depends on a length chosen beforehand, as the Cauchy
-kernel of the paper does, which needs Ā_P^L wherever C itself is the parameter. The zero-order hold keeps no low rank:
+is the kernel, cut at z^L, at the cost of some FFTs. Re K_QP ≥ 0 for |z| ≤ 1, so that nothing is near singular. Where L
+is large compared with N², k_l = C Ā_P^l B̄ costs less by the dense Ā_P of the same step: as Re Λ < 0 and −P Pᴴ ≤ 0, it
+never lengthens a vector, and its powers are exact to rounding. Neither depends on a length chosen beforehand, as the
+Cauchy kernel of the paper does, which needs Ā_P^L where C itself is the parameter. The zero-order hold has no low rank:
 its Ā_P = e^{dt (Λ − P Pᴴ)} is dense, and a step costs O(N²).
 
 Source: Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, and the official
@@ -31,57 +31,52 @@ from torch.nn import functional as F
 
 from stu.errors import require
 from stu.mixer import Mixer
+from stu.ops.discretize import Discretization, discretize
 from stu.ops.hippo import clipped_input, nplr_legs
-from stu.ops.kernels import (
-    Discretization,
-    closed_loop,
-    complex_parameter,
-    dense_kernel,
-    dense_state,
-    diagonal_responses,
-    discretize,
-    widened,
-)
+from stu.ops.kernels import dense_kernel, dense_state, diagonal_responses
 from stu.ops.long_convolution import long_convolution
+from stu.ops.padding import masked
+from stu.ops.power_series import closed_loop
+from stu.ops.precision import at_least_float32, to_complex128, to_float64
 
 
 class S4State(NamedTuple):
     """The modes of every channel, complex (B, D, N/2), in double precision where the device has it.
 
-    held: under the zero-order hold the Ā_P (D, N, N) and B̄ (D, N) that steps use, so that they are made only once.
+    zoh_system: Ā_P (D, N, N) and B̄ (D, N) of the zero-order hold, made once for all steps; None for bilinear.
     """
 
     modes: Tensor
-    held: tuple[Tensor, Tensor] | None
+    zoh_system: tuple[Tensor, Tensor] | None
 
 
 class ClosedLoop(NamedTuple):
-    """One step with its feedback, a channel each: Ā and G B (D, N/2), P and G P (R, D, N/2), response (D, N/2, R).
+    """One bilinear step with its feedback, per channel: Ā, G B (D, N/2), P, G P (R, D, N/2), correction (D, N/2, R).
 
-    response: what of x_t the Pᴴ (x_t + x_{t−1}) without feedback takes away, G P (1 + Pᴴ G P/2)^{−1}/2.
+    correction: G P (1 + Pᴴ G P/2)^{−1}/2, by which the feedback Pᴴ (x_t + x_{t−1}) of the open loop changes x_t.
     """
 
     a: Tensor
-    b: Tensor
+    GB: Tensor
     P: Tensor
-    push: Tensor
-    response: Tensor
+    GP: Tensor
+    correction: Tensor
 
     def advance(self, modes: Tensor, u: Tensor) -> Tensor:
         """x_{t−1} (…, D, N/2), u_t (…, D) → x_t."""
-        free = self.a * modes + self.b * u.unsqueeze(-1)
-        seen = 2 * torch.einsum("rdn,...dn->...dr", self.P.conj(), free + modes).real
-        return free - torch.einsum("dnr,...dr->...dn", self.response, seen.to(free.dtype))
+        open_loop = self.a * modes + self.GB * u.unsqueeze(-1)
+        feedback = 2 * torch.einsum("rdn,...dn->...dr", self.P.conj(), open_loop + modes).real
+        return open_loop - torch.einsum("dnr,...dr->...dn", self.correction, feedback.to(open_loop.dtype))
 
     def kernel(self, C: Tensor, length: int) -> Tensor:
         """2 Re C x_l after an impulse u_0 = 1: complex C (H, D, N/2) → (H, L, D)."""
-        inputs, outputs = torch.cat((self.b.unsqueeze(0), self.push)), torch.cat((C, self.P.conj()))
-        heard, seen = diagonal_responses(self.a, inputs, outputs, length).split((len(C), len(self.P)))
-        seen = (seen + F.pad(seen[..., :-1], (1, 0))) / 2  # Pᴴ (x_t + x_{t−1})/2
-        return closed_loop(torch.cat((heard, seen)), len(self.P)).squeeze(1).mT
+        columns, rows = torch.cat((self.GB.unsqueeze(0), self.GP)), torch.cat((C, self.P.conj()))
+        outputs, feedback = diagonal_responses(self.a, columns, rows, length).split((len(C), len(self.P)))
+        feedback = (feedback + F.pad(feedback[..., :-1], (1, 0))) / 2  # Pᴴ (x_t + x_{t−1})/2
+        return closed_loop(torch.cat((outputs, feedback)), len(self.P)).squeeze(1).mT
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Ā_P (D, N, N) and B̄ (D, N) on real and imaginary parts in turn."""
+        """Ā_P (D, N, N) and B̄ (D, N), which act on interleaved real and imaginary parts."""
         width, half = self.a.shape
         basis = torch.eye(2 * half, dtype=self.a.real.dtype, device=self.a.device).view(-1, 1, half, 2)
         columns = self.advance(torch.view_as_complex(basis), self.a.real.new_zeros(width))  # (N, D, N/2)
@@ -90,14 +85,15 @@ class ClosedLoop(NamedTuple):
 
 
 class S4(Mixer):
-    """A diagonal plus low rank state space a channel, run as a long convolution; begins as HiPPO-LegS.
+    """A diagonal plus low-rank state space per channel, run as a long convolution; initialised as HiPPO-LegS.
 
-    causal: without it, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
-    rank: R; HiPPO-LegS has one column P, further ones begin as noise of deviation 0.01. discretization: "bilinear", as
-    in the paper, or "zoh", the zero-order hold, by a matrix exponential. n_ssm: independent copies of Λ, P and B, which
-    the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
+    causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
+    rank: R; HiPPO-LegS has one column P, further ones are initialised as noise of standard deviation 0.01.
+    discretization: "bilinear", as in the paper, or "zoh", the zero-order hold, by a matrix exponential. n_ssm:
+    independent copies of Λ, P and B, which the channels share in turn. dt_min, dt_max: dt is initialised log-uniform
+    between them.
 
-    Complex parameters are real pairs (…, 2). C and D begin normal of variance 1.
+    Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
 
     def __init__(
@@ -145,9 +141,9 @@ class S4(Mixer):
 
     def kernel(self, length: int) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
-        C = complex_parameter(self.C)
+        C = to_complex128(self.C)
         if self._by_feedback(length):
-            kernel = self._system().kernel(C, length)
+            kernel = self._bilinear().kernel(C, length)
         else:
             kernel = dense_kernel(*self._dense(), 2 * torch.view_as_real(C.conj_physical()).flatten(-2), length)
         kernel[0, 0] += self.D
@@ -155,86 +151,81 @@ class S4(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        if mask is not None:
-            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
         kernel = self.kernel(x.shape[1])
-        return long_convolution(x, *kernel.to(torch.promote_types(x.dtype, torch.float32)))
+        return long_convolution(masked(x, mask), *kernel.to(at_least_float32(x)))
 
     def initial_state(self, batch_size: int) -> S4State:
-        """Zeros: nothing was seen."""
-        self._require_causal()
-        held = self._dense() if self.discretization == "zoh" else None
-        return S4State(complex_parameter(self.C).new_zeros(batch_size, *self.C.shape[1:3]), held)
+        """Zeros."""
+        self.require_causal()
+        system = self._zoh() if self.discretization == "zoh" else None
+        return S4State(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]), system)
 
     def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self._require_causal()
-        u = widened(x)
-        if state.held is None:
-            modes = self._system().advance(state.modes, u)
+        self.require_causal()
+        u = to_float64(x)
+        if state.zoh_system is None:
+            modes = self._bilinear().advance(state.modes, u)
         else:
-            a, b = state.held
+            a, b = state.zoh_system
             parts = torch.view_as_real(state.modes).flatten(-2)  # (B, D, N)
-            modes = _modes(torch.einsum("dmn,bdn->bdm", a, parts) + b * u.unsqueeze(-1))
-        y = 2 * (complex_parameter(self.C[0]) * modes).real.sum(-1) + self.D * u
-        return y.to(x.dtype), S4State(modes, state.held)
+            modes = _from_parts(torch.einsum("dmn,bdn->bdm", a, parts) + b * u.unsqueeze(-1))
+        y = 2 * (to_complex128(self.C[0]) * modes).real.sum(-1) + self.D * u
+        return y.to(x.dtype), S4State(modes, state.zoh_system)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S4State]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
-        self._require_causal()
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+        self.require_causal()
         dense = self._dense()
-        modes = _modes(dense_state(*dense, x))
+        modes = _from_parts(dense_state(*dense, x))
         return self.forward(x), S4State(modes, dense if self.discretization == "zoh" else None)
 
     def _by_feedback(self, length: int) -> bool:
-        """Whether the kernel costs less by power series, (1 + R)² of them, than by matrices of N² numbers.
+        """Whether the kernel costs less by (1 + R)² power series than by matrices of N² numbers.
 
-        The factor is measured, on a processor. Other devices start the many small operations of the series too slowly.
+        The factor is measured, on a CPU. On other devices launching the many small operations of the series costs too
+        much.
         """
         rank, _, half, _ = self.P.shape
         short = (1 + rank) ** 2 * length <= 2 * (2 * half) ** 2
         return self.discretization == "bilinear" and short and self.P.device.type == "cpu"
 
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("an S4 runs step by step only with causal=true")
-
     def _dense(self) -> tuple[Tensor, Tensor]:
-        """Ā_P (D, N, N) and B̄ (D, N) on real and imaginary parts in turn."""
-        return self._system().dense() if self.discretization == "bilinear" else self._held()
+        """Ā_P (D, N, N) and B̄ (D, N), which act on interleaved real and imaginary parts."""
+        return self._bilinear().dense() if self.discretization == "bilinear" else self._zoh()
 
-    def _held(self) -> tuple[Tensor, Tensor]:
+    def _zoh(self) -> tuple[Tensor, Tensor]:
         """The zero-order hold, both parts of it in one exponential of dt [[A, B], [0, 0]]."""
         dt, A, P, B = self._continuous()
         width, half = A.shape
         basis = torch.view_as_complex(torch.eye(2 * half, dtype=dt.dtype, device=dt.device).view(-1, 1, half, 2))
-        seen = 2 * torch.einsum("rdn,jdn->jdr", P.conj(), basis.expand(-1, width, -1)).real.to(P.dtype)
-        columns = A * basis - torch.einsum("rdn,jdr->jdn", P, seen)  # (N, D, N/2)
+        feedback = 2 * torch.einsum("rdn,jdn->jdr", P.conj(), basis.expand(-1, width, -1)).real.to(P.dtype)
+        columns = A * basis - torch.einsum("rdn,jdr->jdn", P, feedback)  # (N, D, N/2)
         generator = dt.new_zeros(width, 2 * half + 1, 2 * half + 1)
         generator[:, :-1, :-1] = torch.view_as_real(columns).flatten(-2).permute(1, 2, 0)
         generator[:, :-1, -1] = torch.view_as_real(B).flatten(-2)
-        held = torch.linalg.matrix_exp(dt.unsqueeze(-1) * generator)
-        return held[:, :-1, :-1], held[:, :-1, -1]
+        exponential = torch.linalg.matrix_exp(dt.unsqueeze(-1) * generator)
+        return exponential[:, :-1, :-1], exponential[:, :-1, -1]
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Dt (D, 1), Λ (D, N/2), P (R, D, N/2) and B (D, N/2) of every channel."""
-        dt = widened(self.log_dt).exp().unsqueeze(-1)
-        A = torch.complex(-widened(self.log_A_real).exp(), widened(self.A_imag))
+        """Per channel: dt (D, 1), Λ (D, N/2), P (R, D, N/2) and B (D, N/2)."""
+        dt = to_float64(self.log_dt).exp().unsqueeze(-1)
+        A = torch.complex(-to_float64(self.log_A_real).exp(), to_float64(self.A_imag))
         copies = self.d_model // len(A)
-        P, B = complex_parameter(self.P), complex_parameter(self.B)
+        P, B = to_complex128(self.P), to_complex128(self.B)
         return dt, A.repeat(copies, 1), P.repeat(1, copies, 1), B.repeat(copies, 1)
 
-    def _system(self) -> ClosedLoop:
+    def _bilinear(self) -> ClosedLoop:
         """The bilinear rule."""
         dt, A, P, B = self._continuous()
         a, gain = discretize(A, dt, "bilinear")
         loop = torch.einsum("rdn,dn,sdn->drs", P.conj(), gain, P).real  # Pᴴ G P/2, conjugate modes included
         eye = torch.eye(len(P), dtype=dt.dtype, device=dt.device)
-        inverse = torch.linalg.inv_ex(eye + loop).inverse  # never singular, as Re G > 0; a check would wait
-        response = torch.einsum("sdn,dn,dsr->dnr", P, gain, inverse.to(gain.dtype)) / 2
-        return ClosedLoop(a, gain * B, P, gain * P, response)
+        inverse = torch.linalg.inv_ex(eye + loop).inverse  # never singular, as Re G > 0; a check would synchronise
+        correction = torch.einsum("sdn,dn,dsr->dnr", P, gain, inverse.to(gain.dtype)) / 2
+        return ClosedLoop(a, gain * B, P, gain * P, correction)
 
 
-def _modes(parts: Tensor) -> Tensor:
-    """Real and imaginary parts in turn, (…, N) → complex (…, N/2)."""
+def _from_parts(parts: Tensor) -> Tensor:
+    """Interleaved real and imaginary parts (…, N) → complex (…, N/2)."""
     return torch.view_as_complex(parts.unflatten(-1, (-1, 2)).contiguous())

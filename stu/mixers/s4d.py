@@ -1,8 +1,8 @@
 r"""S4D, the diagonal state space model.
 
-B batch, L length, D model width, N size of the state, of which N/2 modes are kept: their conjugates follow
+B batch, L length, D model width, N state size, of which N/2 modes are kept: their conjugates are implied
 
-    x'(t) = Λ x(t) + B u(t),    y(t) = 2 Re C x(t) + D u(t)        (in every channel, in time steps dt of its own)
+    x'(t) = Λ x(t) + B u(t),    y(t) = 2 Re C x(t) + D u(t)        (per channel, with its own time step dt)
 
 Source: Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893,
 and the official code (state-spaces/s4).
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
+from stu.ops.discretize import Discretization, discretize
 from stu.ops.hippo import DiagonalInit, diagonal_init
-from stu.ops.kernels import Discretization, complex_parameter, diagonal_kernel, diagonal_state, discretize, widened
+from stu.ops.kernels import diagonal_kernel, diagonal_state
 from stu.ops.long_convolution import long_convolution
+from stu.ops.padding import masked
+from stu.ops.precision import at_least_float32, to_complex128, to_float64
 
 
 class S4DState(NamedTuple):
@@ -28,13 +31,13 @@ class S4DState(NamedTuple):
 
 
 class S4D(Mixer):
-    """A diagonal state space a channel, run as a long convolution.
+    """A diagonal state space per channel, run as a long convolution.
 
-    causal: without it, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
+    causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
     init: "legs", the diagonal part of HiPPO-LegS, or one of the closed forms "inv" and "lin". n_ssm: independent
-    copies of Λ and B, which the channels share in turn. dt_min, dt_max: between them dt begins, log-uniform.
+    copies of Λ and B, which the channels share in turn. dt_min, dt_max: dt is initialised log-uniform between them.
 
-    Complex parameters are real pairs (…, 2). C and D begin normal of variance 1.
+    Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
 
     def __init__(
@@ -77,44 +80,38 @@ class S4D(Mixer):
 
     def kernel(self, length: int) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
-        kernel = diagonal_kernel(*self._system(), complex_parameter(self.C), length)
+        kernel = diagonal_kernel(*self._system(), to_complex128(self.C), length)
         kernel[0, 0] += self.D
         return kernel
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        if mask is not None:
-            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
         kernel = self.kernel(x.shape[1])
-        return long_convolution(x, *kernel.to(torch.promote_types(x.dtype, torch.float32)))
+        return long_convolution(masked(x, mask), *kernel.to(at_least_float32(x)))
 
     def initial_state(self, batch_size: int) -> S4DState:
-        """Zeros: nothing was seen."""
-        self._require_causal()
-        return S4DState(complex_parameter(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
+        """Zeros."""
+        self.require_causal()
+        return S4DState(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
 
     def step(self, x: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self._require_causal()
+        self.require_causal()
         a, b = self._system()
-        u = widened(x)
+        u = to_float64(x)
         modes = a * state.modes + b * u.unsqueeze(-1)
-        y = 2 * (complex_parameter(self.C[0]) * modes).real.sum(-1) + self.D * u
+        y = 2 * (to_complex128(self.C[0]) * modes).real.sum(-1) + self.D * u
         return y.to(x.dtype), S4DState(modes)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S4DState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
-        self._require_causal()
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+        self.require_causal()
         return self.forward(x), S4DState(diagonal_state(*self._system(), x))
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("an S4D runs step by step only with causal=true")
 
     def _system(self) -> tuple[Tensor, Tensor]:
         """Ā and B̄ of every channel, complex (D, N/2)."""
-        dt = widened(self.log_dt).exp().unsqueeze(-1)
-        A = torch.complex(-widened(self.log_A_real).exp(), widened(self.A_imag))
+        dt = to_float64(self.log_dt).exp().unsqueeze(-1)
+        A = torch.complex(-to_float64(self.log_A_real).exp(), to_float64(self.A_imag))
         copies = self.d_model // len(A)
         a, gain = discretize(A.repeat(copies, 1), dt, self.discretization)
-        return a, gain * complex_parameter(self.B).repeat(copies, 1)
+        return a, gain * to_complex128(self.B).repeat(copies, 1)

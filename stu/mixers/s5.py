@@ -1,8 +1,8 @@
 r"""S5, the simplified state space layer: one multi-input, multi-output diagonal system.
 
-B batch, L length, D model width, N size of the state, J blocks, P modes kept: N, or N/2 where their conjugates follow
+B batch, L length, D model width, N state size, J blocks, P modes kept: N, or N/2 where conjugates are implied
 
-    x'(t) = Λ x(t) + B u(t),    y(t) = Re C x(t) + D ⊙ u(t)        (every mode in time steps dt of its own)
+    x'(t) = Λ x(t) + B u(t),    y(t) = Re C x(t) + D ⊙ u(t)        (with a time step dt per mode)
 
 Source: Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence Modeling", 2208.04933, and the
 official code (lindermanlab/S5).
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
+from stu.ops.discretize import Discretization, discretize
 from stu.ops.hippo import nplr_legs
-from stu.ops.kernels import Discretization, complex_parameter, discretize, widened
+from stu.ops.padding import masked
+from stu.ops.precision import to_complex128, to_float64
 from stu.ops.scan import diagonal_ssm, diagonal_step
 
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 LARGEST_REAL_PART = -1e-4  # of eigenvalues with clip_eigs
-TRUNCATED_DEVIATION = 0.87962566103423978  # what is left of 1 where a normal distribution is cut at ±2
+TRUNCATED_STD = 0.87962566103423978  # of a standard normal distribution truncated at ±2
 
 
 class S5State(NamedTuple):
@@ -32,18 +34,18 @@ class S5State(NamedTuple):
 
 
 class S5(Mixer):
-    """A diagonal state space for all channels together, run as a scan.
+    """One diagonal state space for all channels together, run as a scan.
 
-    causal: without it, a second state with the same Λ, dt and B runs from the end, and has a C of its own.
-    d_state: N. num_blocks: J; the state matrix begins block-diagonal, every block the normal part of HiPPO-LegS of
-    size N/J. conj_sym: keep one mode of each conjugate pair, y = 2 Re C x. C_init: in the basis of HiPPO both parts of
-    C are normal, cut at two deviations, of variance 1/N (trunc_standard_normal) or 1/(N·D) (lecun_normal);
-    complex_normal draws C in the basis of the modes, of variance 1. clip_eigs: Re Λ counts as −1e−4 where it is above,
-    so that the system is stable. dt_min, dt_max: between them dt begins, log-uniform. step_rescale: a factor of dt,
-    for inputs sampled at another rate than in training.
+    causal: if false, a second state with the same Λ, dt and B runs from the end, and has a C of its own.
+    d_state: N. num_blocks: J; the state matrix is initialised block-diagonal, every block the normal part of HiPPO-LegS
+    of size N/J. conj_sym: keep one mode of each conjugate pair, y = 2 Re C x. C_init: in the basis of HiPPO both parts
+    of C are normal, truncated at two standard deviations, of variance 1/N (trunc_standard_normal) or 1/(N·D)
+    (lecun_normal); complex_normal draws C in the basis of the modes, of variance 1. clip_eigs: Re Λ is clipped to at
+    most −1e−4, so that the system is stable. dt_min, dt_max: dt is initialised log-uniform between them. step_rescale:
+    a factor of dt, for inputs sampled at another rate than in training.
 
-    Complex parameters are real pairs (…, 2). B begins in the basis of HiPPO, like C, of variance 1/N; D normal of
-    variance 1.
+    Complex parameters are real pairs (…, 2). B is initialised in the basis of HiPPO, like C, of variance 1/N; D normal
+    of variance 1.
     """
 
     def __init__(
@@ -63,15 +65,10 @@ class S5(Mixer):
     ) -> None:
         super().__init__()
         require(d_state >= 1, "d_state", d_state, "must be at least 1")
-        require(
-            num_blocks >= 1 and d_state % num_blocks == 0, "num_blocks", num_blocks, f"must divide d_state ({d_state})"
-        )
-        require(
-            not conj_sym or d_state // num_blocks % 2 == 0,
-            "num_blocks",
-            num_blocks,
-            f"must leave blocks of even size for conjugate pairs (d_state {d_state})",
-        )
+        fits = num_blocks >= 1 and d_state % num_blocks == 0
+        require(fits, "num_blocks", num_blocks, f"must divide d_state ({d_state})")
+        even = f"must leave blocks of even size for conjugate pairs (d_state {d_state})"
+        require(not conj_sym or d_state // num_blocks % 2 == 0, "num_blocks", num_blocks, even)
         require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
         require(C_init in get_args(OutputInit), "C_init", C_init, f"must be one of {', '.join(get_args(OutputInit))}")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
@@ -106,29 +103,23 @@ class S5(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        if mask is not None:
-            x = x.where(mask.unsqueeze(-1), x.new_zeros(()))
-        return self._run(x)[0]
+        return self._run(masked(x, mask))[0]
 
     def initial_state(self, batch_size: int) -> S5State:
-        """Zeros: nothing was seen."""
-        self._require_causal()
-        return S5State(complex_parameter(self.C).new_zeros(batch_size, len(self.Lambda)))
+        """Zeros."""
+        self.require_causal()
+        return S5State(to_complex128(self.C).new_zeros(batch_size, len(self.Lambda)))
 
     def step(self, x: Tensor, state: S5State) -> tuple[Tensor, S5State]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self._require_causal()
+        self.require_causal()
         y, modes = diagonal_step(x, *self._system(), state.modes)
         return y + (self.D * x).to(x.dtype), S5State(modes)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S5State]:
-        """(B, L, D) → (B, L, D) and the state from which `step` goes on."""
-        self._require_causal()
+        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+        self.require_causal()
         return self._run(x)
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("S5 runs step by step only with causal=true")
 
     def _run(self, x: Tensor) -> tuple[Tensor, S5State]:
         y, modes = diagonal_ssm(x, *self._system())
@@ -136,17 +127,17 @@ class S5(Mixer):
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Λ̄ (P,), B̄ (P, D), and C for Re C x (directions, D, P)."""
-        real, imaginary = widened(self.Lambda).unbind(-1)
+        real, imaginary = to_float64(self.Lambda).unbind(-1)
         if self.clip_eigs:
             real = real.clamp(max=LARGEST_REAL_PART)
-        dt = self.step_rescale * widened(self.log_dt).exp()
+        dt = self.step_rescale * to_float64(self.log_dt).exp()
         decay, gain = discretize(torch.complex(real, imaginary), dt, self.discretization)
-        C = complex_parameter(self.C)
-        return decay, gain.unsqueeze(-1) * complex_parameter(self.B), 2 * C if self.conj_sym else C
+        C = to_complex128(self.C)
+        return decay, gain.unsqueeze(-1) * to_complex128(self.B), 2 * C if self.conj_sym else C
 
 
 def hippo_modes(d_state: int, conj_sym: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (P,) and eigenvectors (N, P) of HiPPO-N; with `conj_sym` only those of negative imaginary part."""
+    """Eigenvalues (P,) and eigenvectors (N, P) of HiPPO-N; with `conj_sym` only those with negative imaginary part."""
     normal = nplr_legs(d_state)
     kept = d_state // 2 if conj_sym else d_state
     return normal.eigenvalues[:kept], normal.V[:, :kept]
@@ -163,7 +154,7 @@ def output_modes(C: Tensor, V: Tensor) -> Tensor:
 
 
 def truncated_normal(*shape: int, variance: float) -> Tensor:
-    """Normal numbers cut at two deviations, scaled to this variance (JAX's lecun_normal), float64."""
-    deviation = math.sqrt(variance) / TRUNCATED_DEVIATION
+    """Normal numbers truncated at two standard deviations, of this variance (JAX's lecun_normal), float64."""
+    std = math.sqrt(variance) / TRUNCATED_STD
     draws = torch.empty(shape, dtype=torch.float64)
-    return nn.init.trunc_normal_(draws, std=deviation, a=-2 * deviation, b=2 * deviation)
+    return nn.init.trunc_normal_(draws, std=std, a=-2 * std, b=2 * std)

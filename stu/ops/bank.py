@@ -1,11 +1,11 @@
-r"""Fixed filters, made ready to be convolved with: their spectra, compressed band by band.
+r"""Banks of fixed filters: which columns a layer has, and their spectra, compressed band by band.
 
 L length, K filters, R ≤ K basis functions of a band, n FFT length, F = n/2 + 1 frequencies
 
-The filters never change, so what is common to their spectra φ̂_k = rfft(φ_k) can be taken out beforehand. Away from
-frequency zero the spectrum of a slowly varying filter is smooth (away from the other end, where its signs alternate).
-The filters end abruptly, at n/2 where they are long enough, which adds a second smooth part times (−1)^f: even and odd
-frequencies are each smooth. So on a band of one parity all K filters are combinations of few functions,
+The filters never change, so what their spectra φ̂_k = rfft(φ_k) have in common can be factored out beforehand. Away
+from frequency zero the spectrum of a slowly varying filter is smooth (away from the other end, where its signs
+alternate). The filters end abruptly, at n/2 where they are long enough, which adds a second smooth part times (−1)^f:
+even and odd frequencies are each smooth. So on a band of one parity all K filters are combinations of few functions,
 φ̂_k(f) = Σ_r a_r(f) W_rk to the rounding error of the dtype, by a truncated SVD. Of 24 filters of 1024 steps R = 14
 remain on average in float32, of the 48 of two branches 20.
 """
@@ -14,13 +14,16 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from typing import ClassVar, NamedTuple
+from collections.abc import Hashable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stu.ops.filters import Hankel, spectral_filters
+
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
-REMEMBERED = 64  # FFT lengths whose bands a bank keeps
+CACHED_LENGTHS = 64  # FFT lengths whose bands a bank keeps
 
 
 class Band(NamedTuple):
@@ -38,22 +41,37 @@ class Band(NamedTuple):
         return self._replace(basis=self.basis.to(dtype).to(device), mix=self.mix.to(dtype).to(device))
 
 
-class FilterBank:
-    """Fixed filters (L, K), kept in float64, and their compressed spectra for every FFT length that was asked for.
+class SpectralFilters(NamedTuple):
+    """Which spectral filters the columns of a bank are; see `spectral_bank`."""
 
-    An operator takes no objects but tensors, numbers and strings, so a bank has a `name` by which `FilterBank.of`
-    finds it while it lives (a string, as `torch.compile` may make a variable of a number).
+    seq_len: int
+    num_filters: int
+    hankel: Hankel
+    two_sided: bool
+    delay: int
+    k_u: int
+    recurrence: int
+
+
+class FilterBank:
+    """Fixed filters (L, K) in float64, and their compressed spectra for every FFT length in use.
+
+    spectral: what the filters are, where they are those of `spectral_bank`.
+
+    A custom operator takes only tensors, numbers and strings, so a bank has a `name` by which `FilterBank.of` finds it
+    while it lives (a string, because `torch.compile` may turn a number into a variable).
     """
 
     _numbers: ClassVar = itertools.count()
     _living: ClassVar["weakref.WeakValueDictionary[str, FilterBank]"] = weakref.WeakValueDictionary()
 
-    def __init__(self, filters: Tensor) -> None:
-        self.filters = filters.detach().to("cpu", torch.float64)
+    def __init__(self, filters: Tensor, spectral: SpectralFilters | None = None) -> None:
+        self.filters, self.spectral = filters.detach().to("cpu", torch.float64), spectral
         self.name = str(next(self._numbers))
-        self._turn = threading.Lock()  # replicas of a model share its banks, a thread each
+        self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.memories: dict[Hashable, Any] = {}  # of layers that stream these filters; see `stu.ops.streaming`
         self._living[self.name] = self
 
     @classmethod
@@ -61,14 +79,14 @@ class FilterBank:
         """The living bank of that name."""
         return cls._living[name]
 
-    def __reduce__(self) -> tuple[type["FilterBank"], tuple[Tensor]]:
-        return FilterBank, (self.filters,)
+    def __reduce__(self) -> tuple[type["FilterBank"], tuple[Tensor, SpectralFilters | None]]:
+        return FilterBank, (self.filters, self.spectral)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The filters (L, K) themselves, on a device and in float32 at least."""
         key = torch.promote_types(dtype, torch.float32), device
         if key not in self._placed:
-            with torch.inference_mode(False):  # or training could not use what an evaluation placed
+            with torch.inference_mode(False):  # training could not use what an evaluation had placed
                 self._placed[key] = self.filters.to(key[0]).to(device)
         return self._placed[key]
 
@@ -78,19 +96,19 @@ class FilterBank:
         Filters are cut to (n + 1) // 2 steps, so that with inputs of at most as many nothing wraps around.
         """
         key = n, dtype, device
-        with self._turn:
+        with self._lock:
             if key not in self._bands:
                 with torch.inference_mode(False):
                     bands = _compressed(self.filters, n, torch.finfo(dtype).eps)
                     self._bands[key] = [band.to(dtype, device) for band in bands]
-                if len(self._bands) > REMEMBERED:
+                if len(self._bands) > CACHED_LENGTHS:
                     self._bands.popitem(last=False)
             self._bands.move_to_end(key)
             return self._bands[key]
 
 
 def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:
-    """Truncated SVDs of the spectra, each filter scaled to norm 1, on bands that double from either end."""
+    """Truncated SVDs of the spectra, each filter scaled to norm 1, on bands that double in width from either end."""
     filters = filters[: (n + 1) // 2]
     norm = filters.norm(dim=0)
     scaled = filters / norm.where(norm > 0, 1.0)
@@ -100,8 +118,8 @@ def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:
         planes = spectra[frequencies].permute(2, 0, 1)  # (2, F, K)
         q, triangle = torch.linalg.qr(planes.flatten(0, 1))
         left, singular, right = torch.linalg.svd(triangle, full_matrices=False)
-        energy = (singular[:, None] * right).square() / n  # of each filter, by Parseval's theorem, in each term
-        lost = energy.flip(0).cumsum(0).flip(0).sqrt().amax(1)  # worst error of a filter from the r-th term on
+        energy = (singular[:, None] * right).square() / n  # of each filter in each term, by Parseval's theorem
+        lost = energy.flip(0).cumsum(0).flip(0).sqrt().amax(1)  # largest error of a filter without terms r, r + 1, …
         rank = max(1, int((lost > tolerance).sum()))
         basis = (q @ left[:, :rank]).view(2, -1, rank)
         bands.append(Band(frequencies, basis, singular[:rank, None] * right[:rank] * norm))
@@ -117,3 +135,40 @@ def _bands(count: int) -> list[slice]:
         width *= 2
     ranges = itertools.pairwise(sorted(edges))
     return [slice(first, stop, 2) for start, stop in ranges for first in (start, start + 1) if first < stop]
+
+
+def spectral_bank(
+    seq_len: int,
+    num_filters: int,
+    hankel: Hankel,
+    *,
+    two_sided: bool,
+    delay: int,
+    k_u: int = 0,
+    recurrence: int = 0,
+) -> FilterBank:
+    """The `filter_bank` of the spectral filters of a Hankel matrix."""
+    eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
+    columns = filter_bank(eigenvalues**0.25 * filters, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
+    return FilterBank(columns, SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence))
+
+
+def filter_bank(
+    scaled: Tensor, *, two_sided: bool = False, delay: int = 2, k_u: int = 0, recurrence: int = 0
+) -> Tensor:
+    """Every fixed impulse response of an STU, (L, K), so that the layer is one convolution.
+
+    scaled: (L, K₁) filters σ_k^{1/4} φ_k. Columns: the positive branch, the branch of alternating signs where
+    `two_sided`, both delayed by `delay` steps, then the input lags 0 … k_u − 1 as unit impulses. `recurrence` = p > 0
+    folds in a fixed y_{t−p}: a running sum of stride p over each response.
+    """
+    length = len(scaled)
+    branches = [scaled]
+    if two_sided:
+        branches.append(scaled * (1 - 2 * (torch.arange(length) % 2)).unsqueeze(1))
+    spectral = torch.cat(branches, 1)
+    delayed = torch.cat((spectral.new_zeros(min(delay, length), spectral.shape[1]), spectral))[:length]
+    bank = torch.cat((delayed, torch.eye(length, k_u, dtype=scaled.dtype)), 1)
+    for phase in range(min(recurrence, length)):
+        bank[phase::recurrence] = bank[phase::recurrence].cumsum(0)
+    return bank

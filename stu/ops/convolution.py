@@ -5,10 +5,10 @@ F frequencies (of a band, or fewer)
 
     y_t = Σ_k Σ_{i≤t} φ_k(i) · u_{t−i} M_k
 
-Convolving every channel with every filter costs K FFTs a channel and B·L·K·I numbers of memory. But the layer is
+Convolving every channel with every filter costs K FFTs per channel and B·L·K·I numbers of memory. But the layer is
 linear and time-invariant: with φ̂_k = rfft(φ_k) its transfer function is H(f) = Σ_k φ̂_k(f) M_k, and
-Y(f) = U(f) H(f) needs one FFT a channel on either side, independent of K. A `FilterBank` has written the filters of
-a band of frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
+Y(f) = U(f) H(f) needs one FFT per channel on either side, independent of K. A `FilterBank` has the filters of a band of
+frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
 """
 
 from typing import Any, Literal, Protocol, get_args
@@ -18,18 +18,17 @@ from torch import Tensor
 
 from stu.errors import require
 from stu.ops.bank import Band, FilterBank
+from stu.ops.chunks import budget, chunks
 from stu.ops.long_convolution import fft_length
+from stu.ops.precision import at_least_float32, no_autocast
 
-# What is computed first: "transfer" the matrices H(f), which the whole batch shares, or "features" the filtered inputs
-# a_r(f) U(f), which one large matrix product then mixes.
+# What is computed first: with "transfer" the matrices H(f), which the whole batch shares, with "features" the filtered
+# inputs a_r(f) U(f), which one large matrix product then mixes.
 Algorithm = Literal["auto", "transfer", "features"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
-# Numbers of H or of the features at a time, and of the signal under the FFT: few enough to stay in a processor's
-# cache between their making and their use. Other devices rather want large calls.
-PRODUCT_CHUNK = {"cpu": 1 << 18}
-SIGNAL_CHUNK = {"cpu": 1 << 19}
-CHUNK_ELSEWHERE = 1 << 26
+# Numbers at a time on a CPU: of H or the features, and of the signal under the FFT.
+PRODUCT_CHUNK, SIGNAL_CHUNK = 1 << 18, 1 << 19
 
 
 def filter_convolution(
@@ -42,12 +41,12 @@ def filter_convolution(
 ) -> Tensor:
     """y_t = Σ_k Σ_{i≤t} φ_k(i) u_{t−i} M_k, and with `reverse` also Σ_k Σ_i φ_k(i) u_{t+i} R_k, from the end.
 
-    u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient), best as a `FilterBank`, which keeps their spectra;
+    u: (B, L, I); filters: (L' ≥ L, K), fixed (no gradient), preferably a `FilterBank`, which keeps their spectra;
     weight, reverse: (K, I, O). Returns (B, L, O) in u's dtype. The FFTs run in float32 at least, whatever the dtype of
-    u or an enclosing autocast. To `torch.compile` this is one opaque operator; the bank has to be made outside.
+    u or an enclosing autocast. To `torch.compile` this is one opaque operator; the bank must be made outside of it.
     """
     require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-    dtype = torch.promote_types(torch.promote_types(u.dtype, weight.dtype), torch.float32)
+    dtype = at_least_float32(u, weight)
     chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)
     bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
@@ -82,7 +81,7 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
 @torch.library.custom_op("stu::filter_convolution", mutates_args=())
 def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str) -> Tensor:
     """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
         bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
         products = []
@@ -110,10 +109,10 @@ def _convolution_backward(
 ) -> list[Tensor]:
     """Gradients of u, irfft(G Hᴴ), and of weight and reverse, Σ_f Re φ̂_k(f)* U(f)ᴴ G(f); empty where not wanted.
 
-    No gradient passes through a complex FFT: convolution's adjoint is correlation. U and H are computed again rather
-    than kept: an FFT costs less than keeping every layer's spectra.
+    No gradient passes through a complex FFT: the adjoint of convolution is correlation. U and H are recomputed rather
+    than kept: an FFT costs less than the memory of every layer's spectra.
     """
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
         bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
         gradients = _spectrum(grad, n, bands)
@@ -171,7 +170,7 @@ _convolution.register_autograd(_backward, setup_context=_save)
 def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:
     """The rfft over time, (B, L, I) → (F, B, 2, I) for each band, real and imaginary parts apart."""
     planes = [x.new_empty(band.basis.shape[1], len(x), 2, x.shape[2]) for band in bands]
-    for rows in _chunks(len(x), n * x.shape[2], x, SIGNAL_CHUNK):
+    for rows in chunks(len(x), n * x.shape[2], budget(x, SIGNAL_CHUNK)):
         whole = torch.view_as_real(torch.fft.rfft(x[rows], n=n, dim=1)).permute(1, 0, 3, 2)  # (F, B, 2, I)
         for band, plane in zip(bands, planes, strict=True):
             plane[:, rows] = whole[band.frequencies]
@@ -182,18 +181,12 @@ def _samples(planes: list[Tensor], bands: list[Band], n: int, length: int) -> Te
     """The inverse of `_spectrum`, cut to the first `length` samples: (B, L, O)."""
     _, batch, _, width = planes[0].shape
     y = planes[0].new_empty(batch, length, width)
-    for rows in _chunks(batch, n * width, y, SIGNAL_CHUNK):
+    for rows in chunks(batch, n * width, budget(y, SIGNAL_CHUNK)):
         whole = y.new_empty(len(y[rows]), width, n // 2 + 1, 2)
         for band, plane in zip(bands, planes, strict=True):
             whole[:, :, band.frequencies] = plane[:, rows].permute(1, 3, 0, 2)
         y[rows] = torch.fft.irfft(torch.view_as_complex(whole), n=n, dim=2)[..., :length].mT
     return y
-
-
-def _chunks(count: int, size: int, like: Tensor, budget: dict[str, int]) -> list[slice]:
-    """Slices of `count` items of `size` numbers each, within the device's budget."""
-    step = max(1, budget.get(like.device.type, CHUNK_ELSEWHERE) // max(1, size))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 # --- the products on one band ---
@@ -249,7 +242,7 @@ class _Transfer:
         return [even + odd, even - odd] if self.two_way else [even + odd]
 
     def _frequencies(self, signal: Tensor) -> list[slice]:
-        return _chunks(len(signal), self.shape.numel(), signal, PRODUCT_CHUNK)
+        return chunks(len(signal), self.shape.numel(), budget(signal, PRODUCT_CHUNK))
 
     def _at(self, f: slice) -> tuple[Tensor, Tensor]:
         """Re H and Im H, each (F, I, O)."""
@@ -288,7 +281,7 @@ class _Features:
         return list(total.view(self.directions, -1, signal.shape[-1] * gradient.shape[-1]))
 
     def _frequencies(self, signal: Tensor) -> list[slice]:
-        return _chunks(len(signal), 2 * signal.shape[1] * len(self.matrix), signal, PRODUCT_CHUNK)
+        return chunks(len(signal), 2 * signal.shape[1] * len(self.matrix), budget(signal, PRODUCT_CHUNK))
 
     def _features(self, turn: Tensor, signal: Tensor) -> Tensor:
         """(F, 2R, 2) and (F, B, 2, I) → rows (F·B·2, R·I)."""

@@ -2,26 +2,21 @@ r"""Spectral filters: the leading eigenvectors of the Hankel matrices of spectra
 
 L length, K filters, Q quadrature nodes
 
-The matrices (SCIENCE: "Spectral State Space Models", 2312.06837, section 2; "Flash STU", 2409.10489):
+The matrices ("Spectral State Space Models", 2312.06837, section 2; "Flash STU", 2409.10489):
 
     standard   Z_ij = 2 / ((i+j)³ − (i+j))                          = ∫₀¹ (1−α)² α^{i+j−2} dα
     L          Z_ij = (1 + (−1)^{i+j}) · 8 / ((i+j+3)(i+j−1)(i+j+1)) = ∫₋₁¹ (1−α²)² α^{i+j−2} dα
 
-Their eigenvalues fall exponentially, soon below the rounding error of a dense float64 `eigh`, whose last filters
-are noise at the usual lengths. Z is never formed here. A quadrature of the integral gives Z = G Gᵀ, so that the
-left singular vectors of G are the filters and its singular values the *square roots* of the eigenvalues: twice
-as many digits survive. With α = e^{−x} and panels graded geometrically in x a few hundred nodes serve any L.
+Their eigenvalues fall exponentially, soon below the rounding error of a dense float64 `eigh`, whose last filters are
+noise at the usual lengths. Z is never formed here. A quadrature of the integral gives Z = G Gᵀ, so that the left
+singular vectors of G are the filters and its singular values the *square roots* of the eigenvalues: twice as many
+digits survive. With α = e^{−x} and panels graded geometrically in x a few hundred nodes suffice for any L.
 
-Filters are computed once a process, and long ones once a user: they are kept in files.
+Filters are computed once per process, and long ones once per user (`stu.ops.filter_store`).
 """
 
-import hashlib
-import os
-from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,6 +24,7 @@ from scipy.linalg import svd
 from torch import Tensor
 
 from stu.errors import require
+from stu.ops.filter_store import Eigenpairs, stored
 
 Hankel = Literal["standard", "L"]
 
@@ -37,15 +33,13 @@ TAIL = 90.0  # e^{−90} ≈ 1e-39: below every eigenvalue that can be told from
 SMALLEST = 1e-26  # of σ_1: √σ_k then keeps at least three digits
 DIRECT = 4096  # up to this length G is decomposed whole; beyond it, through a sample of its rows
 CHUNK = 1 << 12  # rows of G in memory at a time
-STORED = 1 << 20  # numbers in a file: below, computing them takes a moment and no file is made
 
 
 def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard") -> tuple[Tensor, Tensor]:
     """The `num_filters` leading eigenpairs of the Hankel matrix of size `seq_len`.
 
     Returns eigenvalues (K,) and filters (L, K), both float64, largest eigenvalue first; every filter has unit
-    norm and its entry of largest magnitude is positive. From `STORED` numbers on they are kept in the folder filters/
-    of $STU_CACHE (by default stu/ in $XDG_CACHE_HOME or ~/.cache), if it can be written.
+    norm and its entry of largest magnitude is positive. Long filters are cached on disk (`stu.ops.filter_store`).
 
     Raises `OptionError` where `num_filters` exceeds `seq_len` or what float64 can tell from zero.
     """
@@ -54,12 +48,8 @@ def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard"
     require(num_filters >= 1, "num_filters", num_filters, "must be at least 1")
     eigenvalues, filters = _eigenpairs(seq_len, min(num_filters, seq_len), hankel)
     meaningful = int((eigenvalues > SMALLEST * eigenvalues[0]).sum())
-    require(
-        num_filters <= meaningful,
-        "num_filters",
-        num_filters,
-        f"must be in 1 … {meaningful}; the next eigenvalues of length {seq_len} drown in float64 rounding",
-    )
+    allowed = f"must be in 1 … {meaningful}; the next eigenvalues of length {seq_len} drown in float64 rounding"
+    require(num_filters <= meaningful, "num_filters", num_filters, allowed)
     return torch.from_numpy(eigenvalues.copy()), torch.from_numpy(filters.copy())
 
 
@@ -73,52 +63,12 @@ def hankel_matrix(seq_len: int, hankel: Hankel = "standard") -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _eigenpairs(seq_len: int, num_filters: int, hankel: Hankel) -> tuple[np.ndarray, np.ndarray]:
-    file = _file(seq_len, num_filters, hankel) if seq_len * num_filters >= STORED else None
-    pairs = _read(file, seq_len) if file else None
-    if pairs is None:
-        pairs = _computed(seq_len, num_filters, hankel)
-        if file:
-            _write(file, *pairs)
-    return pairs
+def _eigenpairs(seq_len: int, num_filters: int, hankel: Hankel) -> Eigenpairs:
+    name = f"{hankel}-{seq_len}-{num_filters}"
+    return stored(name, __file__, (seq_len, num_filters), lambda: _computed(seq_len, num_filters, hankel))
 
 
-def _file(seq_len: int, num_filters: int, hankel: Hankel) -> Path | None:
-    """Where these filters are kept: the name holds all that determines them, this very code included."""
-    root = os.environ.get("STU_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "stu")
-    try:
-        folder = Path(root).expanduser() / "filters"
-        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    except (OSError, RuntimeError):  # no home, no source
-        return None
-    return folder / f"{hankel}-{seq_len}-{num_filters}-float64-{code}.npz"
-
-
-def _read(file: Path, seq_len: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the file holds, or None where there is none or it is damaged (an npz has checksums)."""
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            eigenvalues, filters = arrays["eigenvalues"], arrays["filters"]
-    except Exception:  # damage has many faces
-        return None
-    whole = eigenvalues.dtype == filters.dtype == np.float64 and filters.shape == (seq_len, len(eigenvalues))
-    return (eigenvalues, filters) if whole else None
-
-
-def _write(file: Path, eigenvalues: np.ndarray, filters: np.ndarray) -> None:
-    """Write beside the file, then rename: whoever reads meanwhile finds it whole or not at all."""
-    partial = file.with_suffix(f".{uuid4().hex}.partial")
-    with suppress(OSError):  # no room or no right to write: then there is no cache
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as stream:
-                np.savez(stream, eigenvalues=eigenvalues, filters=filters)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _computed(seq_len: int, num_filters: int, hankel: Hankel) -> tuple[np.ndarray, np.ndarray]:
+def _computed(seq_len: int, num_filters: int, hankel: Hankel) -> Eigenpairs:
     if hankel == "standard":
         # dα = e^{−x} dx, half of it in each factor
         eigenvalues, filters = _decompose(seq_len, num_filters, offset=0.5)
@@ -128,7 +78,7 @@ def _computed(seq_len: int, num_filters: int, hankel: Hankel) -> tuple[np.ndarra
     return eigenvalues, filters * np.sign(largest)
 
 
-def _decompose_by_parity(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
+def _decompose_by_parity(seq_len: int, num_filters: int) -> Eigenpairs:
     """Hankel-L couples only indices of equal parity: two independent problems in α², merged by eigenvalue."""
     pairs = []
     for parity in range(min(2, seq_len)):
@@ -145,7 +95,7 @@ def _decompose_by_parity(seq_len: int, num_filters: int) -> tuple[np.ndarray, np
     return eigenvalues[order], filters[:, order]
 
 
-def _decompose(rows: int, num_filters: int, offset: float) -> tuple[np.ndarray, np.ndarray]:
+def _decompose(rows: int, num_filters: int, offset: float) -> Eigenpairs:
     """Eigenpairs of ∫ (1−e^{−x})² e^{−x(m+m'+2·offset)} dx over m, m' = 0 … rows−1, largest first."""
     x, weight = _graded_nodes(rows, offset)
     scale = np.sqrt(weight) * -np.expm1(-x)  # (Q,)

@@ -1,11 +1,11 @@
-r"""HiPPO-LegS, the state matrix that remembers a whole past by its Legendre coefficients, and its diagonal forms.
+r"""HiPPO-LegS, the state matrix that represents the whole past by Legendre coefficients, and its diagonal forms.
 
-N size of the state
+N state size
 
     x'(t) = A x(t) + B u(t),    A = −½ I + S − P Pᵀ with S skew-symmetric
 
 The eigenvectors of A itself are hopelessly ill-conditioned. But A + P Pᵀ is normal: a unitary V turns it into diag(Λ)
-and A into diag(Λ) − p pᴴ, p = Vᴴ P. S4 keeps both terms; S4D-LegS and S5 leave p away. Sources: Gu et al., "HiPPO",
+and A into diag(Λ) − p pᴴ, p = Vᴴ P. S4 keeps both terms; S4D-LegS and S5 drop p. Sources: Gu et al., "HiPPO",
 2008.07669, theorem 2; "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, theorem 1 and
 appendix C; "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893, section 4.
 """
@@ -26,7 +26,7 @@ class NormalPlusLowRank(NamedTuple):
     """A = V (diag(eigenvalues) − P Pᴴ) Vᴴ with input matrix V B, in complex128.
 
     eigenvalues (N,), ascending in their imaginary parts and so in conjugate pairs from both ends: the first N // 2 are
-    those of negative imaginary part. P (N,), B (N,). V (N, N) is unitary, with the eigenvectors in its columns.
+    those with negative imaginary part. P (N,), B (N,). V (N, N) is unitary, with the eigenvectors in its columns.
     """
 
     eigenvalues: Tensor
@@ -49,7 +49,7 @@ def hippo_legs(d_state: int) -> tuple[Tensor, Tensor]:
 def nplr_legs(d_state: int) -> NormalPlusLowRank:
     """HiPPO-LegS in the basis where A + P Pᵀ, with P_n = √(n + ½), is diagonal.
 
-    An eigenvector's phase is free: here its first entry is real and positive, which LAPACK leaves but for the sign.
+    The phase of an eigenvector is arbitrary: here its first entry is real and positive.
     """
     A, B = hippo_legs(d_state)
     P = B / math.sqrt(2)
@@ -61,15 +61,15 @@ def nplr_legs(d_state: int) -> NormalPlusLowRank:
 
 
 def clipped_input(B: Tensor) -> Tensor:
-    """B with imaginary parts cut to ±2, as the official code of S4 (state-spaces/s4) begins.
+    """B with imaginary parts clipped to ±2, as the official code of S4 (state-spaces/s4) initialises it.
 
-    In the basis of `nplr_legs` B is almost imaginary and of magnitude 0.6 N for the fastest mode, which this tames.
+    In the basis of `nplr_legs` B is almost imaginary and of magnitude 0.6 N for the fastest mode; this bounds it.
     """
     return torch.complex(B.real, B.imag.clamp(-LARGEST_INPUT, LARGEST_INPUT))
 
 
 def diagonal_init(init: DiagonalInit, d_state: int) -> tuple[Tensor, Tensor]:
-    """Λ and B of S4D, (N/2,) complex128 for even N: of each conjugate pair the mode of negative imaginary part.
+    """Λ and B of S4D, (N/2,) complex128 for even N: of each conjugate pair the mode with negative imaginary part.
 
     lin: Λ_n = −½ − iπn. inv: Λ_n = −½ − i (N/π) (N/(2n+1) − 1). Both have B = 1. legs: the normal part of HiPPO-LegS
     and its clipped B.

@@ -1,4 +1,4 @@
-r"""Long convolution: every channel with a learned kernel of its own, which may be as long as the input.
+r"""Long convolution: every channel with a learned kernel of its own, as long as the input if need be.
 
 B batch, L length, D channels, P lags into the future, T taps for all lags, n FFT length, F = n/2 + 1 frequencies
 
@@ -16,17 +16,17 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-# How many real numbers are transformed at a time. On a processor: few enough to stay in its cache from one FFT to the
-# next. Elsewhere large kernels are fast, and only their memory is to be bounded.
-CHUNK = 1 << 18
-CHUNK_ELSEWHERE = 1 << 26
-CHANNELS = 16  # of a chunk, at least: where they lie side by side in memory, this many fill a cache line
+from stu.ops.chunks import budget, chunks
+from stu.ops.precision import at_least_float32
+
+CHUNK = 1 << 18  # real numbers transformed at a time on a CPU
+CHANNELS = 16  # of a chunk, at least: adjacent in memory, this many fill a cache line
 
 
 def long_convolution(u: Tensor, kernel: Tensor, reverse: Tensor | None = None) -> Tensor:
     """y_t = Σ_{i≥0} k(i) u_{t−i}, and with `reverse` also Σ_{j≥0} r(j) u_{t+1+j}: the future begins one step ahead.
 
-    u: (B, L, D); kernel, reverse: (any length, D), what exceeds L is never heard. Returns (B, L, D) in u's dtype
+    u: (B, L, D); kernel, reverse: (any length, D), of which at most L steps matter. Returns (B, L, D) in u's dtype
     and layout. The FFTs run in float32 at least, whatever the dtypes or an enclosing autocast. Differentiable any
     number of times.
     """
@@ -53,7 +53,7 @@ def long_convolution_reference(u: Tensor, kernel: Tensor, reverse: Tensor | None
 
 
 def fft_length(least: int) -> int:
-    """The next length that is fast to transform: among multiples of 16, as odd lengths take three times as long."""
+    """The next fast FFT length, a multiple of 16: odd lengths take three times as long."""
     return 16 * int(next_fast_len(-(-least // 16), real=True))
 
 
@@ -63,9 +63,9 @@ def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
     length = u.shape[1]
     n, dtype = _plan(u, taps, future)
     y = torch.empty_like(u)
-    for channels, chunks in _chunks(u, n):
+    for channels, batches in _chunks(u, n):
         response = _response(taps[:, channels], future, n, dtype)
-        for rows in chunks:
+        for rows in batches:
             out = _spectrum(u[rows, :, channels], n, dtype).mul_(response)
             y[rows, :, channels] = _samples(out, n)[:, :length]
     return y
@@ -73,16 +73,16 @@ def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
 
 @torch.library.custom_op("stu::long_convolution_adjoint", mutates_args=())
 def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor, Tensor]:
-    """Gradients of u, G(f) K(f)*, and of taps, Σ_b G(f) U(f)*; the spectra are made again instead of stored."""
+    """Gradients of u, G(f) K(f)*, and of taps, Σ_b G(f) U(f)*; the spectra are recomputed instead of stored."""
     length = u.shape[1]
     n, dtype = _plan(u, taps, future)
     grad_u = torch.empty_like(u)
     grad_taps = torch.empty_like(taps)
-    for channels, chunks in _chunks(u, n):
-        # Conjugates are written out: torch.compile runs this where a lazy one would be passed over.
+    for channels, batches in _chunks(u, n):
+        # Conjugates are materialised: torch.compile runs this where it would ignore a lazy one.
         response = _response(taps[:, channels], future, n, dtype).conj_physical()
         total = torch.zeros_like(response)
-        for rows in chunks:
+        for rows in batches:
             gradient = _spectrum(grad[rows, :, channels], n, dtype)  # (b, d, F)
             signal = _spectrum(u[rows, :, channels], n, dtype).conj_physical_()
             total += signal.mul_(gradient).sum(0)
@@ -124,23 +124,21 @@ _adjoint.register_autograd(_backward_of_adjoint, setup_context=_save)
 
 
 def _plan(u: Tensor, taps: Tensor, future: int) -> tuple[int, torch.dtype]:
-    """The FFT length at which no lag is mistaken for another, and the real dtype."""
-    n = fft_length(u.shape[1] + max(len(taps) - future - 1, future))
-    return n, torch.promote_types(torch.promote_types(u.dtype, taps.dtype), torch.float32)
+    """The FFT length at which nothing wraps around, and the real dtype."""
+    return fft_length(u.shape[1] + max(len(taps) - future - 1, future)), at_least_float32(u, taps)
 
 
 def _chunks(u: Tensor, n: int) -> Iterator[tuple[slice, list[slice]]]:
     """Slices of the channels, each with slices of the batch: about `CHUNK` numbers together."""
     batch, _, width = u.shape
-    numbers = CHUNK if u.device.type == "cpu" else CHUNK_ELSEWHERE
-    channels = max(CHANNELS, numbers // (n * max(1, batch)))
-    rows = max(1, numbers // (n * min(channels, width)))
+    numbers = budget(u, CHUNK)
+    channels = min(width, max(CHANNELS, numbers // (n * max(1, batch))))
     for start in range(0, width, channels):
-        yield slice(start, start + channels), [slice(row, row + rows) for row in range(0, batch, rows)]
+        yield slice(start, start + channels), chunks(batch, n * channels, numbers)
 
 
 def _response(taps: Tensor, future: int, n: int, dtype: torch.dtype) -> Tensor:
-    """The spectrum of taps (T, d), the lags of the future at the end of the circle: (d, F)."""
+    """The spectrum of taps (T, d), future lags at the end of the circle: (d, F)."""
     row = taps.new_zeros(taps.shape[1], n, dtype=dtype)
     row[:, : len(taps) - future] = taps[future:].mT
     row[:, n - future :] = taps[:future].mT
@@ -148,7 +146,7 @@ def _response(taps: Tensor, future: int, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _spectrum(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """The rfft over time, (…, L, d) → (…, d, F): numbers in a row are transformed fastest."""
+    """The rfft over time, (…, L, d) → (…, d, F): contiguous rows are transformed fastest."""
     return torch.fft.rfft(x.mT.to(dtype), n=n)
 
 
@@ -158,5 +156,5 @@ def _samples(spectrum: Tensor, n: int) -> Tensor:
 
 
 def _at(kernel: Tensor, lag: Tensor) -> Tensor:
-    """k(lag), zero where it has no such tap: (t, s) → (t, s, D)."""
+    """k(lag), zero where the kernel has no such tap: (t, s) → (t, s, D)."""
     return kernel[lag.clamp(0, len(kernel) - 1)] * ((lag >= 0) & (lag < len(kernel))).unsqueeze(-1)

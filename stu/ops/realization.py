@@ -3,15 +3,15 @@ r"""Spectral filters as sums of few exponentials: a diagonal state space in clos
 B batch, L length, D width, K filters, N poles
 
     σ_k^{1/4} φ_k(i) ≈ Σ_n c_nk p_n^i,   hence   Σ_i σ_k^{1/4} φ_k(i) u_{t−i} ≈ Σ_n c_nk s_t,n
-    with the states s_t,n = Σ_i p_n^i u_{t−i} = p_n s_{t−1,n} + u_t, whose cost per step knows no length.
+    with the states s_t,n = Σ_i p_n^i u_{t−i} = p_n s_{t−1,n} + u_t, at a cost per step that does not depend on L.
 
 The filters are mixtures of α^i = e^{−xi} over all x > 0 (`stu.ops.filters`) that are smooth in log x. A geometric
-progression of decay rates x from about 1/L to where a decay lasts for one step, up to four an octave, does what the
+progression of decay rates x from about 1/L to where a decay lasts for one step, up to four per octave, does what the
 continuum does; the coefficients are those of least squares.
 
-The terms are large beside the late filters they sum to. Their rounding, ε · |c| / σ_k^{1/4}, is all that is left of the
-error for the last of 24 filters: 1e-9 from L = 1024 on, but 1e-4 at L = 64. For the same reason the states want
-float64, whatever the dtype of u.
+The terms are large compared with the late filters they sum to. Their rounding, ε · |c| / σ_k^{1/4}, dominates the error
+of the last of 24 filters: 1e-9 from L = 1024 on, but 1e-4 at L = 64. For the same reason the states need float64,
+whatever the dtype of u.
 """
 
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ from torch import Tensor
 from stu.errors import require
 from stu.ops.filters import Hankel, row_quadrature, spectral_filters
 
-DENSE = 3.2  # poles an octave: from here on the ends of the progression limit the error, below it the gaps do
-MOST = 4.6  # poles an octave: with more of them only rounding is left
-SLACK = 3.0  # how near an error must come to the smallest in reach to be as good
+DENSE = 3.2  # poles per octave: from here on the ends of the progression limit the error, below it the gaps do
+MOST = 4.6  # poles per octave: with more of them only rounding errors remain
+SLACK = 3.0  # errors up to this multiple of the smallest attainable one count as equal
 Streaming = Literal["auto", "states", "window"]
 STREAMING: tuple[Streaming, ...] = get_args(Streaming)
 
-# Where `streaming="auto"` keeps states: from the seq_len at which a step takes half the time it takes with a window,
-# if no filter misses more than this share of its norm.
+# Where `streaming="auto"` keeps states: from the seq_len at which a step takes half as long as with a window, if no
+# filter has a larger relative error.
 STATES_FROM = 512
 STATES_ERROR = 1e-6
 
@@ -43,7 +43,7 @@ CHUNK = 1 << 12  # rows of powers of the poles in memory at a time
 class Realization(NamedTuple):
     """K filters as N exponentials: poles (N,) between −1 and 1, coefficients (N, K), error (K,), all float64.
 
-    error: the 2-norm of what is missing to a filter over all L entries, relative to the filter's.
+    error: the 2-norm of each filter's error over all L entries, relative to the filter's norm.
     """
 
     poles: Tensor
@@ -58,7 +58,7 @@ class Realization(NamedTuple):
         return torch.cat([rows for _, rows in self.chunks(length)])
 
     def chunks(self, length: int) -> Iterator[tuple[slice, Tensor]]:
-        """The same, piece by piece, each with its rows."""
+        """The same in chunks, each with its rows."""
         powers = self.poles ** torch.arange(min(length, CHUNK), dtype=torch.float64)[:, None]  # (chunk, N)
         for start in range(0, length, CHUNK):
             rows = slice(start, min(start + CHUNK, length))
@@ -68,9 +68,9 @@ class Realization(NamedTuple):
 def realize_for_streaming(
     seq_len: int, num_filters: int, hankel: Hankel, streaming: Streaming, device: torch.device
 ) -> Realization | None:
-    """The exponentials whose states a streaming layer keeps; None where a window of its inputs serves better.
+    """The exponentials whose sums a streaming layer keeps; None where it keeps a window of its inputs.
 
-    "states" or "window" decide for themselves; "auto" asks which is faster and loses nothing.
+    "states" or "window" force either; "auto" takes the sums where they are faster and as exact.
     """
     automatic = streaming == "auto"
     # MPS has no float64, which the states need
@@ -90,8 +90,8 @@ def realize_filters(
 ) -> Realization:
     """The weighted filters σ_k^{1/4} φ_k of `spectral_filters` as sums of exponentials.
 
-    num_states: how many; if None, the fewest with which no relative error exceeds `tolerance`, or with which all are
-    about as small as rounding lets them be. The poles depend on L and N alone; Hankel-L has pairs ±p.
+    num_states: N; if None, the fewest with which no relative error exceeds `tolerance`, or with which all are about as
+    small as rounding allows. The poles depend on L and N alone; Hankel-L has pairs ±p.
 
     Raises `OptionError` for what `spectral_filters` refuses, and for a `num_states` below 1, or odd for Hankel-L.
     """
@@ -141,14 +141,14 @@ def _realize(seq_len: int, num_filters: int, hankel: Hankel, tolerance: float, n
         even, odd = fits[0] / 2, fits[1] / (2 * root[:, None])
         poles, coefficients = np.concatenate((root, -root)), np.concatenate((even + odd, even - odd))
     found = Realization(torch.from_numpy(poles), torch.from_numpy(coefficients), target.norm(dim=0))
-    missing = torch.zeros_like(found.error)
+    squared = torch.zeros_like(found.error)
     for rows, response in found.chunks(seq_len):
-        missing += (response - target[rows]).square().sum(0)
-    return found._replace(error=missing.sqrt() / target.norm(dim=0))
+        squared += (response - target[rows]).square().sum(0)
+    return found._replace(error=squared.sqrt() / target.norm(dim=0))
 
 
 def _fewest(parts: list[np.ndarray], tolerance: float) -> int:
-    """The smallest number of decay rates whose error is `tolerance`, or nearly the smallest in reach."""
+    """The smallest number of decay rates with an error of `tolerance`, or nearly the smallest attainable."""
     rows = len(parts[0])
     counts = range(2, int(MOST * _octaves(rows)) + 2, 2)
     errors = [max(_fit(part, _decay_rates(rows, count))[1] for part in parts) for count in counts]
@@ -163,7 +163,7 @@ def _octaves(rows: int) -> float:
 def _decay_rates(rows: int, count: int) -> np.ndarray:
     """A geometric progression from about 1/rows to where a decay lasts for one row, a little denser at its ends.
 
-    The ends were found by minimising the error for 8 to 32 filters and 64 to 2^20 rows: few terms are better spent
+    The ends were found by minimising the error for 8 to 32 filters and 64 to 2^20 rows: a few terms are better placed
     closer together.
     """
     slowest, fastest = (1.2, 6.0) if count >= DENSE * _octaves(rows) else (2.2, 5.0)
@@ -179,6 +179,6 @@ def _fit(part: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, float]:
     scale = np.sqrt(-np.expm1(-2 * rates))  # makes ‖e^{−x·row}‖ about 1
     basis, sample = np.exp(-np.outer(index, rates)) * scale * root, part[index] * root
     solution = lstsq(basis, sample, cond=1e-15)[0]
-    size = np.linalg.norm(sample, axis=0)
-    missing = np.linalg.norm(basis @ solution - sample, axis=0)
-    return scale[:, None] * solution, (missing / np.where(size > 0, size, 1)).max()
+    norm = np.linalg.norm(sample, axis=0)
+    error = np.linalg.norm(basis @ solution - sample, axis=0)
+    return scale[:, None] * solution, (error / np.where(norm > 0, norm, 1)).max()

@@ -3,8 +3,8 @@ r"""Linear recurrences with learned matrices: y_t = w_t + Σ_i y_{t−i} M_i.
 B batch, L length, D width, P order of the recurrence, T block length, S = ⌈L/T⌉ blocks
 
 Inside a block the response to the drive is a block-Toeplitz product with the recurrence's impulse response; the P
-outputs at the seam of two blocks are carried in sequence, by S small products. The gradient needs no second look at
-any of it: a recurrence's adjoint is the same recurrence with transposed matrices, run from the end.
+outputs at the seam of two blocks are carried in sequence, by S small products. The gradient needs nothing new: the
+adjoint of a recurrence is the same recurrence with transposed matrices, run from the end.
 """
 
 from typing import Any
@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stu.ops.precision import at_least_float32, no_autocast
+
 SHORTEST, LONGEST = 4, 64  # block lengths
-# Flops that take as long as the small product at a seam, in which the call itself counts most.
-SEAM_FLOPS = {"cpu": 7e5}
-SEAM_FLOPS_ELSEWHERE = 1e8
+# Flops that take as long as the small product at a seam, which is dominated by the cost of the call.
+SEAM_FLOPS_ON_CPU, SEAM_FLOPS = 7e5, 1e8
 
 
 def linear_recurrence(drive: Tensor, weight: Tensor, initial: Tensor | None = None) -> Tensor:
     """y_t = drive_t + Σ_{i=1…P} y_{t−i} M_i, in blocks of time.
 
     drive: (B, L, D); weight: (P, D, D), M_i as `y @ weight[i-1]`; initial: (B, P, D), the outputs before the first,
-    newest first, zeros where None. Returns (B, L, D) in drive's dtype. All of it in float32 at least, whatever the
-    dtypes or an enclosing autocast: near |pole| = 1 the rounding of thousands of steps adds up. To `torch.compile` this
-    is one opaque operator.
+    newest first, zeros where None. Returns (B, L, D) in drive's dtype. Computed in float32 at least, whatever the
+    dtypes or an enclosing autocast: near |pole| = 1 the rounding of thousands of steps accumulates. To `torch.compile`
+    this is one opaque operator.
     """
-    dtype = torch.promote_types(torch.promote_types(drive.dtype, weight.dtype), torch.float32)
+    dtype = at_least_float32(drive, weight)
     start = drive.new_zeros(len(drive), *weight.shape[:2]) if initial is None else initial
     y: Tensor = _recurrence(drive.to(dtype), weight.to(dtype), start.to(dtype))
     return y.to(drive.dtype)
@@ -38,7 +39,7 @@ def choose_block(batch: int, width: int, device: str) -> int:
 
     Alternatives are measured by `python -m experiments.speed.recurrence`.
     """
-    seam = SEAM_FLOPS.get(device, SEAM_FLOPS_ELSEWHERE)
+    seam = SEAM_FLOPS_ON_CPU if device == "cpu" else SEAM_FLOPS
     return min(max(round((seam / (2 * batch * width**2)) ** 0.5), SHORTEST), LONGEST)
 
 
@@ -59,7 +60,7 @@ def linear_recurrence_reference(drive: Tensor, weight: Tensor, initial: Tensor |
 
 @torch.library.custom_op("stu::linear_recurrence", mutates_args=())
 def _recurrence(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
-    with torch.autocast(drive.device.type, enabled=False):
+    with no_autocast(drive):
         return _blockwise(drive, weight, initial)
 
 
@@ -71,7 +72,7 @@ def _(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
 @torch.library.custom_op("stu::linear_recurrence_backward", mutates_args=())
 def _recurrence_backward(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> list[Tensor]:
     """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with no_autocast(grad):
         order, width = weight.shape[:2]
         nothing = torch.zeros_like(initial)
         by_drive = _blockwise(grad.flip(1), weight.mT, nothing).flip(1)
@@ -124,7 +125,7 @@ def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     response = _impulse_response(weight, block)  # (T, D, D)
     free = _free_response(weight, response)  # (P·D, T·D)
     blocks = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch, steps, block * width)
-    y = (blocks.flatten(0, 1) @ _toeplitz(response)).view_as(blocks)  # what each block's drive does in it
+    y = (blocks.flatten(0, 1) @ _toeplitz(response)).view_as(blocks)  # the response to each block's own drive
     seams = _seams(y[:, :, -order * width :], free[:, -order * width :], initial.flip(1).flatten(1))
     y.view(-1, block * width).addmm_(seams.flatten(0, 1), free)
     return y.view(batch, steps * block, width)[:, :length]
@@ -159,9 +160,9 @@ def _toeplitz(response: Tensor) -> Tensor:
 
 
 def _free_response(weight: Tensor, response: Tensor) -> Tensor:
-    """(P·D, T·D): what the P outputs before a block, oldest first, leave in it without any drive.
+    """(P·D, T·D): the response in a block to the P outputs before it, oldest first, without any drive.
 
-    Output t−i (i = 1…P) re-enters step t' of the block through M_{t'+i}, t' ≤ P − i, and then rings as P_{t−t'}.
+    Output t−i (i = 1…P) enters step t' of the block through M_{t'+i}, t' ≤ P − i, and continues as P_{t−t'}.
     """
     order, width, _ = weight.shape
     block = len(response)

@@ -4,8 +4,8 @@ L length, D input width, O output width, N state size; the first axis of a seque
 
 Two steps of a linear recurrence are one such step again, (a₁, b₁), (a₂, b₂) → (a₂ a₁, a₂ b₁ + b₂), and this product is
 associative. So a scan runs over a tree, in place (Brent and Kung, "A regular layout for parallel adders", 1982):
-upwards, until the last state of each span of 2, 4, 8, … steps knows its whole span; then downwards, where the state
-before a span enters the half that does not know it yet. That is 2·log₂ L operations on whole tensors, which update a
+upwards, until the last state of each span of 2, 4, 8, … steps covers its whole span; then downwards, where the state
+before a span enters the half that lacks it. That is 2·log₂ L operations on whole tensors, which update a
 state less than twice on average, need no memory and never divide: a decay may be zero.
 
 The adjoint is a recurrence from the end: with g_t the gradient of x_t by itself, ḡ_t = g_t + conj(a_{t+1}) ḡ_{t+1} is
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# How many real numbers of states `diagonal_ssm` holds at a time, though never less than one sequence: few enough for
-# the cache of a processor, many enough to fill an accelerator.
-CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
+from stu.ops.chunks import budget, chunks
+from stu.ops.precision import at_least_float32, no_autocast
+
+CHUNK = 1 << 20  # real numbers of states at a time on a CPU
 
 
 def linear_scan(drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:
@@ -61,12 +62,12 @@ def diagonal_ssm(
 
     u: (batch, L, D), real. Complex are decay: λ, (N,); B: (N, D); C: (2, O, N), or (1, O, N) without z; initial:
     (batch, N), the x before the first, zeros where None. Returns y (batch, L, O) in u's dtype and the last x (batch, N)
-    in decay's, which is best double: what is wrong in a decay near 1 is wrong in every step.
+    in decay's, which should be double: an error in a decay near 1 enters every step.
 
-    States exist for a few sequences at a time and are not stored, but made once more in the backward pass; in u's
+    States exist for a few sequences at a time and are not stored, but recomputed in the backward pass; in u's
     precision, but float32 at least, whatever an enclosing autocast.
     """
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = at_least_float32(u)
     start = u.new_zeros(len(u), len(decay)) if initial is None else initial
     y, last = _diagonal_ssm(
         u.to(dtype),
@@ -116,7 +117,7 @@ def _diagonal_ssm(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tenso
     """`diagonal_ssm` in real matrices, on states as rows of pairs (Re x, Im x): B (2N, D), C (1 or 2, O, 2N)."""
     y = u.new_empty(*u.shape[:2], C.shape[1])
     last = torch.empty_like(initial)
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u):
         for rows in _chunks(u, B):
             drive = u[rows] @ B.T  # (b, L, 2N)
             states = drive if len(C) == 1 else drive.clone()
@@ -141,7 +142,7 @@ def _diagonal_ssm_backward(
     grad_u, grad_initial = torch.empty_like(u), torch.empty_like(initial)
     grad_decay, grad_B, grad_C = torch.zeros_like(decay), torch.zeros_like(B), torch.zeros_like(C)
     conjugate = decay.conj().resolve_conj()
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u):
         for rows in _chunks(u, B):
             drive = u[rows] @ B.T  # (b, L, 2N)
             states = drive if len(C) == 1 else drive.clone()
@@ -156,10 +157,10 @@ def _diagonal_ssm_backward(
             if len(C) == 2:
                 z = _scan_(_complex(drive), decay, reverse=True)
                 grad_C[1] += _outer(grad[rows], drive)
-                grad_behind = grad[rows] @ C[1]
-                g = _scan_(_complex(grad_behind), conjugate, reverse=False)
+                grad_reverse = grad[rows] @ C[1]
+                g = _scan_(_complex(grad_reverse), conjugate, reverse=False)
                 grad_decay += _inner(z[:, 1:], g[:, :-1])
-                grad_drive += grad_behind
+                grad_drive += grad_reverse
             grad_B += _outer(grad_drive, u[rows])
             torch.matmul(grad_drive, B, out=grad_u[rows])
     return grad_u, grad_decay, grad_B, grad_C, grad_initial
@@ -218,21 +219,19 @@ def _tree(length: int, reverse: bool) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _from_start_(drive: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-    """Turn rows of pairs (b, L, 2N) from the drive into the states, and see them as complex numbers (b, L, N)."""
+    """Turn rows of pairs (b, L, 2N) from the drive into the states in place, viewed as complex numbers (b, L, N)."""
     x = _complex(drive)
     x[:, 0] += decay * initial
     return _scan_(x, decay, reverse=False)
 
 
 def _chunks(u: Tensor, B: Tensor) -> list[slice]:
-    """Slices of the batch with about `CHUNK` real numbers of states each."""
-    limit = CHUNK_ON_CPU if u.device.type == "cpu" else CHUNK
-    size = max(1, limit // (u.shape[1] * len(B)))
-    return [slice(start, start + size) for start in range(0, len(u), size)]
+    """Slices of the batch, by the size of their states."""
+    return chunks(len(u), u.shape[1] * len(B), budget(u, CHUNK))
 
 
 def _complex(rows: Tensor) -> Tensor:
-    """(…, 2N) pairs of real and imaginary parts, seen as (…, N) complex numbers."""
+    """(…, 2N) pairs of real and imaginary parts, viewed as (…, N) complex numbers."""
     return torch.view_as_complex(rows.unflatten(-1, (-1, 2)))
 
 

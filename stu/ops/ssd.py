@@ -3,7 +3,7 @@ r"""State space duality: a selective linear recurrence as products of matrices, 
 B batch, L length, H heads, P width of a head, G groups of R = H/G heads that share B and C, N state size,
 c chunks of Q steps, F = B·c; dt is Δ, and A, B, C, D in formulas and arguments are the system, as in the paper
 
-    h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ        h (N, P), A and Δ_t numbers, B_t and C_t (N,), x_t and y_t (P,)
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ        h (N, P), A and Δ_t scalars, B_t and C_t (N,), x_t and y_t (P,)
     y_t = h_tᵀ C_t + D x_t
 
 As one matrix over time this is y = M (Δ x) + D x, M_ts = C_tᵀ B_s exp(Σ_{s<r≤t} Δ_r A) for s ≤ t. Inside a chunk M is
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# How many entries of M exist at a time: on a processor few enough to stay in its cache between their making and use,
-# elsewhere enough to keep the device busy.
-ENTRIES_ON_CPU = 1 << 18
-ENTRIES = 1 << 23
+from stu.ops.chunks import budget, chunks
+from stu.ops.precision import at_least_float32, no_autocast
+
+ENTRIES_ON_CPU, ENTRIES = 1 << 18, 1 << 23  # of M at a time; there are several matrices of its size
 
 
 def ssd(
@@ -41,14 +41,14 @@ def ssd(
     0; initial: the state before the first step, (B, H, N, P), zeros where None; chunk_size: the longest chunk.
     Returns y (B, L, H, P) in x's dtype, and the state after the last step (B, H, N, P).
 
-    All of it, and the state, in float32 at least, whatever the dtypes or an enclosing autocast. Keeps one state a chunk
-    for the backward pass, and recomputes M there.
+    Computed in float32 at least, the state included, whatever the dtypes or an enclosing autocast. One state per chunk
+    is kept for the backward pass, which recomputes M.
     """
     batch, length, heads, width = x.shape
     groups, d_state = B.shape[2:]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, dt.dtype), torch.float32)
+    dtype = at_least_float32(x, dt)
     start = x.new_zeros(batch, heads, d_state, width) if initial is None else initial
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         inputs, dt, B, C = (_chunked(signal.to(dtype), chunk_size) for signal in (x, dt, B, C))  # each (F, Q, …)
         start = _by_group(start.to(dtype).transpose(1, 2), groups)
         y, final = _SSD.apply(inputs, dt, B.transpose(1, 2), C.transpose(1, 2), A.to(dtype), start)
@@ -79,9 +79,9 @@ def ssd_reference(
 class _SSD(torch.autograd.Function):
     """y = M (Δ x) over chunks: inside each by M itself, between them by the states.
 
-    Gradients of the steps Δ_t A are sums over everything that crosses t: pairs of two steps of the chunk, what the
-    entering state gives, what the leaving state gets, and what passes through. Each sum has terms that cross alone.
-    The difference of row and column sums of M would be cheaper, but where the decay is strong it cancels to noise.
+    Gradients of the steps Δ_t A are sums over everything that crosses t: pairs of two steps of the chunk, contributions
+    of the entering state, contributions to the leaving state, and what passes through. Each sum has only terms that do
+    cross. The difference of row and column sums of M would be cheaper, but cancels to noise where the decay is strong.
     """
 
     @staticmethod
@@ -109,9 +109,9 @@ class _SSD(torch.autograd.Function):
 
 
 class _SSDGradients(torch.autograd.Function):
-    """The backward pass of `_SSD`, an operation of its own so that whoever differentiates again has to come past it.
+    """The backward pass of `_SSD`, an operation of its own so that differentiating it again raises an error.
 
-    PyTorch's `once_differentiable` refuses that only on some ways: `torch.autograd.grad` finds others.
+    PyTorch's `once_differentiable` does not refuse that on every path: `torch.autograd.grad` finds others.
     """
 
     @staticmethod
@@ -127,9 +127,9 @@ class _SSDGradients(torch.autograd.Function):
         sums: Tensor,
         entering: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Gradients of all inputs; the states were kept, M and what it is made of are formed again."""
+        """Gradients of all inputs; the states were kept, M and its factors are recomputed."""
         groups, width = B.shape[1], x.shape[-1]
-        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside one, too
+        with no_autocast(x):  # backward may be called inside one, too
             decay = _decays(sums, width, groups)
             read = dy * decay.from_start.unsqueeze(-1)
             leaving, dstart = _carried(C.mT @ _by_group(read, groups), decay.through, dfinal, backwards=True)
@@ -157,7 +157,7 @@ class _SSDGradients(torch.autograd.Function):
 
 
 class _Decay(NamedTuple):
-    """exp Σ Δ_r A over parts of each chunk: up to and with t, behind t (F, Q, H), and all of it (F, G, 1, RP)."""
+    """exp Σ Δ_r A over parts of each chunk: up to and including t, after t (F, Q, H), and all of it (F, G, 1, RP)."""
 
     from_start: Tensor
     to_end: Tensor
@@ -169,7 +169,7 @@ def _chunked(signal: Tensor, chunk_size: int) -> Tensor:
     length = signal.shape[1]
     chunks = -(-length // chunk_size)
     chunk = -(-length // chunks)
-    if spare := chunks * chunk - length:  # padding by nothing would be a copy
+    if spare := chunks * chunk - length:  # padding by nothing would copy
         signal = F.pad(signal, (0, 0) * (signal.ndim - 2) + (0, spare))
     return signal.unflatten(1, (chunks, chunk)).flatten(0, 1)
 
@@ -185,11 +185,11 @@ def _by_head(signal: Tensor, width: int) -> Tensor:
 
 
 def _running_sums(steps: Tensor) -> Tensor:
-    """Σ_{r≤t} steps_r of each chunk as a rounded sum and what its rounding lost: (F, Q, H) → (2, F, Q, H).
+    """Σ_{r≤t} steps_r of each chunk as a rounded sum and its rounding error: (F, Q, H) → (2, F, Q, H).
 
     A decay is the difference of two such sums. One step of a large Δ, which forgets everything, makes all later sums
-    large, and rounded to float32 alone they would no longer tell small steps apart. The error of one addition is
-    itself a sum of rounded numbers without error (Knuth's TwoSum).
+    large, and rounded to float32 alone they would no longer resolve small steps. The error of one addition can be
+    computed exactly from rounded numbers (Knuth's TwoSum).
     """
     sums = steps.cumsum(1)
     before = _one_later(sums)
@@ -222,19 +222,19 @@ def _scores(B: Tensor, C: Tensor) -> Tensor:
 def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
     """state_{c+1} = through_c state_c + added_c, or from the last chunk to the first.
 
-    (F, G, N, RP), (F, G, 1, RP), (B, G, N, RP) → the state each chunk meets, like `added`, and the last one.
+    (F, G, N, RP), (F, G, 1, RP), (B, G, N, RP) → the state that enters each chunk, like `added`, and the last one.
     """
     added, through = (t.unflatten(0, (len(start), -1)) for t in (added, through))
-    met, state = torch.empty_like(added), start
+    entering, state = torch.empty_like(added), start
     chunks = range(added.shape[1])
     for c in reversed(chunks) if backwards else chunks:
-        met[:, c] = state
+        entering[:, c] = state
         state = torch.addcmul(added[:, c], through[:, c], state)
-    return met.flatten(0, 1), state
+    return entering.flatten(0, 1), state
 
 
 def _within(drive: Tensor, dy: Tensor, scores: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What M inside chunks gives back, from drive and dy (F, Q, H, P).
+    """The backward pass through M inside chunks, from drive and dy (F, Q, H, P).
 
     Returns gradients of the drive, like it, and of the scores (F, G, Q, Q), and dM ∘ M of each head (F, H, Q, Q).
     """
@@ -246,10 +246,10 @@ def _within(drive: Tensor, dy: Tensor, scores: Tensor, decays: Tensor) -> tuple[
 
 
 def _crossing(pairs: Tensor, read: Tensor, written: Tensor, through: Tensor) -> Tensor:
-    """Σ over all that crosses t, (F, Q, H).
+    """Σ over everything that crosses t, (F, Q, H).
 
-    pairs: (F, H, Q, Q) from a step s < t to one from t on; read: (F, Q, H) from the entering state to a step from t on;
-    written: (F, Q, H) from a step before t to the leaving state; through: (F, 1, H).
+    pairs: (F, H, Q, Q), from a step s < t to a step ≥ t; read: (F, Q, H), from the entering state to a step ≥ t;
+    written: (F, Q, H), from a step before t to the leaving state; through: (F, 1, H).
     """
     length = pairs.shape[-1]
     before = pairs.new_ones(length, length).triu_(1)  # [s < t]
@@ -263,7 +263,5 @@ def _one_later(signal: Tensor) -> Tensor:
 
 
 def _slices(x: Tensor) -> list[slice]:
-    """Slices of the chunks (F, Q, H, P) whose matrices M, of all heads, have about `ENTRIES` entries."""
-    entries = ENTRIES_ON_CPU if x.device.type == "cpu" else ENTRIES
-    size = max(1, entries // (x.shape[2] * x.shape[1] ** 2))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+    """Slices of the chunks (F, Q, H, P), by the size of their matrices M of all heads."""
+    return chunks(len(x), x.shape[2] * x.shape[1] ** 2, budget(x, ENTRIES_ON_CPU, ENTRIES))

@@ -2,21 +2,11 @@
 
 from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
 from stu.training.data import SequenceData
+from stu.training.figures import Figures
 from stu.training.loggers import MetricsCSV
 from stu.training.module import SequenceModule
-from stu.training.pictures import Pictures
 from stu.training.plan import StepPlan
 from stu.training.run import Run
 
-__all__ = [
-    "Checkpoints",
-    "Diverged",
-    "MetricsCSV",
-    "MetricsLog",
-    "Pictures",
-    "Run",
-    "SequenceData",
-    "SequenceModule",
-    "StepPlan",
-    "Stopped",
-]
+__all__ = ["Checkpoints", "Diverged", "Figures", "MetricsCSV", "MetricsLog", "Run", "SequenceData", "SequenceModule"]
+__all__ += ["StepPlan", "Stopped"]

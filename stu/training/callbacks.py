@@ -1,4 +1,4 @@
-"""What happens around the steps: numbers are logged, checkpoints written, signals and bad losses heeded."""
+"""Callbacks: metrics are logged, checkpoints written, signals and losses that are not finite handled."""
 
 import math
 import signal
@@ -15,11 +15,11 @@ from stu.errors import require
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
 
-AGREE_EVERY = 10  # steps between two questions to all devices whether to stop or save
+AGREE_EVERY = 10  # steps after which several devices agree whether to stop or save
 
 
 class Stopped(Exception):
-    """A signal asked for an end; everything is in the last checkpoint."""
+    """The run was stopped by a signal; everything is in the last checkpoint."""
 
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}")
@@ -31,21 +31,21 @@ class Diverged(Exception):
 
 
 class MetricsLog(Callback):
-    """Logs training metrics, learning rates, gradient norm, throughput and the share of time spent
-    waiting for data, every `every_n_steps` optimiser steps.
+    """Logs training metrics, learning rates, gradient norm, throughput and the share of time spent waiting for data,
+    every `every_n_steps` optimiser steps.
 
-    All of them speak about the steps since the last row; a resumed run writes the rows of an uninterrupted one, but
-    for those of time.
+    All of them are over the steps since the last row; a resumed run writes the same rows as an uninterrupted one,
+    except for times.
     """
 
     def __init__(self, plan: StepPlan, *, batch_size: int, every_n_steps: int) -> None:
         require(every_n_steps >= 1, "log_every", every_n_steps, "must be at least 1")
         self.plan, self.batch_size, self.every = plan, batch_size, every_n_steps
-        self.since = self.validation_began = time.perf_counter()
+        self.since = self.validation_started = time.perf_counter()
         self.steps_since = 0
         self.rates: dict[str, float] = {}
         self.gradient_norm = math.nan
-        self.latest: dict[str, float] = {}  # for whoever shows progress
+        self.latest: dict[str, float] = {}  # for the progress display
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -55,11 +55,11 @@ class MetricsLog(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note how long the batch was waited for."""
+        """Measure the wait for the batch."""
         self.waited += time.perf_counter() - self.batch_ended
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Where this step is logged, note its rates, and its gradient before it is clipped."""
+        """If this step is logged, keep its rates, and the norm of its gradient before clipping."""
         if (trainer.global_step + 1) % self.every == 0:
             self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
@@ -68,7 +68,7 @@ class MetricsLog(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write a row of the training log where one is due."""
+        """Write a row of the training log when it is due."""
         self.batch_ended = time.perf_counter()
         if (batch_idx + 1) % self.plan.accumulate:
             return
@@ -85,13 +85,13 @@ class MetricsLog(Callback):
         self.batch_ended, self.waited = self.since, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the time, which does not count as training."""
-        self.validation_began = time.perf_counter()
+        """Start the clock of the validation, which does not count as training."""
+        self.validation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a row of the validation log."""
         self.batch_ended = time.perf_counter()
-        self.since += self.batch_ended - self.validation_began
+        self.since += self.batch_ended - self.validation_started
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, SequenceModule)
@@ -107,22 +107,22 @@ class MetricsLog(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """Keeps `best.ckpt`, by the monitored validation metric, and `last.ckpt`, from which a run goes on.
+    """Keeps `best.ckpt`, by the monitored validation metric, and `last.ckpt`, from which a run resumes.
 
-    The last one is written after every validation, every `every_minutes` and, where given, every `every_n_steps`; on
-    SIGINT and SIGTERM it is written at once and `Stopped` raised (a second signal does not wait). A loss that is not
-    finite raises `Diverged` before any checkpoint could be spoilt. Checkpoints appear whole or not at all.
+    The last one is written after every validation, every `every_minutes` and, if given, `every_n_steps`; on SIGINT
+    and SIGTERM it is written at once and `Stopped` raised (a second signal does not wait). A loss that is not finite
+    raises `Diverged` before it can reach a checkpoint. Checkpoints appear whole or not at all.
 
-    Also decides when Lightning validates, by the `StepPlan`.
+    It also tells Lightning when to validate, by the `StepPlan`.
     """
 
     def __init__(
         self,
         directory: Path,
         plan: StepPlan,
-        *,
         monitor: str,
         mode: Literal["min", "max"],
+        *,
         every_minutes: float = 5.0,
         every_n_steps: int | None = None,
         check_every: int = 50,
@@ -135,28 +135,28 @@ class Checkpoints(Checkpoint):
         self.every_minutes, self.every_n_steps, self.check_every = every_minutes, every_n_steps, check_every
         self.best_value: float | None = None
         self.best_step = 0
-        self.seconds = 0.0  # trained, over all starts of the run
+        self.seconds = 0.0  # of training in all earlier starts of the run
         self.signal_number: int | None = None
         self._handlers: dict[int, Any] = {}
         self._saved_at = self._clock = time.monotonic()
 
     @property
     def seconds_trained(self) -> float:
-        """Time from the beginning of the run, all its starts together."""
+        """Training time of all starts of the run together."""
         return self.seconds + time.monotonic() - self._clock
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """The state that a resumed run needs."""
         return {"best_value": self.best_value, "best_step": self.best_step, "seconds": self.seconds_trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore it."""
         self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
         self.seconds = state_dict["seconds"]
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for signals and say when the next validation is."""
+        """Install the signal handlers and schedule the next validation."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
         self._saved_at = time.monotonic()
@@ -165,7 +165,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimiser step: stop, save or go on."""
+        """After an optimiser step: stop, save or continue."""
         if (batch_idx + 1) % self.plan.accumulate:
             return
         step = trainer.global_step
@@ -173,7 +173,7 @@ class Checkpoints(Checkpoint):
             self._check_finite(trainer)
         self._schedule_validation(trainer, step)
         if self.plan.validates_after(step):
-            return  # the checkpoint is written behind the validation
+            return  # the checkpoint is written after the validation
         if self._should_stop(trainer):
             self._save(trainer, "last")
             raise Stopped(self.signal_number or signal.SIGTERM, step)
@@ -181,23 +181,23 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "last")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning would count on from a validation that was broken off, and never take this one for finished."""
+        """Reset Lightning's count of an interrupted validation, or it would never consider this one finished."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """A stop in mid-validation: save the state before it, so that a resumed run validates anew.
+        """A stop during validation: save the state before it, so that a resumed run repeats it.
 
-        Several devices stop behind it instead: they may have unlike numbers of batches, so they cannot agree here.
+        Several devices stop after it instead: they may have different numbers of batches, so they cannot agree here.
         """
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.world_size > 1:
             return
         if not self._should_stop(trainer):
             return
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-        # what Lightning takes for a validation that had begun its first batch
+        # the progress of a validation that has started its first batch
         progress.reset()
         progress.increment_ready()
         progress.increment_started()
@@ -205,7 +205,7 @@ class Checkpoints(Checkpoint):
         raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the best, then the last, which so knows of the best."""
+        """Save the best, then the last, whose state includes the best."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         assert isinstance(pl_module, SequenceModule)
@@ -220,11 +220,11 @@ class Checkpoints(Checkpoint):
             raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore_signals()
 
     def _improves(self, value: float) -> bool:
@@ -248,15 +248,15 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: L.Trainer, name: str) -> None:
         self._check_finite(trainer)
         self.directory.mkdir(parents=True, exist_ok=True)
-        fresh = self.directory / f".{name}.tmp"
-        trainer.save_checkpoint(fresh)
+        partial = self.directory / f".{name}.tmp"
+        trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
-            fresh.replace(self.directory / f"{name}.ckpt")
+            partial.replace(self.directory / f"{name}.ckpt")
         trainer.strategy.barrier()
         self._saved_at = time.monotonic()
 
     def _check_finite(self, trainer: L.Trainer) -> None:
-        """Raise `Diverged` on all devices if one has seen a loss that is not finite, or has such weights."""
+        """Raise `Diverged` on all devices if the loss or the weights of any are not finite."""
         module = trainer.lightning_module
         assert isinstance(module, SequenceModule)
         bad = -1 if module.first_bad_batch is None else int(module.first_bad_batch)
@@ -279,12 +279,12 @@ class Checkpoints(Checkpoint):
 
 
 def _agree_at_times(trainer: L.Trainer, decision: bool) -> bool:
-    """`_agree`, but several devices are asked every `AGREE_EVERY` steps only, for to agree costs time."""
+    """`_agree`, but on several devices only every `AGREE_EVERY` steps, since agreeing costs time."""
     return trainer.global_step % (AGREE_EVERY if trainer.world_size > 1 else 1) == 0 and _agree(trainer, decision)
 
 
 def _agree(trainer: L.Trainer, decision: bool) -> bool:
-    """What any device decides, all do."""
+    """Whether any device has decided so; all devices get the same answer."""
     if trainer.world_size == 1:
         return decision
     return bool(trainer.strategy.reduce_boolean_decision(decision, all=False))

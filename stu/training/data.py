@@ -14,25 +14,38 @@ from stu.training.plan import StepPlan
 
 
 class SequenceData(L.LightningDataModule):
-    """Loaders over the data of a task.
+    """Loaders over the prepared data of a task, for the batches of a plan.
 
     batch_size: sequences per optimiser step, over all devices and accumulated micro-batches together, so that a
     recipe means the same on any hardware. bucket: batches are drawn from pools of that many batches, inside which
-    sequences of like length go together (less padding); 1 shuffles freely. num_workers: loader processes.
+    sequences of similar length share a batch (less padding); 1 shuffles freely. num_workers: loader processes.
     """
 
-    def __init__(self, task: Task, *, seed: int, batch_size: int = 32, num_workers: int = 0, bucket: int = 1) -> None:
+    def __init__(
+        self,
+        task: Task,
+        splits: Splits,
+        plan: StepPlan,
+        *,
+        seed: int,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        bucket: int = 1,
+    ) -> None:
         super().__init__()
         require(bucket >= 1, "bucket", bucket, "must be at least 1")
         require(num_workers >= 0, "num_workers", num_workers, "must be at least 0")
-        self.task, self.seed, self.batch_size = task, seed, batch_size
-        self.num_workers, self.bucket = num_workers, bucket
-        self.splits: Splits = task.datasets()
-        self.plan: StepPlan | None = None  # known once the trainer's arguments are
+        self.task, self.splits, self.plan, self.seed = task, splits, plan, seed
+        self.batch_size, self.num_workers, self.bucket = batch_size, num_workers, bucket
+
+    def require_enough(self, world_size: int) -> None:
+        """Raise `OptionError` unless every device gets the same share of each micro-batch, and has examples."""
+        require_divisible(self.batch_size, self.plan, world_size)
+        fewest = min(map(len, self.splits))
+        require(fewest >= world_size, "devices", world_size, f"must be at most {fewest} (examples)")
 
     def train_dataloader(self) -> "ResumableLoader":
         """Every batch of the run, in order, from where the checkpoint left off."""
-        assert self.plan is not None, "the plan is set before fit"
         sampler = RunBatches(
             len(self.splits.train),
             self.splits.train.lengths,
@@ -112,21 +125,17 @@ class RunBatches(Sampler[list[int]]):
 
 
 def require_divisible(batch_size: int, plan: StepPlan, world_size: int) -> None:
-    """Raise `OptionError` unless every device has the same share of every micro-batch."""
-    require(
-        batch_size % (world_size * plan.accumulate) == 0,
-        "batch_size",
-        batch_size,
-        f"must be a multiple of devices x accumulate_grad_batches ({world_size} x {plan.accumulate})",
-    )
+    """Raise `OptionError` unless every device gets the same share of every micro-batch."""
+    allowed = f"must be a multiple of devices x accumulate_grad_batches ({world_size} x {plan.accumulate})"
+    require(batch_size % (world_size * plan.accumulate) == 0, "batch_size", batch_size, allowed)
 
 
 def evaluation_batches(
     examples: int, lengths: np.ndarray | None, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """Indices of every example once, over all devices; like lengths share a batch.
+    """Indices of every example once, over all devices; similar lengths share a batch.
 
-    The longest come first, so that what does not fit in memory shows at once; the other batches are in a fixed random
+    The longest come first, so that what does not fit in memory fails at once; the other batches are in a fixed random
     order, so that an evaluation of some of them is a fair sample of lengths.
     """
     order = np.arange(examples) if lengths is None else np.argsort(-lengths.astype(np.int64), kind="stable")
@@ -139,7 +148,7 @@ def evaluation_batches(
 def epoch_batches(
     examples: int, lengths: np.ndarray | None, batch_size: int, bucket: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """(steps, batch_size) indices of one epoch; the examples that fill no whole batch wait for another epoch."""
+    """(steps, batch_size) indices of one epoch; examples left over from the last whole batch wait for another epoch."""
     rng = np.random.default_rng([seed, epoch])
     steps = examples // batch_size
     order = rng.permutation(examples)[: steps * batch_size]
@@ -152,11 +161,11 @@ def epoch_batches(
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader whose state is the number of batches it has handed out."""
+    """A loader whose state is the number of batches it has returned."""
 
     def __init__(self, examples: Examples, sampler: RunBatches, **arguments: Any) -> None:
         super().__init__(_as_dataset(examples), batch_sampler=sampler, **arguments)
-        self.sampler_of_run, self.handed_out = sampler, 0
+        self.sampler_of_run, self.returned = sampler, 0
 
     def __len__(self) -> int:
         """Batches of the whole run."""
@@ -164,20 +173,20 @@ class ResumableLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator is all that is used
         """The batches that remain."""
-        self.handed_out = self.sampler_of_run.start
+        self.returned = self.sampler_of_run.start
         for batch in super().__iter__():
-            self.handed_out += 1
+            self.returned += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """How far the run is."""
-        return {"batches": self.handed_out}
+        return {"batches": self.returned}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind batch number `state["batches"]`."""
-        self.sampler_of_run.start = self.handed_out = state["batches"]
+        """Continue after batch number `state["batches"]`."""
+        self.sampler_of_run.start = self.returned = state["batches"]
 
 
 def _as_dataset(examples: Examples) -> Dataset[Any]:
-    """`Examples` is all that a map-style loader asks for, but the loader's type wants the base class."""
+    """`Examples` is all that a map-style loader needs, but its type asks for the base class."""
     return examples  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.csv`, always, and Weights & Biases, by default."""
+"""Where metrics are logged: `metrics.csv` always, and Weights & Biases by default."""
 
 import csv
 import logging
@@ -7,25 +7,26 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
+from stu.training.run import Run, write_atomically
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-SECONDS_TO_START = 30.0  # after which W&B is taken to be out of reach
+SECONDS_TO_START = 30.0  # after which W&B counts as unreachable
 COLUMNS = ("step", "epoch", "metric", "value")
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv` of a run: one row per number (step, epoch, metric, value), only ever appended to.
+    """`metrics.csv` of a run: one row per value (step, epoch, metric, value), only ever appended to.
 
-    Values are written so that reading them gives back the same float. A resumed run first takes the rows behind its
-    checkpoint, which it will produce again, out into `metrics.superseded.csv`.
+    Values are written so that reading them gives back the same float. A resumed run first moves the rows after its
+    checkpoint, which it will produce again, to `metrics.superseded.csv`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +35,7 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The kind of logger."""
+        """Lightning's name for this logger."""
         return "csv"
 
     @property
@@ -44,11 +45,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration lies beside the file."""
+        """Nothing to do: the configuration is a file of the run."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row per number; `epoch` is taken from the metrics themselves."""
+        """Append one row per metric; `epoch` is taken from the metrics themselves."""
         epoch = metrics.get("epoch", "")
         rows = [(step, epoch, name, repr(float(value))) for name, value in metrics.items() if name != "epoch"]
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -57,7 +58,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Take out what was logged behind optimiser step `step`, and a row that was cut off in mid-write."""
+        """Move out the rows after optimiser step `step`, and drop one that was cut off while it was written."""
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8")
@@ -67,13 +68,11 @@ class MetricsCSV(Logger):
         if gone:
             with self.path.with_suffix(".superseded.csv").open("a", encoding="utf-8") as file:
                 file.writelines(gone)
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        fresh.replace(self.path)
+        write_atomically(self.path, "".join(kept))
 
 
 def _belongs(line: str, step: int) -> bool:
-    """Whether a row stands at or before a step; the final results are always behind it."""
+    """Whether a row is of a step up to `step`; the final results always come after it."""
     at, _, metric, _ = line.split(",")
     return int(at) <= step and not metric.startswith(("test/", "best/"))
 
@@ -87,12 +86,9 @@ def read_metrics(path: Path) -> list[tuple[int, float, str, float]]:
 
 
 def wandb_logger(
+    run: Run,
+    names: tuple[str, str],
     *,
-    directory: Path,
-    run_id: str,
-    name: str,
-    group: str,
-    default_tags: Sequence[str] = (),
     tags: Sequence[str] = (),
     mode: WandbMode = "auto",
     project: str = "stu",
@@ -100,22 +96,20 @@ def wandb_logger(
 ) -> Logger | None:
     """A Weights & Biases logger, or None where it is disabled or cannot start.
 
-    mode "auto": online where an API key is configured, else offline under `directory`; never a prompt. The same
-    `run_id` goes on with the same W&B run.
+    names: of task and model, the group and the tags of the W&B run; the same run directory continues the same W&B run.
+    mode "auto": online where an API key is configured, else offline in the run directory; never a prompt.
     """
-    require(
-        mode in ("auto", "online", "offline", "disabled"), "mode", mode, "must be auto, online, offline or disabled"
-    )
+    require(mode in get_args(WandbMode), "mode", mode, f"must be one of {', '.join(get_args(WandbMode))}")
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled" or getattr(rank_zero_only, "rank", 0) != 0:
         return None
-    import wandb  # it takes a second to import, and only here is it needed
+    import wandb  # takes a second to import
 
     arguments: dict[str, Any] = {
-        "dir": directory,
-        "id": run_id,
-        "name": name,
-        "group": group,
-        "tags": [*default_tags, *tags],
+        "dir": run.path,
+        "id": run.id,
+        "name": f"{names[1]}/{run.path.name}",
+        "group": names[0],
+        "tags": [*names, *tags],
         "project": project,
         "entity": entity,
         "resume": "allow",
@@ -125,9 +119,9 @@ def wandb_logger(
     for where in ("online", "offline") if online else ("offline",):
         try:
             experiment = wandb.init(mode=where, **arguments)
-        except Exception as error:  # a run must not die of its diary
+        except Exception as error:  # logging must never end a run
             log.warning("Weights & Biases did not start %s: %s", where, " ".join(str(error).split()))
-            wandb.teardown()  # what began to start would hold the run's id
+            wandb.teardown()  # a half-started service would keep the run's id
             continue
         experiment.define_metric("trainer/global_step")
         experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -135,14 +129,14 @@ def wandb_logger(
     return None
 
 
-def log_picture(logger: Logger, name: str, file: Path, step: int) -> None:
-    """Show a PNG in W&B; other loggers have no place for it."""
+def log_figure(logger: Logger, name: str, file: Path, step: int) -> None:
+    """Log a PNG to W&B; other loggers do not take images."""
     if isinstance(logger, WandbLogger):
         logger.log_image(name, [str(file)], step=step)
 
 
 def close_wandb() -> None:
-    """End the W&B run of this process, if there is one, so that the next of a sweep begins its own."""
+    """Finish the W&B run of this process, if there is one, so that the next run of a sweep starts its own."""
     if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
         run.finish()
 

@@ -11,31 +11,32 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from stu.backbone import SequenceModel
-from stu.rollout import FreeRunning, free_run
+from stu.rollout import batch_rollout
 from stu.task import Batch, Task
+from stu.training.optim import NamedParameters
 
 
-class MakeOptimizer(Protocol):
-    """An optimiser and its schedule for a step budget, from the named parameters."""
+class Recipe(Protocol):
+    """An optimiser with its schedule, checked against the parameters and the step budget, and yet to be built."""
 
-    def __call__(self, named_parameters: Any, total_steps: int, /) -> tuple[Optimizer, LRScheduler]:
-        """(name, parameter) pairs and the number of optimiser steps → optimiser and schedule."""
+    def build(self, named_parameters: NamedParameters, /) -> tuple[Optimizer, LRScheduler]:
+        """The optimiser of these parameters, and its schedule, stepped once per optimiser step."""
 
 
 class SequenceModule(L.LightningModule):
-    """Trains and evaluates a `SequenceModel` on a `Task`; metrics are exact over padding, devices and batch sizes."""
+    """Trains and evaluates a `SequenceModel` on a `Task`; metrics are exact over padding, devices and batch sizes.
 
-    def __init__(
-        self, model: SequenceModel, task: Task, *, optimizer: MakeOptimizer, total_steps: int, seed: int
-    ) -> None:
+    recipe: how it is optimised; None for evaluation alone. seed: of whatever is random in a training step.
+    """
+
+    def __init__(self, model: SequenceModel, task: Task, *, recipe: Recipe | None = None, seed: int = 0) -> None:
         super().__init__()
-        self.model, self.task = model, task
-        self.make_optimizer, self.total_steps, self.seed = optimizer, total_steps, seed
+        self.model, self.task, self.recipe, self.seed = model, task, recipe, seed
         self.train_metrics = _metrics(task)
-        self.train_metrics.apply(_persist)  # a resumed run goes on with half-filled metrics
+        self.train_metrics.apply(_persist)  # a resumed run continues with half-filled metrics
         self.eval_metrics = _metrics(task)
-        self.rollout_metrics = nn.ModuleDict(task.rollout_metrics() if isinstance(task, FreeRunning) else {})
-        self.evaluated: dict[str, float] = {}  # what the last evaluation gave
+        self.rollout_metrics = nn.ModuleDict(task.rollout.metrics() if task.rollout else {})
+        self.evaluated: dict[str, float] = {}  # results of the last evaluation
         self.first_bad_batch: Tensor | None = None  # the batch whose loss was not finite; stays on the device
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -58,19 +59,19 @@ class SequenceModule(L.LightningModule):
         self._scored_step(batch, self.eval_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the metrics of an evaluation, and those of free runs where the task has them."""
+        """Update the metrics of an evaluation, and those of rollouts where the task has them."""
         self._scored_step(batch, self.eval_metrics)
-        if isinstance(self.task, FreeRunning):
-            prediction, target = free_run(self.model, batch, context=self.task.context, horizon=self.task.horizon)
+        if rollout := self.task.rollout:
+            prediction, target = batch_rollout(self.model, batch, context=rollout.context, horizon=rollout.horizon)
             for metric in self.rollout_metrics.values():
                 cast(Metric, metric).update(prediction.float(), target)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin afresh: an evaluation that was broken off leaves nothing behind."""
+        """Reset the metrics: an interrupted evaluation leaves nothing in them."""
         _reset(self.eval_metrics)
 
     def on_test_epoch_start(self) -> None:
-        """Begin afresh."""
+        """Reset the metrics."""
         _reset(self.eval_metrics)
         _reset(self.rollout_metrics)
 
@@ -83,8 +84,9 @@ class SequenceModule(L.LightningModule):
         self.evaluated = compute(self.eval_metrics) | compute(self.rollout_metrics)
 
     def configure_optimizers(self) -> Any:
-        """Optimiser and schedule from the configured partial, the schedule stepped with the optimiser."""
-        optimizer, schedule = self.make_optimizer(self.model.named_parameters(), self.total_steps)
+        """Optimiser and schedule, the schedule stepped with the optimiser."""
+        assert self.recipe is not None, "a module without a recipe is for evaluation alone"
+        optimizer, schedule = self.recipe.build(self.model.named_parameters())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _scored_step(self, batch: Batch, metrics: nn.ModuleDict) -> Tensor:
@@ -94,7 +96,7 @@ class SequenceModule(L.LightningModule):
         for name, module in metrics.items():
             metric = cast(Metric, module)
             if name == "loss":
-                # once per element: torchmetrics 1.9 overlooks `weight` where the nan strategy is "disable"
+                # once per element: torchmetrics 1.9 ignores `weight` where the nan strategy is "disable"
                 metric.update(loss.detach().expand(len(target)))
             else:
                 metric.update(prediction.detach(), target)
@@ -102,7 +104,7 @@ class SequenceModule(L.LightningModule):
 
 
 def compute(metrics: nn.ModuleDict) -> dict[str, float]:
-    """The value of every metric, over all devices; the metrics begin anew."""
+    """The value of every metric over all devices; the metrics are reset."""
     values = {name: float(cast(Metric, metric).compute()) for name, metric in metrics.items()}
     _reset(metrics)
     return values
@@ -122,5 +124,5 @@ def _persist(module: nn.Module) -> None:
 
 
 def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, unlike for unlike numbers."""
+    """One 63-bit seed from several numbers, different for different numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, final, get_args
 
 from torch import nn
 from torch.optim import AdamW
@@ -13,11 +14,57 @@ from torch.optim.lr_scheduler import LambdaLR
 from stu.errors import OptionError, require
 
 Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
 GROUP_KEYS = ("match", "lr", "lr_scale", "weight_decay")
 
 
+class ParameterGroup(NamedTuple):
+    """Parameters with the same peak rate and weight decay: their names, and their number of entries in all."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    parameters: frozenset[str]
+    size: int
+
+
+@final
+@dataclass(frozen=True)
+class AdamWRecipe:
+    """AdamW over named groups with warm-up and decay, checked and ready to be built. `warmup` is in steps."""
+
+    groups: tuple[ParameterGroup, ...]
+    total_steps: int
+    betas: tuple[float, float]
+    eps: float
+    schedule: Schedule
+    warmup: int
+    min_lr: float
+
+    def build(self, named_parameters: NamedParameters) -> tuple[AdamW, LambdaLR]:
+        """The optimiser of these parameters, and its schedule, stepped once per optimiser step."""
+        named = list(named_parameters)
+        members = [
+            {
+                "name": group.name,
+                "params": [parameter for name, parameter in named if name in group.parameters],
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in self.groups
+        ]
+        optimizer = AdamW(members, betas=self.betas, eps=self.eps)
+        factors: list[Callable[[int], float]] = [partial(self.factor, group.lr) for group in self.groups]
+        return optimizer, LambdaLR(optimizer, factors)
+
+    def factor(self, peak: float, step: int) -> float:
+        """The rate of optimiser step `step` = 0, 1, … as a share of the group's peak."""
+        floor = min(self.min_lr, peak)
+        return learning_rate(step, self.total_steps, self.warmup, peak, floor, self.schedule) / peak if peak else 0.0
+
+
 def adamw(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    named_parameters: NamedParameters,
     total_steps: int,
     *,
     lr: float = 1e-3,
@@ -28,15 +75,15 @@ def adamw(
     schedule: Schedule = "cosine",
     warmup: float = 0.1,
     min_lr: float = 1e-7,
-) -> tuple[AdamW, LambdaLR]:
-    """AdamW over named groups and its schedule, stepped once per optimiser step.
+) -> AdamWRecipe:
+    """AdamW for these parameters and this step budget.
 
     groups: name → {match: regular expression, lr or lr_scale, weight_decay}; a parameter belongs to the first
     group whose expression is found in its name, or to "default". warmup: linear from `min_lr`, over that share of
     the budget if below 1, else that many steps. Then `schedule` leads to `min_lr` at the end of the budget; rsqrt,
     Vaswani et al. (1706.03762), section 5.3, falls with the root of the step, wherever that leads.
 
-    Raises `OptionError` for a group that matches nothing.
+    Raises `OptionError` for a value out of range, and for a group that matches nothing.
     """
     require(lr > 0, "lr", lr, "must be above 0")
     require(all(0 <= beta < 1 for beta in betas), "betas", betas, "must be in [0, 1)")
@@ -45,27 +92,18 @@ def adamw(
     require(0 <= min_lr <= lr, "min_lr", min_lr, f"must be in 0 … lr ({lr})")
     allowed = get_args(Schedule)
     require(schedule in allowed, "schedule", schedule, f"must be one of {', '.join(allowed)}")
-    parameter_groups = [
-        {
-            "name": name,
-            "params": parameters,
-            "lr": options.get("lr", lr * options.get("lr_scale", 1.0)),
-            "weight_decay": options.get("weight_decay", weight_decay),
-        }
+    assigned = tuple(
+        ParameterGroup(
+            name,
+            options.get("lr", lr * options.get("lr_scale", 1.0)),
+            options.get("weight_decay", weight_decay),
+            frozenset(parameters),
+            sum(parameter.numel() for parameter in parameters.values()),
+        )
         for name, options, parameters in _assign(named_parameters, groups or {})
-    ]
-    optimizer = AdamW(parameter_groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+    )
     steps = warmup_steps(warmup, total_steps)
-
-    factors: list[Callable[[int], float]] = [
-        partial(_factor, total=total_steps, warmup=steps, peak=float(g["lr"]), floor=min_lr, schedule=schedule)
-        for g in parameter_groups
-    ]
-    return optimizer, LambdaLR(optimizer, factors)
-
-
-def _factor(step: int, *, total: int, warmup: int, peak: float, floor: float, schedule: Schedule) -> float:
-    return learning_rate(step, total, warmup, peak, min(floor, peak), schedule) / peak if peak else 0.0
+    return AdamWRecipe(assigned, total_steps, (betas[0], betas[1]), eps, schedule, steps, min_lr)
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
@@ -91,30 +129,22 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float,
 
 
 def _assign(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[str, Mapping[str, Any], list[nn.Parameter]]]:
-    """(name, options, parameters) of every group; "default" takes the rest and may be empty only if others are not."""
+    named_parameters: NamedParameters, groups: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any], dict[str, nn.Parameter]]]:
+    """(name, options, parameters) of every group; "default" has the rest and is left out where there is none."""
     for name, options in groups.items():
         _check_group(f"groups.{name}", options)
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
-    rest, names = [], []
-    for parameter_name, parameter in named_parameters:
-        names.append(parameter_name)
-        for name, options in groups.items():
-            if re.search(options["match"], parameter_name):
-                members[name].append(parameter)
-                break
-        else:
-            rest.append(parameter)
-    for name, parameters in members.items():
-        if not parameters:
-            raise OptionError(
-                f"groups.{name}.match",
-                groups[name]["match"],
-                f"matches no parameter left by the groups before it; names are like {', '.join(names[:3])}",
-            )
-    assigned = [(name, groups[name], parameters) for name, parameters in members.items()]
-    return [*assigned, ("default", {}, rest)] if rest else assigned
+    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*groups, "default")}
+    parameters = dict(named_parameters)
+    for name, parameter in parameters.items():
+        matching = (group for group, options in groups.items() if re.search(options["match"], name))
+        members[next(matching, "default")][name] = parameter
+    for group, options in groups.items():
+        if not members[group]:
+            examples = ", ".join(list(parameters)[:3])
+            allowed = f"matches no parameter left by the groups before it; names are like {examples}"
+            raise OptionError(f"groups.{group}.match", options["match"], allowed)
+    return [(name, groups.get(name, {}), found) for name, found in members.items() if found]
 
 
 def _check_group(key: str, options: Any) -> None:

@@ -1,21 +1,76 @@
 """How long a run is and when it validates, counted in optimiser steps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-from stu.errors import require
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from stu.errors import OptionError, require
+
+# Arguments of a Trainer that would end or shorten a run without its `StepPlan` knowing.
+UNSUPPORTED = (
+    "min_epochs",
+    "min_steps",
+    "max_time",
+    "limit_train_batches",
+    "overfit_batches",
+    "fast_dev_run",
+    "check_val_every_n_epoch",
+    "reload_dataloaders_every_n_epochs",
+)
+# Arguments of a Trainer that train.py passes itself.
+PASSED = (
+    "logger",
+    "callbacks",
+    "default_root_dir",
+    "log_every_n_steps",
+    "barebones",
+    "enable_progress_bar",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "use_distributed_sampler",
+)
+
+
+def check_trainer(arguments: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for arguments of a Trainer that a run does not support or this machine does not have."""
+    for key in (*UNSUPPORTED, *PASSED):
+        reason = "set max_epochs or max_steps" if key in UNSUPPORTED else "train.py sets it itself"
+        require(key not in arguments, f"trainer.{key}", arguments.get(key), f"not supported; {reason}")
+    clip = arguments["gradient_clip_val"]
+    require(clip is None or clip > 0, "trainer.gradient_clip_val", clip, "must be above 0, or null")
+    for key in ("limit_val_batches", "limit_test_batches"):
+        limit = arguments[key]
+        allowed = "must be above 0: a checkpoint is chosen and tested"
+        require(limit is None or limit > 0, f"trainer.{key}", limit, allowed)
+    accelerator = arguments["accelerator"]
+    present = accelerator not in ("gpu", "cuda") or torch.cuda.is_available()
+    require(present, "trainer.accelerator", accelerator, "there is no GPU here; use trainer=cpu")
+
+
+def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
+    """A Trainer for runs with a `StepPlan`; raises `OptionError` with Lightning's objection to what was configured."""
+    try:
+        return make(**StepPlan.trainer_arguments, **arguments)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        asked = {key: make.keywords.get(key) for key in ("accelerator", "devices", "strategy", "precision")}
+        raise OptionError("trainer", asked, f"Lightning refuses this: {error}".partition("\n")[0]) from error
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """The whole run is one pass over `total_steps` · `accumulate` batches.
 
-    Lightning's epoch is not used: what it counts as one epoch is the run, so that a run can stop and go on at any
+    Lightning's epoch is not used: what it counts as one epoch is the run, so that a run can stop and resume at any
     step. An epoch here is `steps_per_epoch` optimiser steps, one pass over the training data.
     """
 
-    # What a Trainer is told instead: one pass over all batches, validated when `Checkpoints` says so, and divided over
-    # devices by the data module.
+    # What a Trainer is given instead: one pass over all batches, validated when `Checkpoints` says so, and divided
+    # over devices by the data module.
     trainer_arguments: ClassVar[dict[str, Any]] = {
         "max_epochs": 1,
         "max_steps": -1,
@@ -28,6 +83,12 @@ class StepPlan:
     steps_per_epoch: int
     val_every: int
     accumulate: int
+
+    @classmethod
+    def of_trainer(cls, arguments: Mapping[str, Any], *, examples: int, batch_size: int) -> "StepPlan":
+        """The plan that the arguments of a Trainer ask for."""
+        limits = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
+        return cls.make(examples=examples, batch_size=batch_size, **{key: arguments[key] for key in limits})
 
     @classmethod
     def make(

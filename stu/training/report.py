@@ -1,10 +1,12 @@
-"""What a user sees: the summary at the start, progress, and the table at the end."""
+"""What a user sees: the summary at the start, progress, the table at the end, and how a run ended."""
 
 import logging
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,14 @@ from torch import nn
 from stu.task import Task
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
 from stu.training.data import SequenceData
+from stu.training.loggers import close_wandb
 from stu.training.module import SequenceModule
+from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
 from stu.training.run import Run
 
 SECONDS_BETWEEN_LINES = 10.0
-# As wide as it needs to be where output goes to a file; Rich would assume 80 columns there.
+# Rich assumes 80 columns where output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
@@ -39,16 +43,15 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     console.print(table)
 
 
-def parameter_rows(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Parameter counts by part of the model, and what each optimiser group does to how many."""
+def parameter_rows(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[tuple[str, str]]:
+    """Parameter counts by part of the model, and size, rate and decay of each optimiser group."""
     parts = {name: count(part) for name, part in model.named_children()}
     total = sum(parts.values())
     rows = [("parameters", f"{total:,} ({', '.join(f'{name} {size:,}' for name, size in parts.items())})")]
-    for group in groups:
-        size = sum(p.numel() for p in group["params"])
-        rate = group.get("initial_lr", group["lr"])
-        rows.append((f"group {group['name']}", f"{size:,} parameters, lr {rate:g}, decay {group['weight_decay']:g}"))
-    return rows
+    return rows + [
+        (f"group {group.name}", f"{group.size:,} parameters, lr {group.lr:g}, decay {group.weight_decay:g}")
+        for group in groups
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -61,8 +64,20 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def facts(module: SequenceModule, plan: StepPlan) -> dict[str, Any]:
+    """What the manifest says of a run besides its seed and device."""
+    task = module.task
+    return {
+        "data": task.fingerprint(),
+        "monitor": task.monitor,
+        "mode": task.mode,
+        "total_steps": plan.total_steps,
+        "parameters": count(module.model),
+    }
+
+
 def quiet() -> None:
-    """Silence remarks of libraries that the tables say better, or that do not hold here."""
+    """Silence messages of libraries that the tables state better, or that do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -71,26 +86,31 @@ def quiet() -> None:
         ".*is smaller than the logging interval.*",
         ".*treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
         ".*Checkpoint directory.*exists and is not empty.*",
-        ".*functional.all_reduce is deprecated.*",  # torch 2.13; what is to replace it is not in 2.6
+        ".*functional.all_reduce is deprecated.*",  # torch 2.13; its replacement is not in 2.6
     ):
         warnings.filterwarnings("ignore", message)
 
 
 @rank_zero_only
 def start(
-    run: Run, names: Sequence[str], data: SequenceData, module: SequenceModule, *, device: str, precision: str
+    run: Run,
+    names: tuple[str, str],
+    data: SequenceData,
+    module: SequenceModule,
+    groups: Sequence[ParameterGroup],
+    *,
+    device: str,
+    precision: str,
 ) -> None:
     """The summary at the start of a run."""
     plan = data.plan
-    assert plan is not None
-    optimizer, _ = module.make_optimizer(module.model.named_parameters(), plan.total_steps)
     sizes = [len(split) for split in data.splits]
     epochs = plan.total_steps / plan.steps_per_epoch
     rows = [
         ("task", f"{names[0]}: {sizes[0]:,} / {sizes[1]:,} / {sizes[2]:,} train / val / test{_lengths(data)}"),
         ("data", data.task.fingerprint()[:16]),
         ("model", f"{names[1]}: {_shape(module)}"),
-        *parameter_rows(module.model, optimizer.param_groups),
+        *parameter_rows(module.model, groups),
         ("budget", f"{plan.total_steps:,} steps of {data.batch_size} sequences, {epochs:.3g} epochs"),
         ("validation", f"every {plan.val_every:,} steps, by {data.task.monitor} ({data.task.mode})"),
         ("device", f"{device}, {precision}"),
@@ -101,7 +121,7 @@ def start(
 
 @rank_zero_only
 def result(run: Run) -> None:
-    """The table at the end of a run, or of one that was finished before."""
+    """The table at the end of a run, or of a run that had already finished."""
     summary = run.read_summary()
     best = summary["best"]
     metric = best["metric"].removeprefix("val/")
@@ -112,13 +132,11 @@ def result(run: Run) -> None:
         ("time", duration(summary["seconds"])),
         ("files", f"{run.path}: metrics.csv, summary.json, manifest.json, checkpoints/best.ckpt"),
     ]
-    if pictures := sorted(path.stem for path in run.path.glob("pictures/*.png")):
-        rows.append(("pictures", f"{run.path / 'pictures'}: {', '.join(pictures)}"))
+    if figures := sorted(path.stem for path in run.figures.glob("*.png")):
+        rows.append(("figures", f"{run.figures}: {', '.join(figures)}"))
     if (run.path / "wandb").exists():
         rows.append(("view", f"wandb leet {run.path / 'wandb'}"))
-    rows.append(
-        ("continue", "the same command shows this table; with mode=test it tests again, with seed=1 it repeats")
-    )
+    rows.append(("next", "the same command shows this table again; mode=test tests again; seed=1 is another run"))
     show_table("Result", rows)
 
 
@@ -133,7 +151,7 @@ def tested(checkpoint: Path, values: Mapping[str, float], task: Task) -> None:
 
 @rank_zero_only
 def note(text: str) -> None:
-    """A remark that is no error."""
+    """A remark on stderr."""
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
@@ -141,23 +159,42 @@ def note(text: str) -> None:
 def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
     saved = f"saved in {run.last}" if run.last.exists() else "nothing was trained yet"
-    print(f"{stop}; {saved}. The same command goes on from there.", flush=True)
+    print(f"{stop}; {saved}. The same command resumes the run.", flush=True)
 
 
 @rank_zero_only
 def diverged(run: Run, error: Diverged) -> None:
     """What to do after a loss that is not finite."""
-    kept = run.last if run.last.exists() else None
-    print(
-        f"error: {error}; "
-        + (
-            f"the last good checkpoint is {kept} (step {run.last_step}). "
-            if kept
-            else "no checkpoint was written yet. "
-        )
-        + "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0",
-        file=sys.stderr,
+    last = (
+        f"the last good checkpoint is {run.last} (step {run.last_step})" if run.last.exists() else "none was saved yet"
     )
+    advice = "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0"
+    print(f"error: {error}; {last}. {advice}", file=sys.stderr)
+
+
+@contextmanager
+def exit_codes(run: Run) -> Iterator[None]:
+    """Report how a run ends that does not finish, exit with its code, and release the run in any case.
+
+    128 + the signal after SIGINT and SIGTERM; 1 after a loss that is not finite, which the manifest records.
+    """
+    try:
+        yield
+    except Stopped as stop:
+        stopped(run, stop)
+        raise SystemExit(128 + stop.signal_number) from None
+    except (KeyboardInterrupt, SystemExit) as end:  # before and after training Lightning's own handlers end the run
+        code = getattr(end, "code", 1)
+        number = {None: signal.SIGTERM, 1: signal.SIGINT}.get(code) or code - 128
+        stopped(run, Stopped(number, run.last_step))
+        raise SystemExit(128 + number) from None
+    except Diverged as error:
+        diverged(run, error)
+        run.record_failure(str(error))
+        raise SystemExit(1) from None
+    finally:
+        close_wandb()
+        run.close()
 
 
 def _lengths(data: SequenceData) -> str:
@@ -174,7 +211,7 @@ def _shape(module: SequenceModule) -> str:
 
 
 def progress(plan: StepPlan, log: MetricsLog) -> AnyProgressBar:
-    """A bar on a terminal, a line now and then anywhere else."""
+    """A bar on a terminal, a line every few seconds elsewhere."""
     return ProgressBar(plan, log) if sys.stdout.isatty() else ProgressLines(plan, log)
 
 
@@ -199,29 +236,29 @@ class ProgressLines(AnyProgressBar):
     def __init__(self, plan: StepPlan, log: MetricsLog) -> None:
         super().__init__()
         self.plan, self.log_of_metrics = plan, log
-        self.began = self.last_line = time.monotonic()
+        self.started = self.last_line = time.monotonic()
         self.first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self.began = self.last_line = time.monotonic()
+        self.started = self.last_line = time.monotonic()
         self.first_step = trainer.global_step
 
     def disable(self) -> None:
-        """Lightning disables the bars of all processes but the first; the lines look at the process themselves."""
+        """Lightning disables the bars of all processes but the first; here each line checks its process itself."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A line, if the last is some seconds old."""
+        """A line, if the last one is some seconds old."""
         now, step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero and now - self.last_line > SECONDS_BETWEEN_LINES and step > self.first_step:
             self.last_line = now
-            left = (now - self.began) / (step - self.first_step) * (self.plan.total_steps - step)
+            left = (now - self.started) / (step - self.first_step) * (self.plan.total_steps - step)
             self._line(trainer, f"time left {duration(left)}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A line for every validation."""
+        """A line after every validation."""
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._line(trainer, "validated")
 

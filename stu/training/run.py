@@ -21,12 +21,30 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
-from stu.errors import OptionError
+from stu.errors import OptionError, require
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 # Keys that do not change what is computed: they may differ when a run is resumed.
-FREE_KEYS = ("mode", "overwrite", "checkpoint", "logger", "paths", "name", "checkpoints.every_minutes",
-             "loader.num_workers", "pictures", "task.data.dir")  # fmt: skip
+FREE_KEYS = (
+    "mode",
+    "overwrite",
+    "checkpoint",
+    "logger",
+    "paths",
+    "name",
+    "checkpoints.every_minutes",
+    "loader.num_workers",
+    "figures",
+    "pictures",  # what earlier runs call figures
+    "task.data.dir",
+)
+# Modules that have moved: the names in configurations of earlier runs, and the names now.
+MOVED = {
+    **{f"data.lra_{name}": f"data.lra.{name}" for name in ("image", "listops", "pathfinder", "retrieval", "text")},
+    **{f"data.{name}": f"data.memory.{name}" for name in ("adding", "associative_recall", "copying")},
+    **{f"data.{name}": f"data.memory.{name}" for name in ("induction_heads", "mqar", "recall")},
+    **{f"data.{name}": f"data.systems.{name}" for name in ("dynamics", "forecast", "lds")},
+}
 
 
 class Run:
@@ -34,26 +52,34 @@ class Run:
 
     config.yaml      the resolved configuration
     manifest.json    versions, git state, hardware, data fingerprint, and every start
-    metrics.csv      the numbers
+    metrics.csv      all metrics
     checkpoints/     best.ckpt, last.ckpt
+    figures/         PNG files, where there are any
     summary.json     written last: a run that has it is finished
     """
+
+    @classmethod
+    def named(cls, parent: Path, name: str) -> "Run":
+        """The run `name` in the folder `parent`; raises `OptionError` unless the name is that of a plain folder."""
+        plain = name.strip() not in ("", ".", "..") and not set(name) & set("/\\")
+        require(plain, "name", repr(name), "must be a plain folder name")
+        return cls(parent / name)
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
         self.metrics, self.summary = path / "metrics.csv", path / "summary.json"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.best, self.last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
         self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the run has its summary."""
         return self.summary.exists()
 
     def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Claim the directory for `config`: begin it, or go on with it.
+        """Claim the directory for `config`: start the run, or resume it.
 
         Raises `OptionError` if another process works in it or it holds a run of another configuration.
         """
@@ -80,23 +106,21 @@ class Run:
         write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def close(self) -> None:
-        """Let others have it."""
+        """Release the directory."""
         if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # before it is free: another may lock its own at once
+            # before the release: after it, another process may already hold a lock of its own there
+            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         if changed := self.changes(config):
-            raise OptionError(
-                "name",
-                self.path,
-                f"holds a run with other settings: {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''}; "
-                "choose another name, or overwrite=true to delete it",
-            )
+            difference = ", ".join(changed[:4]) + " …" * (len(changed) > 4)
+            advice = "choose another name, or overwrite=true to delete it"
+            raise OptionError("name", self.path, f"holds a run with other settings: {difference}; {advice}")
 
     def changes(self, config: Mapping[str, Any], within: tuple[str, ...] = ()) -> list[str]:
-        """Settings of this run that `config` has otherwise, as "key (then → now)"; only below `within`, if given."""
-        before = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        """Settings of this run that differ in `config`, as "key (then → now)"; only below `within`, if given."""
+        before = relocated(flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
         now = flatten(config)
         return [
             f"{key} ({_show(before, key)} → {_show(now, key)})"
@@ -106,7 +130,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """What tells this run from all others, also from an overwritten one in the same place."""
+        """A name unique to this run: an overwritten run in the same place had another one."""
         return str(json.loads(self.manifest.read_text(encoding="utf-8"))["id"]) if self.manifest.exists() else ""
 
     @property
@@ -116,17 +140,17 @@ class Run:
             return 0
         return int(torch.load(self.last, map_location="cpu", mmap=True, weights_only=True)["global_step"])
 
-    def weights(self, checkpoint: Path) -> dict[str, torch.Tensor]:
-        """The model's part of a checkpoint, on the CPU."""
+    @staticmethod
+    def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+        """The weights in a checkpoint, on the CPU."""
         try:
-            state: dict[str, torch.Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+            return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise OptionError("checkpoint", checkpoint, "is no checkpoint of a run, or not a whole one") from error
-        return state
+            raise OptionError("checkpoint", checkpoint, "is not a checkpoint of a run, or is incomplete") from error
 
     @rank_zero_only
     def record_start(self, *, device: str, **facts: Any) -> None:
-        """Add this start to the manifest, and what is known of the run: its seed, data, metric, steps and so on."""
+        """Add this start to the manifest, with facts of the run: its seed, data, metric, steps and so on."""
         manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
         manifest |= facts
         manifest["starts"].append(
@@ -145,7 +169,7 @@ class Run:
 
     @rank_zero_only
     def record_failure(self, reason: str) -> None:
-        """Say in the manifest why this start ended."""
+        """Record in the manifest why this start ended."""
         manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
         if manifest["starts"]:
             manifest["starts"][-1]["failed"] = reason
@@ -158,8 +182,7 @@ class Run:
 
     def read_summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
-        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return summary
+        return json.loads(self.summary.read_text(encoding="utf-8"))
 
 
 def is_free(key: str) -> bool:
@@ -175,21 +198,31 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+def relocated(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The same flat configuration, `_target_`s by the present names of their modules."""
+
+    def present(target: str) -> str:
+        module, _, name = target.rpartition(".")
+        return f"{MOVED.get(module, module)}.{name}"
+
+    return {key: present(value) if key.endswith("_target_") else value for key, value in flat.items()}
+
+
 def run_name(overrides: list[str], choices: tuple[str, ...] = ("model", "task")) -> str:
     """A directory name from command-line overrides, so that the same command finds its run again.
 
-    The choices that already name the parent directories and keys that do not change the result are left out.
+    The choices that name the parent directories, and keys that do not change the result, are left out.
     """
-    telling = []
+    kept = []
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
         if key not in choices and not is_free(key) and not key.startswith("hydra"):
-            telling.append(override.lstrip("+"))
-    name = ",".join(sorted(telling)) or "default"
+            kept.append(override.lstrip("+"))
+    name = ",".join(sorted(kept)) or "default"
     safe = "".join(c if (c.isascii() and c.isalnum()) or c in "=,.-_" else "-" for c in name)
     if safe == name and len(name) <= 100:
         return name
-    return f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # others may look like it now
+    return f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # other names may be simplified to the same
 
 
 def git_state() -> dict[str, Any] | None:
@@ -203,7 +236,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """A processor or GPU in words."""
+    """Name of a CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
@@ -211,9 +244,9 @@ def describe_device(device: torch.device) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -1,1 +1,0 @@
-"""What can be chosen (the yaml files), and the code that reads and checks it."""

@@ -1,0 +1,1 @@
+"""The six tasks of the Long Range Arena (2011.04006)."""

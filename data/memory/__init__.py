@@ -1,0 +1,1 @@
+"""Memory and recall: synthetic tasks whose answers appear earlier in the sequence."""

@@ -1,0 +1,1 @@
+"""Build, check and show the data of tasks: python -m data.prepare."""

@@ -1,0 +1,1 @@
+"""What tasks share: the cache, published files, stored tokens and pixels, sequences computed on demand."""

@@ -1,0 +1,47 @@
+"""Arrow files: written under another name until they are complete, read in memory-mapped form."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+
+@contextmanager
+def arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchStreamWriter]:
+    """A writer of record batches to a new file, which is called `path` once it is complete."""
+    partial = path.with_suffix(".partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        yield writer
+    partial.rename(path)
+
+
+def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Arrays (n, …) as the columns of one record batch; a row of more than one dimension becomes a flat list."""
+    batch = pa.record_batch([_column(array) for array in columns.values()], names=list(columns))
+    with arrow_file(path, batch.schema) as file:
+        file.write_batch(batch)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The columns that `write_arrays` wrote: (n,) where rows are numbers, (n, size of a row) where they are lists."""
+    table = table_of(path)
+    return {name: _array(table.column(name)) for name in table.column_names}
+
+
+def table_of(path: Path) -> pa.Table:
+    """The memory-mapped table of an Arrow file."""
+    return Dataset.from_file(str(path)).data
+
+
+def _column(array: np.ndarray) -> pa.Array:
+    values = pa.array(array.reshape(-1))
+    return values if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, array[0].size)
+
+
+def _array(column: pa.ChunkedArray) -> np.ndarray:
+    [chunk] = column.chunks
+    nested = pa.types.is_nested(chunk.type)
+    return chunk.flatten().to_numpy().reshape(len(chunk), -1) if nested else chunk.to_numpy()

@@ -1,0 +1,176 @@
+"""Published data: read from a folder or from the Hugging Face hub, identified, and checked before use."""
+
+import hashlib
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data.store.arrow import table_of
+from stu.errors import OptionError, require
+
+TIMEOUT = 5.0  # seconds within which the hub must answer
+LAYOUTS = ("**/{}*.parquet", "{}/data*.arrow")  # as on the hub, and as `save_to_disk` writes
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the Hugging Face hub whose rows are examples; the label is the last of the `columns`.
+
+    files: their names on the hub, with {} for the split. columns: name → type; "a.b" is field b of struct a.
+    rows: split → number of published rows. classes: the labels are 0 … classes − 1.
+    """
+
+    name: str
+    revision: str
+    files: str
+    columns: Mapping[str, pa.DataType]
+    rows: Mapping[str, int]
+    classes: int
+
+    def identity(self, source: str | None) -> dict[str, object]:
+        """What determines the rows: the revision on the hub, or the contents of the files in the folder `source`."""
+        if source is None:
+            return {"hub": self.name, "revision": self.revision}
+        return {"sha256": {split: [sha256(path) for path in self.local(source, split)] for split in self.rows}}
+
+    def table(self, split: str, source: str | None) -> pa.Table:
+        """The checked `columns` of a split, from the folder `source`, or from the hub if it is None."""
+        if source is None:
+            return self.checked(self.fetched(split), split, self.name)
+        return self.checked(pa.concat_tables([self.read(path) for path in self.local(source, split)]), split, source)
+
+    def local(self, source: str, split: str) -> list[Path]:
+        """The files of a split in the folder `source`: as many as their names promise."""
+        folder = Path(source).expanduser()
+        paths = next((paths for layout in LAYOUTS if (paths := sorted(folder.glob(layout.format(split))))), [])
+        of = max((int(match[1]) for path in paths if (match := re.search(r"-of-(\d+)\.", path.name))), default=1)
+        allowed = (
+            f"must hold {split}*.parquet, or {split}/data*.arrow as save_to_disk writes it; {len(paths)} of {of} files "
+            f"are there. Published: {self.published}"
+        )
+        require(len(paths) == of, "source", source, allowed)
+        return paths
+
+    @property
+    def published(self) -> str:
+        """Which files are published, and where."""
+        names = " and ".join(map(self.files.format, self.rows))
+        return f"{names} of https://huggingface.co/datasets/{self.name}"
+
+    def read(self, path: Path) -> pa.Table:
+        """The `columns` of one file."""
+        try:
+            table = pq.read_table(path, partitioning=None) if path.suffix == ".parquet" else table_of(path).table
+            table.validate(full=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise OptionError("source", str(path), f"cannot be read, or not to its end: {error}") from error
+        return self.selected(table, str(path))
+
+    def fetched(self, split: str) -> pa.Table:
+        """The `columns` of a split from the hub, or from the Hugging Face cache."""
+        if not (datasets.config.HF_HUB_OFFLINE or answers(datasets.config.HF_ENDPOINT)):
+            raise self.unavailable(f"{datasets.config.HF_ENDPOINT} does not answer")
+        try:
+            table = datasets.load_dataset(self.name, revision=self.revision, split=split).with_format("arrow")[:]
+        except Exception as error:  # several libraries raise here, each its own kind
+            raise self.unavailable(" ".join(str(error).split())) from error
+        return self.selected(table, self.name)
+
+    def unavailable(self, reason: str) -> OptionError:
+        """The error that says what to do when the hub cannot be reached."""
+        allowed = (
+            f"{self.name} cannot be fetched: {reason}. Give the same command once where there is a connection; or put "
+            f"{self.published} into a folder (or what save_to_disk wrote of it), and set this to the folder"
+        )
+        return OptionError("source", None, allowed)
+
+    def selected(self, table: pa.Table, source: str) -> pa.Table:
+        """The `columns` of a table, which must have them."""
+        flat = table.flatten()
+        has = dict(zip(flat.column_names, flat.schema.types, strict=True))
+        fits = all(name in has and compatible(has[name], kind) for name, kind in self.columns.items())
+        allowed = f"must have the columns {described(self.columns)}; has {described(has)}"
+        require(fits, "source", source, allowed)
+        return flat.select(list(self.columns)).cast(pa.schema(self.columns))
+
+    def checked(self, table: pa.Table, split: str, source: str) -> pa.Table:
+        """A split, which must have no missing value, no surplus row, and no label that is not a class."""
+        *_, label = self.columns
+        rows, most, last = table.num_rows, self.rows[split], self.classes - 1
+        require(rows <= most, "source", source, f"{split} has {rows:,} rows, must have at most {most:,}")
+        for name in self.columns:
+            row = pc.index(table[name].is_null(), True).as_py()
+            require(row < 0, "source", source, f"{split} has no {name} in row {row}")
+        row = pc.index(pc.invert(pc.is_in(table[label], pa.array(range(self.classes)))), True).as_py()
+        require(row < 0, "source", source, f"{split} has a label in row {row} that is not 0 … {last}")
+        return table
+
+
+def compatible(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether two types are the same but for the size of their values."""
+    integers = pa.types.is_integer(found) and pa.types.is_integer(wanted)
+    return found == wanted or integers or str(found) == f"large_{wanted}"
+
+
+def described(columns: Mapping[str, pa.DataType]) -> str:
+    """Names and types, for a message."""
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def divided(table: pa.Table, *, sizes: Mapping[str, int], seed: int) -> dict[str, pa.Table]:
+    """Disjoint random parts of a table, stratified by the column `label`.
+
+    The first part does not depend on the sizes of the others.
+    """
+    order = stratified(table["label"].to_numpy(), seed)
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        left = len(order) - start
+        require(size <= left, name, size, f"there are only {left:,} rows for it")
+        parts[name] = table.take(np.sort(order[start : start + size]))
+        start += size
+    return parts
+
+
+def stratified(labels: NDArray[np.integer], seed: int) -> NDArray[np.int64]:
+    """A random order in which every prefix has each label in about its overall proportion."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))  # rank among the rows of the same label, as a fraction of them
+    for label in np.unique(labels):
+        same = labels[order] == label
+        place[same] = (np.arange(same.sum()) + 0.5) / same.sum()
+    return order[np.argsort(place, kind="stable")]
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers, with whatever status."""
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=TIMEOUT).close()
+    except HTTPError:
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # other libraries may trust the certificate
+    except (OSError, HTTPException):
+        return False
+    return True
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OptionError("source", str(path), f"cannot be read: {error}") from error

@@ -1,0 +1,1 @@
+"""Dynamical systems: linear ones with their identification, nonlinear ones with forecasts."""

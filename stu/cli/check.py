@@ -1,0 +1,159 @@
+"""Checks of a composed configuration: every root key exists, and every node fits the constructor that it calls.
+
+A configuration node is a constructor call, so the constructors' signatures say what is allowed; nothing is declared
+twice.
+"""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pkgutil import resolve_name
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from stu.cli.usage import CONF
+from stu.errors import OptionError
+
+HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
+    "trainer.max_epochs": float | None,
+    "trainer.accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
+    "trainer.strategy": Literal["auto", "ddp", "fsdp"],
+    "mode": Literal["train", "test"],
+    "name": str | int | None,
+    "seed": range(2**32),
+    "overwrite": bool,
+    "checkpoint": str | None,
+    "log_every": int,
+    "paths.runs": str,
+    "paths.data": str,
+}
+RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
+
+
+class Refused(OptionError):
+    """By `check`, which knows the full key and gives it as the name."""
+
+
+def check(config: DictConfig) -> None:
+    """Raise `Refused` for a root key that does not exist, or a value that a constructor does not take."""
+    known = root_keys()
+    for key in map(str, config):
+        if key not in known:
+            raise Refused(key, brief(config[key]), f"no such key; {suggestion(key, known)}")
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for key, value in nodes(plain):
+        if key in HINTS and not fits(value, HINTS[key]):
+            raise Refused(key, brief(value), f"must be {described(HINTS[key])}")
+    for key, node in calls(plain):
+        check_call(key, node)
+
+
+def root_keys() -> set[str]:
+    """The keys of conf/config.yaml and the groups that it chooses from."""
+    root = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    groups = {group for entry in root["defaults"] if isinstance(entry, dict) for group in entry if " " not in group}
+    return groups | set(root) - {"defaults", "hydra"}
+
+
+def check_call(key: str, node: Mapping[str, Any]) -> None:
+    """Compare a node with the signature of what it calls."""
+    try:
+        target = resolve_name(node["_target_"])
+    except Exception as error:
+        raise Refused(f"{key}._target_", node["_target_"], f"cannot be imported ({error})") from error
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, value in node.items():
+        if name.startswith("_"):
+            continue
+        if name not in parameters:
+            raise Refused(f"{key}.{name}", brief(value), f"no such key; {suggestion(name, parameters)}")
+        hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
+        if not fits(value, hint):
+            raise Refused(f"{key}.{name}", brief(value), f"must be {described(hint)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a configuration value can stand where `hint` is asked for; nodes that are calls fit anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (isinstance(value, Mapping) and "_target_" in value):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if isinstance(hint, range):
+        return fits(value, int) and value in hint
+    if hint in (int, float, str, bool, type(None)) or hint is None:
+        allowed = {float: (float, int), None: (type(None),)}.get(hint, (hint,))
+        return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    return _fits_container(value, origin or hint, arguments)
+
+
+def _fits_container(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:
+    if inspect.isclass(kind) and issubclass(kind, Mapping):
+        return isinstance(value, Mapping)
+    if kind is tuple and ... not in arguments:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(fits, value, arguments))
+    if inspect.isclass(kind) and issubclass(kind, Sequence):
+        element = arguments[0] if arguments else Any
+        return isinstance(value, list) and all(fits(item, element) for item in value)
+    # a class: the yaml can only name it by a call, or leave it out
+    return not isinstance(value, bool | int | float | str | list)
+
+
+def described(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(described, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if isinstance(hint, range):
+        return f"an integer in {hint.start} … {hint.stop - 1}"
+    if origin is tuple and ... not in arguments:
+        return f"a list of {len(arguments)}: {', '.join(map(described, arguments))}"
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def calls(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every node with a `_target_`, outermost first, with its key."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, node
+        for name, child in node.items():
+            yield from calls(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from calls(child, f"{key}[{index}]")
+
+
+def nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in the configuration with its key, a mapping before its values."""
+    if key:
+        yield key, node
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from nodes(child, f"{key}.{name}" if key else str(name))
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What was meant instead of a key that does not exist."""
+    if name in RENAMED:
+        return f"it is {RENAMED[name]} now"
+    names = sorted(known)
+    if not names:
+        return "to add a key, write + before it"
+    near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(name, names, n=1))
+    return near + f"allowed: {', '.join(n for n in names if n[0] != '_')}"
+
+
+def brief(value: Any) -> str:
+    """A value in at most 60 characters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,144 @@
+"""Errors of the command line in one line: which key, which value, what is allowed.
+
+`HYDRA_FULL_ERROR=1` shows tracebacks instead of lines.
+"""
+
+import functools
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stu.cli.check import Refused, nodes, suggestion
+from stu.cli.usage import folded, options_of
+from stu.errors import OptionError
+
+USAGE = 2  # exit code of a command that asks for something impossible
+STOPPED = 128  # exit codes from here on: stopped by a signal
+# The second variable: set by `run`, whose HYDRA_FULL_ERROR the processes of a distributed run inherit.
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "STU_ERROR_LINES" not in os.environ
+FAILED: list[str] = []  # overrides of the jobs of a sweep that failed
+
+
+def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+    """Make a Hydra job report what its user can correct in one line and exit with `USAGE`; a sweep continues."""
+
+    @functools.wraps(job)
+    def wrapped(config: DictConfig) -> float | None:
+        try:
+            return job(config)
+        except Exception as error:
+            line = None if TRACEBACKS else _line(error, config)
+            if not _sweeping():
+                if line is None:
+                    raise
+                _fail(line)
+            _report(line or traceback.format_exc())
+        except SystemExit as end:
+            if not _sweeping() or (isinstance(end.code, int) and end.code >= STOPPED):
+                raise
+        FAILED.append(" ".join(HydraConfig.get().overrides.task))
+        return math.nan
+
+    return wrapped
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a `hydra.main`; errors while the configuration is composed are reported in one line, too."""
+    if not TRACEBACKS:
+        os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra then raises instead of printing
+    try:
+        main()
+        if FAILED:
+            failed = "".join(f"\n  {overrides}" for overrides in FAILED)
+            print(f"error: {len(FAILED)} jobs of the sweep failed:{failed}", file=sys.stderr)
+            raise SystemExit(1)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Lightning turns an interrupt into a plain exit code 1
+        if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        if TRACEBACKS:
+            raise
+        _fail(_line(error, None) or _flat(str(error)))
+    except ValueError as error:
+        if TRACEBACKS or "Config group override must be" not in str(error):  # `model=null`
+            raise
+        _fail(f"{_flat(str(error))}; a group takes the name of an option")
+
+
+def _sweeping() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _fail(line: str) -> NoReturn:
+    _report(line)
+    raise SystemExit(USAGE) from None
+
+
+def _report(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def _line(error: BaseException, config: DictConfig | None) -> str | None:
+    """An error in one line, naming the full key; None for errors that are not the user's."""
+    match error:
+        case OptionError():
+            return f"{_full_key(error, config)}={error.value}: {_flat(error.allowed)}"
+        case InstantiationException():
+            cause = error.__cause__
+            if isinstance(cause, OptionError):
+                return _line(cause, config)
+            node = match.group(1) if (match := re.search(r"full_key: (\S+)", str(error))) else "configuration"
+            return f"{node}: {_flat(str(cause or error))}"
+        case MissingConfigException(options=options) if options is not None:
+            group, _, choice = str(error.missing_cfg_file).partition("/")
+            choices = folded(options_of(group))
+            return f"{group}={choice}: no such option; choose one of {', '.join(choices)}"
+        case ConfigCompositionException() | OmegaConfBaseException():
+            return _composition_line(error)
+        case HydraException():
+            return _flat(str(error))
+        case Exception() if type(error).__name__ == "MisconfigurationException":  # Lightning's, slow to import
+            return f"trainer: {_flat(str(error))}"
+    return None
+
+
+def _composition_line(error: BaseException) -> str:
+    """Name the key, and the keys beside it, where an override does not fit the configuration."""
+    cause = error.__cause__ or error
+    key = str(getattr(cause, "full_key", "") or "")
+    override = match.group(1) if (match := re.search(r"Could not override '([^']+)'", str(error))) else key
+    parent = getattr(cause, "parent_node", None)
+    given = next((a for a in sys.argv[1:] if a.split("=", 1)[0].lstrip("+~") == override), override)
+    if override and isinstance(parent, DictConfig):
+        return f"{given}: no such key; {suggestion((key or override).split('.')[-1], map(str, parent))}"
+    return _flat(f"{key}: {cause}" if key else str(error))
+
+
+def _full_key(error: OptionError, config: DictConfig | None) -> str:
+    """Where the refused option stands in the configuration: the same keyword with the same value."""
+    if config is None or isinstance(error, Refused):
+        return error.name
+    if "." in error.name and OmegaConf.select(config, error.name) is not None:
+        return error.name
+    values = dict(nodes(OmegaConf.to_container(config, resolve=True)))
+    named = [key for key in values if key == error.name or key.endswith(f".{error.name}")]
+    exact = [key for key in named if values[key] == error.value]
+    # a key that refers to another one comes last: the other is where the value was given
+    written: dict[str, Any] = dict(nodes(OmegaConf.to_container(config, resolve=False)))
+    return min(exact or named or [error.name], key=lambda key: str(written.get(key)).startswith("${"))
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,80 @@
+"""What `--help` prints, made from the files in conf/; imports nothing slow, so that it appears at once."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from textwrap import fill
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+GROUPS = {
+    "task": "what is learned",
+    "model": "what learns it",
+    "experiment": "presets: several choices at once",
+    "optimizer": "how it learns",
+    "trainer": "where and how long: arguments of lightning.Trainer",
+    "logger": "where metrics are logged besides metrics.csv",
+    "paths": "where runs and data are stored",
+}
+
+EXAMPLES = """\
+  python train.py model=stu task=lra_listops                       the full task
+  python train.py experiment=quick                                 a few minutes on two CPU cores
+  python train.py experiment=lra/listops/s5                        a model with the settings of its authors
+  python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
+  python train.py task=lds figures.when=validations                figures during training, not only at the end
+  python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination, one after another"""
+
+
+def answer() -> None:
+    """Print the help and exit, if that is what was asked for."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(text())
+        raise SystemExit(0)
+
+
+def text() -> str:
+    """The groups, each with its meaning and its options, and examples."""
+    groups = [f"  {name:<12}{meaning}\n{_indented(folded(options_of(name)))}" for name, meaning in GROUPS.items()]
+    return "\n".join(
+        [
+            "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",
+            "\nGroups:",
+            *groups,
+            "\nExamples:",
+            EXAMPLES,
+            "\nA whole configuration:                python train.py ... --cfg job --resolve",
+            "Tracebacks instead of one-line errors: HYDRA_FULL_ERROR=1",
+        ]
+    )
+
+
+def _indented(names: Sequence[str]) -> str:
+    margin = " " * 14
+    return fill(", ".join(names), 118, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Names as a shell abbreviates them, where folders have the same files: a, b/{c,d}/{e,f}."""
+    plain: list[str] = []
+    inside: dict[str, list[str]] = {}  # folder → names in it
+    for name in names:
+        folder, slash, rest = name.partition("/")
+        if slash:
+            inside.setdefault(folder, []).append(rest)
+        else:
+            plain.append(name)
+    sharing: dict[tuple[str, ...], list[str]] = {}  # names in them → folders
+    for folder, rests in inside.items():
+        sharing.setdefault(tuple(folded(rests)), []).append(folder)
+    return [*plain, *(f"{_either(folders)}/{_either(rests)}" for rests, folders in sharing.items())]
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a configuration group; those in folders as folder/name."""
+    files = (CONF / group).rglob("*.yaml")
+    return sorted(f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if not f.name.startswith("_"))

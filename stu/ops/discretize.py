@@ -1,0 +1,24 @@
+"""Discretisation of diagonal continuous systems, x'(t) = A x(t) + B u(t), with steps dt."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stu.errors import require
+
+Discretization = Literal["zoh", "bilinear"]
+
+
+def discretize(A: Tensor, dt: Tensor, method: Discretization) -> tuple[Tensor, Tensor]:
+    """Ā and the factor of B that makes B̄, for diagonal A (…, N) and steps dt that broadcast with it.
+
+    zoh: Ā = e^{dt·A}, B̄ = (e^{dt·A} − 1)/A · B. bilinear: Ā = (1 + dt·A/2)/(1 − dt·A/2), B̄ = dt/(1 − dt·A/2) · B.
+    """
+    if method == "zoh":
+        z = dt * A
+        zero = z == 0  # there (e^z − 1)/z is 1
+        return torch.exp(z), dt * torch.where(zero, 1, torch.expm1(z) / torch.where(zero, 1, z))
+    require(method == "bilinear", "discretization", method, "must be zoh or bilinear")
+    gain = dt / (1 - dt * A / 2)
+    return 1 + gain * A, gain

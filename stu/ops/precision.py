@@ -1,0 +1,27 @@
+"""Precision: float32 at least, or float64, whatever the dtype of the inputs or an enclosing autocast."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: that of the tensors together, but float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which an enclosing autocast changes no dtype on the device of x."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """In float64, or in float32 on a device that has no more."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def to_complex128(x: Tensor) -> Tensor:
+    """The complex numbers that real pairs (…, 2) stand for, in the precision of `to_float64`: (…, 2) → (…)."""
+    return torch.view_as_complex(to_float64(x).contiguous())

@@ -1,0 +1,283 @@
+"""What a user reads who asks for help, or for something impossible: one line."""
+
+import re
+import shlex
+from itertools import product
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from stu.cli import errors
+from stu.cli.check import check
+from stu.cli.usage import CONF, folded
+from stu.errors import OptionError
+from tests import runs
+from tests.models import composed
+
+SMALL_LDS = tuple(runs.small("task=lds", "model=stu"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tmp_path_factory.mktemp("home")
+
+
+# Overrides, and what the line must hold: the key with its value, and what is allowed instead.
+Refused = list[tuple[tuple[str, ...], tuple[str, ...]]]
+
+# What shows before anything is built. The first of each kind is tried as a command too.
+EARLY: Refused = [
+    # the configuration cannot be composed
+    (("model=stuu",), ("model=stuu: no such option", "stu, stu_ar, stu_t")),
+    (("experiment=bla",), ("experiment=bla: no such option", "quick")),
+    (("model.depht=3",), ("model.depht=3: no such key", "did you mean depth?", "d_model, depth, dropout")),
+    (("optimiser=adamw",), ("optimiser=adamw: no such key", "did you mean optimizer?", "checkpoints")),
+    # it does not fit the constructors
+    (("+foo=1",), ("foo=1: no such key", "checkpoints, experiment, figures, loader")),
+    (("+model.foo=1",), ("model.foo=1: no such key", "d_model, depth, dropout")),
+    (("model.depth=abc",), ("model.depth=abc: must be an integer",)),
+    (("model.depth=1.5",), ("model.depth=1.5: must be an integer",)),
+    (("model.depth=true",), ("model.depth=True: must be an integer",)),
+    (("model.d_model=null",), ("model.d_model=None: must be an integer",)),
+    (("model.norm=btch",), ("model.norm=btch: must be one of batch, layer, rms, none",)),
+    (("optimizer.betas=[0.9]",), ("optimizer.betas=[0.9]: must be a list of 2",)),
+    (("optimizer.groups=3",), ("optimizer.groups=3: must be",)),
+    (("logger.mode=of",), ("logger.mode=of: must be one of auto, online, offline, disabled",)),
+    (("mode=tst",), ("mode=tst: must be one of train, test",)),
+    (("overwrite=maybe",), ("overwrite=maybe: must be true or false",)),
+    (("seed=1.5",), ("seed=1.5: must be an integer",)),
+    (("seed=-1",), ("seed=-1: must be an integer in 0 … 4294967295",)),
+    (("pictures.when=never",), ("pictures.when=never: no such key; it is figures now",)),
+    (("log_every=often",), ("log_every=often: must be an integer",)),
+    (("paths.runs=null",), ("paths.runs=None: must be a text",)),
+    (("trainer.strategy=dpp",), ("trainer.strategy=dpp: must be one of auto, ddp, fsdp",)),
+    (("model.mixer._target_=stu.STUU",), ("model.mixer._target_=stu.STUU: cannot be imported",)),
+]
+AS_COMMANDS = ("model=stuu", "model.depht=3", "pictures.when=never", "+foo=1", "model.depth=abc")
+
+# What the constructors refuse.
+LATE: Refused = [
+    (("trainer=gpu",), ("trainer.accelerator=gpu: there is no GPU here", "trainer=cpu")),
+    (("trainer.limit_val_batches=0",), ("trainer.limit_val_batches=0: must be above 0",)),
+    (("+trainer.limit_train_batches=2",), ("trainer.limit_train_batches=2: not supported", "max_steps")),
+    (("logger=null",), ("must be a string or a list", "the name of an option")),
+    (("model.depth=-1",), ("model.depth=-1: must be at least 1",)),
+    (("model.mixer.num_filters=5000",), ("model.mixer.num_filters=5000: must be in 1 … ",)),
+    (("model.dropout=1.5",), ("model.dropout=1.5: must be in [0, 1)",)),
+    (("optimizer.lr=-1",), ("optimizer.lr=-1: must be above 0",)),
+    (("optimizer.warmup=20",), ("optimizer.warmup=20: must be in 0 … the step budget (20)",)),
+    (("+optimizer.groups.a.match=m_z",), ("optimizer.groups.a.match=m_z: matches no parameter", "names are like")),
+    (("+optimizer.groups.a={match: m_u, speed: 2}",), ("optimizer.groups.a.speed=2: no such key", "lr_scale")),
+    (("loader.batch_size=41",), ("loader.batch_size=41: must be in 1 … 40 training examples",)),
+    (("log_every=0",), ("log_every=0: must be at least 1",)),
+    (("checkpoints.every_n_steps=0",), ("checkpoints.every_n_steps=0: must be at least 1",)),
+    (("trainer.max_epochs=null",), ("trainer.max_steps=-1", "max_steps or max_epochs")),
+    (("trainer.devices=0",), ("trainer=", "devices=0")),
+    (("trainer.devices=-3",), ("trainer=", "-3", "should be an int > 0")),
+    (("name=..",), ("name=", "must be a plain folder name")),
+    (("name=a/b",), ("name=", "must be a plain folder name")),
+    (("+trainer.logger=true",), ("trainer.logger=True", "train.py sets it itself")),
+    (("trainer.gradient_clip_val=-1",), ("trainer.gradient_clip_val=-1", "above 0")),
+    (("model.mixer=null",), ("model.mixer=None", "must name at least one mixer")),
+    (("task.data.radius=2",), ("task.data.radius=2: must be above 0 and at most 1",)),
+    (("paths.runs=/dev/null",), ("paths.runs=/dev/null/lds/stu", "must be a folder to write to")),
+    (("mode=test", "name=never"), ("checkpoint=", "never/checkpoints/best.ckpt: no such file", "train first")),
+]
+
+
+def named(cases: Refused) -> list:
+    return [pytest.param(*case, id=" ".join(case[0])) for case in cases]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), named(EARLY))
+def test_the_line_about_a_configuration(
+    overrides: tuple[str, ...], parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["train.py", "task=lds", *overrides])
+    line, config = None, None
+    try:
+        config = composed("task=lds", *overrides)
+        check(config)
+    except Exception as error:
+        line = errors._line(error, config)
+    assert line is not None
+    assert "\n" not in line
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize(("overrides", "parts"), named([c for c in EARLY if c[0][0] in AS_COMMANDS] + LATE))
+def test_one_line_says_what_is_wrong_and_what_is_allowed(home: Any, overrides: tuple[str, ...], parts: tuple[str, ...]):
+    done = runs.train(home, *SMALL_LDS, *overrides)
+    assert_one_line(done, *parts)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ("model=transformer", "task=lds", "model.mixer.causal=false"),
+            ("task.causal=True: the model looks ahead", "causal one"),
+        ),
+        (
+            ("model=stu", "task=lra_listops", "task.data.source=/nonexistent"),
+            ("task.data.source=/nonexistent: must hold the official files", "basic_train.tsv"),
+        ),
+        (
+            ("model=stu", "task=lra_listops", "task.seq_len=32", "model.mixer.num_filters=4"),
+            ("task.seq_len=32: must be at least 59",),
+        ),
+    ],
+    ids=lambda part: " ".join(part),
+)
+def test_model_and_task_have_to_fit(home: Any, overrides: tuple[str, ...], parts: tuple[str, ...]):
+    assert_one_line(runs.train(home, *runs.small(*overrides)), *parts)
+
+
+def assert_one_line(done: runs.Finished, *parts: str) -> None:
+    assert done.code == errors.USAGE, done.out
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    for part in parts:
+        assert part in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_shell_sees_the_same_and_tracebacks_when_it_asks_for_them(home: Any):
+    """With an interpreter of its own, as everybody starts it."""
+    assert_one_line(runs.train_afresh(home, *SMALL_LDS, "model.depth=-1"), "model.depth=-1: must be at least 1")
+    done = runs.train(home, *SMALL_LDS, "model.depth=-1", HYDRA_FULL_ERROR="1")
+    assert done.code not in (0, errors.USAGE)
+    assert "Traceback" in done.err
+    assert "OptionError: depth=-1" in done.err
+    done = runs.train(home, "model=stuu", HYDRA_FULL_ERROR="1")
+    assert done.code not in (0, errors.USAGE)
+    assert "Traceback" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_what_is_no_users_fault_keeps_its_traceback(home: Any):
+    done = runs.train(home, *SMALL_LDS, at=runs.signalled(0, "stu.training.plan:StepPlan.make", 1))
+    assert done.code == 0  # the hook itself is harmless …
+    done = runs.train(home, *SMALL_LDS, "name=other", at=broken)
+    assert done.code == 1
+    assert "ZeroDivisionError" in done.err
+    assert "Traceback" in done.err
+
+
+def broken() -> None:
+    """A fault of the code."""
+    from stu.training import StepPlan
+
+    StepPlan.make = lambda **options: 1 // 0  # type: ignore[method-assign, assignment]
+
+
+@pytest.fixture(scope="module")
+def help_text(home: Any) -> str:
+    done = runs.train(home, "--help")
+    assert (done.code, done.err) == (0, "")
+    return done.out
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_help_lists_every_option_of_every_group(help_text: str):
+    groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "__pycache__")
+    assert len(groups) >= 6
+    for group in groups:
+        # what the group is, and below it the options, farther in
+        [(meaning, options)] = re.findall(rf"^  {group} +(\S.*)\n((?: {{14}}\S.*\n)+)", help_text, re.MULTILINE)
+        files = (CONF / group).rglob("*.yaml")
+        names = {f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if f.name[0] != "_"}
+        assert {name for option in re.split(r",\s+", options.strip()) for name in unfolded(option)} == names
+        assert not meaning.startswith(tuple(names))
+
+
+def unfolded(option: str) -> list[str]:
+    """The names that a shell makes of a/{b,c}/{d,e}."""
+    parts = [part.split(",") for part in re.split(r"[{}]", option)]
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def test_names_are_abbreviated_only_where_folders_hold_the_same():
+    assert folded(["a", "b"]) == ["a", "b"]
+    assert folded(["x/a", "x/b", "y/a", "y/b", "q"]) == ["q", "{x,y}/{a,b}"]
+    assert folded(["x/a", "x/b", "y/a"]) == ["x/{a,b}", "y/a"]
+    assert folded(["l/x/a", "l/x/b", "l/y/a", "l/y/b"]) == ["l/{x,y}/{a,b}"]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_the_examples_of_help_work(help_text: str):
+    commands = re.findall(r"^  python train\.py (.*?)(?:   .*)?$", help_text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        overrides = shlex.split(command)
+        assert ("-m" in overrides) == any("," in override for override in overrides)
+        first = [override.split(",")[0] for override in overrides if override != "-m"]
+        check(composed(*first))
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_the_whole_configuration_can_be_seen(home: Any):
+    done = runs.train(home, *SMALL_LDS, "--cfg", "job", "--resolve")
+    assert (done.code, done.err) == (0, "")
+    shown = yaml.safe_load(done.out)
+    assert "${" not in done.out
+    assert shown["model"]["mixer"]["seq_len"] == shown["task"]["data"]["seq_len"] == 64
+    assert shown["paths"]["runs"] == str(home / "runs")
+    assert not list(home.glob("*.log"))  # looking writes nothing
+    assert not (home / "outputs").exists()
+
+
+class TestCheck:
+    """The same checks without a process, where a detail is worth a case of its own."""
+
+    def test_nothing_is_wrong_with_a_preset(self):
+        check(composed("model=stu", "task=lds"))
+
+    @pytest.mark.parametrize(
+        "override",
+        ["name=12", "name=abc", "trainer.max_epochs=0.5", "trainer.max_epochs=null", "optimizer.lr=1", "checkpoint=x"],
+    )
+    def test_what_is_allowed(self, override: str):
+        check(composed("task=lds", override))
+
+    def test_a_root_key_that_a_preset_misspells(self):
+        """Hydra merges it without a word."""
+        config = composed("task=lds").copy()
+        OmegaConf.set_struct(config, False)
+        config.optimiser = {"lr": 1e-3}
+        with pytest.raises(OptionError, match=r"optimiser=.*: no such key; did you mean optimizer\?"):
+            check(config)
+
+    def test_an_empty_mixer_is_missing(self):
+        config = composed("task=lds").copy()
+        config.model.mixer = "???"
+        with pytest.raises(Exception, match=r"mixer"):
+            check(config)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "key"),
+        [
+            ("seed", 1, "seed"),
+            ("lr", 1e-3, "optimizer.lr"),
+            ("groups.a", {"lr": 1}, "optimizer.groups.a"),
+            ("dropout", 0.25, "model.dropout"),
+            ("nowhere", 1, "nowhere"),
+        ],
+    )
+    def test_a_refused_keyword_is_found_in_the_configuration(self, name: str, value: object, key: str):
+        config = composed("task=lds", "seed=1", "+optimizer.groups.a={lr: 1}", "model.dropout=0.25", "task.data.seed=2")
+        line = errors._line(OptionError(name, value, "no"), config)
+        assert line == f"{key}={value}: no"

@@ -1,0 +1,161 @@
+"""Every file under conf/ composes, passes the checks of the command line and builds what it names, in small."""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import train
+from stu import Backbone, SequenceModel, Task
+from stu.cli.check import calls, check
+from stu.cli.usage import CONF, options_of
+from stu.training import Run, SequenceData, StepPlan
+from tests import runs
+from tests.models import composed
+
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and options_of(folder.name))
+OPTIONS = [(group, option) for group in GROUPS for option in options_of(group)]
+TASKS, MODELS = options_of("task"), options_of("model")
+
+
+def test_every_file_is_the_root_an_option_or_inherited_by_one():
+    files = {path.relative_to(CONF) for path in CONF.rglob("*.y*ml")}
+    options = {Path(group) / f"{option}.yaml" for group, option in OPTIONS}
+    rest = files - options - {Path("config.yaml")}
+    assert {path for path in rest if not path.name.startswith("_")} == set()
+    for path in rest:
+        siblings = [yaml.safe_load((CONF / option).read_text()) for option in options if option.parent == path.parent]
+        assert any(path.stem in (sibling.get("defaults") or []) for sibling in siblings), f"{path} serves nobody"
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [pytest.param(*o, marks=[pytest.mark.slow] * (o[0] == "experiment")) for o in OPTIONS]
+)
+def test_every_option_composes_and_passes_the_checks(group: str, option: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = composed(f"{group}={option}", *([] if group in ("task", "experiment") else ["task=lds"]))
+    check(config)  # rejects root keys that are no keys
+    assert not OmegaConf.missing_keys(config)
+
+
+# Options whose value in the yaml differs from the constructor's default, and why.
+SETTLING = "a trajectory starts at its initial state unless it must first settle on its attractor"
+TRANSFORMER = "the original architecture; the backbone's defaults are those of the state space models"
+DIFFERENT = {
+    "adamw": {"optimizer.groups": "each model adds its own"},
+    "csv": {"logger.mode": "the same logger, without W&B"},
+    "lorenz63": {"task.data.transient": SETTLING},
+    "lorenz96": {"task.data.transient": SETTLING},
+    "lru": {"model.mixer.max_phase": "2π to ten digits, as written in the configurations of earlier runs"},
+    "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
+    "s4": {"model.channel_mixer.gelu": "as in the official code"},
+    "s4d": {"model.channel_mixer.gelu": "as in the official code"},
+    "stu_ar": dict.fromkeys(("model.mixer.two_sided", "model.mixer.k_y", "model.mixer.recurrence"), "the AR-STU"),
+    "transformer": dict.fromkeys(
+        ("model.norm", "model.final_norm", "model.channel_residual", "model.positions"), TRANSFORMER
+    ),
+    "van_der_pol": {"task.data.transient": SETTLING},
+}
+
+
+@pytest.mark.parametrize(("group", "option"), [("trainer", "auto"), *((g, o) for g, o in OPTIONS if g != "experiment")])
+def test_a_default_is_the_same_in_yaml_and_python(group: str, option: str, monkeypatch: pytest.MonkeyPatch):
+    """An option is equal to the default of the constructor, or is required there, or differs for a reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = composed(f"{group}={option}", *([] if group == "task" else ["task=lds"]))
+    own = [group, *(("loader", "checkpoints", "figures") if group == "trainer" else ())]
+    different = set()
+    for key, node in calls({name: OmegaConf.to_container(config, resolve=True)[name] for name in own}):
+        target = resolve_name(node["_target_"])
+        if target is L.Trainer:
+            continue  # not ours to change
+        for name, parameter in inspect.signature(target).parameters.items():
+            written = OmegaConf.select(config, key)
+            if name not in node or parameter.default is parameter.empty or OmegaConf.is_interpolation(written, name):
+                continue
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            if default != node[name] and not (isinstance(node[name], dict) and "_target_" in node[name]):
+                different.add(f"{key}.{name}")
+    assert different == set(DIFFERENT.get(option, ()))
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        pytest.param(model, task, marks=() if model == "stu" or task == "lds" else pytest.mark.slow)
+        for model in MODELS
+        for task in TASKS
+    ],
+)
+def test_every_model_is_built_for_every_task(model: str, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("STU_DATA", str(tmp_path))
+    config = composed(*runs.small(f"task={task}", f"model={model}"))
+    built, network = train.build(config)
+    assert isinstance(built, Task)
+    assert isinstance(network, SequenceModel)
+    assert isinstance(network.backbone, Backbone)
+    assert built.seq_len == config.task.seq_len
+    assert built.monitor in {"loss", *built.metrics()}
+    assert not list(tmp_path.iterdir())  # building a task makes no data
+
+
+def test_the_seed_alone_draws_a_model():
+    def weights(*overrides: str) -> list[torch.Tensor]:
+        _, network = train.build(composed(*runs.small("task=lds", "model=stu", *overrides)))
+        return list(network.parameters())
+
+    torch.manual_seed(1)
+    first = weights()
+    torch.manual_seed(2)
+    assert all(map(torch.equal, first, weights()))
+    assert not all(map(torch.equal, first, weights("seed=1")))
+
+
+@pytest.mark.parametrize("option", options_of("trainer"))
+def test_every_trainer_is_one(option: str, tmp_path: Path):
+    node = composed("task=lds", f"trainer={option}", "trainer.accelerator=cpu").trainer
+    trainer = instantiate(node, devices=1, logger=False, default_root_dir=tmp_path, max_epochs=1)
+    assert isinstance(trainer, L.Trainer)
+
+
+@pytest.mark.parametrize("option", options_of("optimizer"))
+def test_every_optimizer_is_made_from_parameters_and_a_budget(option: str):
+    make = instantiate(composed("task=lds", f"optimizer={option}").optimizer)
+    parameters = [("w", torch.nn.Parameter(torch.ones(2)))]
+    optimizer, schedule = make(parameters, 100).build(parameters)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert schedule.optimizer is optimizer
+
+
+@pytest.mark.parametrize("option", options_of("logger"))
+def test_every_logger_takes_what_a_run_tells_it(option: str, tmp_path: Path):
+    make = instantiate(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
+    assert make(Run(tmp_path), ("task", "model")) is None
+
+
+def test_the_nodes_of_the_root_are_calls():
+    config = composed("task=lds")
+    loader = instantiate(config.loader, _partial_=True)
+    assert isinstance(loader, partial)
+    task = instantiate(config.task)
+    data = loader(task, task.datasets(), StepPlan(1, 1, 1, 1), seed=config.seed)
+    assert isinstance(data, SequenceData)
+    assert data.batch_size == config.loader.batch_size
+
+
+def test_where_things_lie_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("STU_RUNS", raising=False)
+    monkeypatch.delenv("STU_DATA", raising=False)
+    fresh = composed("task=lds", "seed=91").paths
+    assert (fresh.runs, fresh.data) == ("runs", "~/.cache/stu")
+    monkeypatch.setenv("STU_RUNS", "/elsewhere")
+    monkeypatch.setenv("STU_DATA", "/there")
+    moved = composed("task=lra_listops", "seed=92")
+    assert (moved.paths.runs, moved.task.data.dir) == ("/elsewhere", "/there")

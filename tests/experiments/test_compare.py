@@ -1,0 +1,303 @@
+"""The comparison of runs: what it reads from complete, unfinished and broken run directories, its order and files."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.compare.__main__ import main
+from experiments.compare.runs import Row, best_first, find, is_locked, read
+from stu.training import MetricsCSV, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = {"lds": "data.systems.lds.LDS", "lra_listops": "data.lra.listops.ListOps"}
+MONITORS = {"lds": "mse", "lra_listops": "accuracy"}
+STEPS_PER_EPOCH = 12  # of which neither 7 nor 10 steps are an exact fraction
+SPOILT = ("config.yaml", "manifest.json", "summary.json", "metrics.csv")
+
+
+def make_run(
+    home: Path,
+    where: str = "lds/stu/a",
+    *,
+    seed: int = 0,
+    val: Mapping[int, float] | None = None,
+    rates: Sequence[float] = (),
+    test: float | None = None,
+    best: float = 0.5,
+    started: bool = True,
+    trainer: Mapping[str, Any] | None = None,
+) -> Run:
+    """A run directory, written by the code that writes real ones; with `test` it is finished."""
+    task = where.split("/")[0]
+    run = Run(home / where)
+    trainer = trainer or {"max_epochs": 3, "max_steps": -1}
+    run.open({"seed": seed, "task": {"_target_": TARGETS[task]}, "trainer": dict(trainer)}, overwrite=False)
+    if started:
+        mode = {"mse": "min", "accuracy": "max"}[MONITORS[task]]
+        facts = {"seed": seed, "data": "f00", "monitor": MONITORS[task], "mode": mode, "total_steps": 36}
+        run.record_start(device="cpu", parameters=1234, **facts)
+    log = MetricsCSV(run.metrics)
+    for step, rate in enumerate(rates, start=1):
+        log.log_metrics({"epoch": step / STEPS_PER_EPOCH, "time/sequences_per_second": rate}, step=step)
+    for step, value in (val or {}).items():
+        row = {"val/loss": -value, f"val/{MONITORS[task]}": value}
+        log.log_metrics({"epoch": step / STEPS_PER_EPOCH, **row}, step=step)
+    if test is not None:
+        metric = MONITORS[task]
+        summary = {
+            "test": {"loss": 9.0, metric: test},
+            "best": {"metric": f"val/{metric}", "value": best, "step": 12, "epoch": 1.0, "val": {metric: best}},
+            "baselines": {},
+            "steps": 36,
+            "seconds": 3725.4,
+            "parameters": 1234,
+        }
+        run.finish(summary)
+    run.close()
+    return run
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """The cells of the lines below the rule."""
+    lines = capsys.readouterr().out.splitlines()
+    return [re.split(r"\s{2,}", line.strip()) for line in lines[2:] if line.strip()]
+
+
+class TestARow:
+    def test_of_a_finished_run(self, tmp_path: Path):
+        run = make_run(tmp_path, seed=5, val={12: 0.7, 24: 0.5, 36: 0.6}, rates=[10, 400, 30], test=0.25)
+        assert read(run.path) == Row(
+            task="lds", model="stu", name="a", seed=5, metric="mse", mode="min", test=0.25, best_val=0.5,
+            parameters=1234, sequences_per_second=30.0, seconds=3725.4, status="finished", step=36, total_steps=36,
+            unreadable=(), path=str(run.path),
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(("task", "best"), [("lds", 0.2), ("lra_listops", 0.6)])
+    def test_of_a_stopped_one_has_the_best_so_far(self, tmp_path: Path, task: str, best: float):
+        row = read(make_run(tmp_path, f"{task}/stu/a", val={7: 0.3, 10: 0.2, 12: 0.6, 13: math.nan, 14: 0.4}).path)
+        assert (row.metric, row.best_val, row.test, row.parameters) == (MONITORS[task], best, None, 1234)
+        assert (row.status, row.state) == ("stopped", "stopped at step 14 of 36")
+
+    def test_of_what_did_not_get_far(self, tmp_path: Path):
+        never, failed = make_run(tmp_path, "lds/stu/never", started=False), make_run(tmp_path, "lds/stu/failed")
+        early = make_run(tmp_path, "lds/stu/early")
+        early.checkpoints.mkdir()
+        early.last.touch()
+        states = [read(run.path).state for run in (never, failed, early)]
+        assert states == ["never trained", "failed before a step was logged", "stopped before a step was logged"]
+
+    def test_running_is_who_holds_the_lock(self, tmp_path: Path):
+        run = make_run(tmp_path, val={7: 0.3})
+        lock = run.path.with_name(".a.lock")
+        run.open(yaml.safe_load(run.config.read_text()), overwrite=False)
+        assert [read(run.path).state for _ in range(2)] == ["running at step 7 of 36"] * 2
+        assert lock.exists()
+        other = Run(run.path)
+        with pytest.raises(Exception, match="another process"):  # still locked: nothing was stolen
+            other.open({}, overwrite=False)
+        run.close()
+        assert read(run.path).status == "stopped"
+        assert not lock.exists()  # asking creates none
+        lock.write_text("left by kill -9")
+        assert not is_locked(lock)
+        assert read(run.path).status == "stopped"
+        assert lock.read_text() == "left by kill -9"
+        run.open(yaml.safe_load(run.config.read_text()), overwrite=False)  # and asking does not keep it
+        run.close()
+
+    def test_a_failure_is_no_stop(self, tmp_path: Path):
+        run = make_run(tmp_path, val={7: 0.3})
+        run.record_failure("the loss is not finite at step 8")
+        assert (read(run.path).status, read(run.path).state) == ("failed", "failed at step 7 of 36")
+        run.record_start(device="cpu")  # it is tried again
+        assert read(run.path).status == "stopped"
+
+    def test_of_an_earlier_version_is_the_same(self, tmp_path: Path):
+        """Its modules, the folder of its figures and its baselines had other names."""
+        run = make_run(tmp_path, seed=5, val={12: 0.7}, test=0.25)
+        row, config = read(run.path), yaml.safe_load(run.config.read_text())
+        config |= {"task": {"_target_": "data.lds.LDS"}, "pictures": {"when": "end"}}
+        run.config.write_text(yaml.safe_dump(config))
+        run.finish(run.read_summary() | {"baselines": {"free run: persistence": 1.5}})
+        (run.path / "pictures").mkdir()
+        assert read(run.path) == row
+
+
+@pytest.mark.slow
+class TestBrokenFiles:
+    @pytest.mark.parametrize("file", SPOILT)
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"{[", b"[1, 2]", b'{"a": "b', b"[" * 500], ids=range(6))
+    def test_are_named_and_the_rest_is_read(self, tmp_path: Path, file: str, content: bytes, capsys: Any):
+        make_run(tmp_path, "lds/stu/whole", test=0.2)
+        run = make_run(tmp_path, "lds/stu/a", val={7: 0.3}, test=0.1)
+        (run.path / file).write_bytes(content)
+        row = read(run.path)
+        assert row.unreadable or (file, content) == ("metrics.csv", b"")  # an empty one is no more broken than none
+        assert all(file in remark for remark in row.unreadable)
+        assert (row.test, row.best_val, row.parameters) == (None if file == "summary.json" else 0.1, row.best_val, 1234)
+        assert row.best_val == (0.3 if file == "summary.json" else 0.5)
+        assert main([str(tmp_path)]) == 0
+        assert all(remark in capsys.readouterr().out for remark in row.unreadable[:1])
+
+    @pytest.mark.parametrize("file", SPOILT)
+    def test_cut_off_anywhere(self, tmp_path: Path, file: str):
+        run = make_run(tmp_path, val={7: 0.3, 12: 0.25}, rates=[3, 4], test=0.1)
+        whole, row = (run.path / file).read_bytes(), read(run.path)
+        for end in range(0, len(whole), 11):
+            (run.path / file).write_bytes(whole[:end])
+            cut = read(run.path)
+            assert cut.status == "finished"
+            assert cut.test in (row.test, None)
+            assert cut.step in (1, 2, 7, 12, None)
+            assert cut.sequences_per_second in (3.0, 3.5, None)  # no half number is taken for a whole one
+
+    def test_rows_are_counted(self, tmp_path: Path):
+        run = make_run(tmp_path, val={7: 0.3})
+        with run.metrics.open("a") as file:
+            file.write("no,row\n8,0.5,val/mse,0.2\n9,,,\n10,0.8,val/mse,0.1")  # the last may have had more digits
+        row = read(run.path)
+        assert (row.best_val, row.step) == (0.2, 8)
+        assert row.unreadable == ("metrics.csv has 2 unreadable rows", "metrics.csv ends in half a row")
+
+    def test_a_folder_in_place_of_a_file(self, tmp_path: Path):
+        run = make_run(tmp_path, test=0.1)
+        for file in (run.summary, run.metrics):
+            file.unlink(missing_ok=True)
+            file.mkdir()
+        assert read(run.path).state == "finished; summary.json is unreadable; metrics.csv is unreadable"
+
+    @pytest.mark.parametrize("value", ["high", True, None, [1], {}, 10**400, "\ud800"])
+    def test_values_of_other_kinds(self, tmp_path: Path, value: Any, capsys: Any):
+        run = make_run(tmp_path, test=0.1)
+        run.config.write_text(json.dumps({"seed": value, "task": value, "trainer": {"max_epochs": value}}))
+        run.manifest.write_text(json.dumps({"seed": value, "parameters": value, "starts": value}))
+        keys = ("steps", "seconds", "parameters")
+        best = {"metric": value, "value": value}
+        run.finish({"test": {"mse": value}, "best": best, **dict.fromkeys(keys, value)})
+        row = read(run.path)
+        assert (row.seed, row.test, row.best_val, row.seconds, row.parameters, row.total_steps) == (None,) * 6
+        assert main([str(tmp_path), "--json", str(tmp_path / "j"), "--csv", str(tmp_path / "c")]) == 0
+        assert "summary.json has no test" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+    def test_numbers_without_end(self, tmp_path: Path, value: float):
+        run = make_run(tmp_path, test=value, best=value, val={1: value})
+        summary = run.read_summary() | {"steps": value, "seconds": value, "parameters": value}
+        run.finish(summary)
+        run.config.write_text(yaml.safe_dump({"trainer": {"max_epochs": value, "max_steps": value}}))
+        assert main([str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
+        [row] = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
+        assert row["test"] == (value if math.isfinite(value) else None)
+
+
+class TestOrder:
+    def test_best_first_within_a_task(self, tmp_path: Path, capsys: Any):
+        for name, test, val in [("b", 0.9, {}), ("c", 0.1, {}), ("n", math.nan, {12: 0.01}), ("a", None, {12: 0.05})]:
+            for task in TARGETS:
+                make_run(tmp_path, f"{task}/stu/{name}", test=test, val=val)
+        make_run(tmp_path, "lds/transformer/z", val={12: 0.04})
+        assert main([str(tmp_path)]) == 0
+        order = [(row[0], row[2]) for row in shown(capsys)]
+        assert order[:5] == [("lds", name) for name in "cbzan"]  # without a test result by the validation
+        assert order[5:7] == [("lra_listops", name) for name in "bc"]
+
+    def test_does_not_depend_on_where_it_starts(self, tmp_path: Path):
+        rows = [read(make_run(tmp_path, f"lds/stu/{name}", test=0.5).path) for name in "bac"]
+        assert [row.name for row in best_first(rows)] == list("abc")
+
+
+class TestFinding:
+    def test_at_any_depth_and_once(self, tmp_path: Path):
+        paths = {
+            make_run(tmp_path / deep, where).path for deep in ("", "x/y") for where in ("lds/stu/a", "lds/stu_ar/b")
+        }
+        inner = tmp_path / "lds/stu/a/wandb/files"
+        inner.mkdir(parents=True)
+        for name in ("config.yaml", "manifest.json"):
+            (inner / name).touch()  # a folder inside a run is not a run
+        (tmp_path / "lds" / "loop").symlink_to(tmp_path)
+        half = tmp_path / "lds/stu/half"
+        half.mkdir()
+        (half / "manifest.json").touch()
+        assert set(find([tmp_path])) == paths
+        assert len(list(find([tmp_path, tmp_path / "x", tmp_path]))) == len(paths)
+
+    def test_a_link_and_a_run_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        run = make_run(tmp_path / "scratch")
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "lds").symlink_to(tmp_path / "scratch" / "lds")
+        assert [read(path).path for path in find([tmp_path / "runs"])] == [str(tmp_path / "runs/lds/stu/a")]
+        monkeypatch.chdir(run.path)
+        [row] = [read(path) for path in find([Path()])]
+        assert (row.task, row.model, row.name) == ("lds", "stu", "a")
+
+
+class TestTheCommand:
+    def test_the_table(self, tmp_path: Path, capsys: Any):
+        name = "[bold]" + "long_" * 30 + ":smile:"  # neither markup nor cut
+        make_run(tmp_path, f"lds/stu/{name}", seed=3, rates=[1234.6], test=0.123456, best=0.5)
+        assert main([str(tmp_path)]) == 0
+        assert shown(capsys) == [
+            ["lds", "stu", name, "3", "mse", "0.1235", "0.5", "1,234", "1,235", "1:02:05", "finished"]
+        ]
+
+    def test_the_files(self, tmp_path: Path):
+        make_run(tmp_path, test=0.1)
+        with make_run(tmp_path, "lds/stu/b", val={7: 0.3}).metrics.open("a") as file:
+            file.write("half")
+        files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
+        assert main([str(tmp_path), "--csv", str(files[0]), "--json", str(files[1])]) == 0
+        done, stopped = json.loads(files[1].read_text())
+        assert (done["test"], done["total_steps"], done["seconds"], done["unreadable"]) == (0.1, 36, 3725.4, [])
+        assert (stopped["test"], stopped["status"], stopped["step"]) == (None, "stopped", 7)
+        assert stopped["unreadable"] == ["metrics.csv ends in half a row"]
+        with files[0].open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert [(row["name"], row["test"], row["step"]) for row in rows] == [("a", "0.1", ""), ("b", "", "7")]
+        assert list(rows[0]) == list(done)
+
+    def test_no_runs(self, tmp_path: Path, capsys: Any):
+        assert main([str(tmp_path), "--csv", str(tmp_path / "rows.csv")]) == 1
+        assert re.fullmatch(r"no runs in .*: a run is a folder with manifest.json and config.yaml\n", _err(capsys))
+        assert not (tmp_path / "rows.csv").exists()
+
+    @pytest.mark.parametrize(("argument", "says"), [("nowhere", "no such folder"), ("file", "is not a folder")])
+    def test_a_wrong_path(self, tmp_path: Path, argument: str, says: str, capsys: Any):
+        (tmp_path / "file").touch()
+        make_run(tmp_path)
+        assert main([str(tmp_path), str(tmp_path / argument)]) == 2
+        assert _err(capsys) == f"error: {tmp_path / argument}: {says}\n"
+
+    def test_a_file_that_cannot_be_written(self, tmp_path: Path, capsys: Any):
+        make_run(tmp_path)
+        assert main([str(tmp_path), "--json", str(tmp_path / "no" / "rows.json")]) == 2
+        assert _err(capsys) == f"error: {tmp_path / 'no' / 'rows.json'}: No such file or directory\n"
+
+    def test_as_a_user_calls_it(self, tmp_path: Path):
+        make_run(tmp_path / "runs", test=0.1)
+        command = [sys.executable, "-X", "importtime", "-m", "experiments.compare"]
+        environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "20"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0
+        assert "finished" in done.stdout  # not cut to the 20 columns of no terminal
+        imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+        assert imported >= {"experiments", "rich", "yaml"}
+        assert not imported & {"torch", "lightning", "numpy", "hydra", "stu", "data"}  # which take seconds
+
+    def test_help_has_examples(self, capsys: Any):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"])
+        assert capsys.readouterr().out.count("python -m experiments.compare ") >= 3
+
+
+def _err(capsys: Any) -> str:
+    return str(capsys.readouterr().err)

@@ -1,0 +1,120 @@
+"""What is generated for every model of conf/model: python -m tests.generate, or make generate.
+
+Golden trajectories, 20 losses each, in tests/golden/trajectories.json: those of new models are added. One that a change
+alters on purpose is written again where the model is named: python -m tests.generate stu s4. And the table of models in
+README.md, from the first lines of each file of conf/model.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from stu.backbone import SequenceModel
+from stu.cli.usage import CONF, options_of
+from stu.errors import require
+from tests.models import composed, model_config
+from tests.runs import ROOT, Training
+
+TRAJECTORIES = Path(__file__).with_name("golden") / "trajectories.json"
+README = ROOT / "README.md"
+START, END = "<!-- models: make generate -->\n", "<!-- end of models -->\n"
+COLUMNS = ("`model=`", "what it is", "parameters", "work in L", "state")
+WIDTH = 128  # of every model
+
+
+def main(rewritten: Sequence[str]) -> None:
+    """Add the trajectories of new models, write those of the models named, and write the table."""
+    for name in rewritten:
+        require(name in options_of("model"), "model", name, f"must be one of {', '.join(options_of('model'))}")
+    golden = {name: losses for name, losses in read_trajectories().items() if name not in rewritten}
+    for name in options_of("model"):
+        if name not in golden:
+            with TemporaryDirectory() as folder:
+                golden[name] = trajectory(Path(folder), name)
+            print(f"{TRAJECTORIES.relative_to(ROOT)}: {name} written")
+    kept = {name: golden[name] for name in options_of("model")}
+    TRAJECTORIES.write_text(json.dumps(kept, indent=1) + "\n")
+    text = README.read_text(encoding="utf-8")
+    before, _, after = text.partition(START)
+    README.write_text(before + START + table() + END + after.partition(END)[2], encoding="utf-8")
+    print("README.md: the table of models is up to date")
+
+
+def read_trajectories() -> dict[str, list[float]]:
+    """The losses of every model that has some."""
+    trajectories: dict[str, list[float]] = json.loads(TRAJECTORIES.read_text())
+    return trajectories
+
+
+def trajectory(folder: Path, name: str) -> list[float]:
+    """The losses of 20 steps of a small model of conf/model on a small system, from the seed 0."""
+    config = composed(
+        f"model={name}", "task=lds", "task.seq_len=32", "task.data.train=40", "task.data.val=2",
+        "task.data.test=1", "optimizer.lr=1e-2",
+    )  # fmt: skip
+    task = instantiate(config.task)
+    torch.manual_seed(0)
+    backbone = instantiate(model_config(name, seq_len=32, dropout=0.1))
+    network = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
+    training = Training(folder, task, network, optimizer=instantiate(config.optimizer), max_steps=20, max_epochs=None)
+    return list(training.fit().rows("train/loss").values())
+
+
+def table() -> str:
+    """The table of models in Markdown."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(row, options_of("model"))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def row(name: str) -> list[str]:
+    """One model: its description, parameters on ListOps, work, and state at 2048 steps."""
+    description, work = header(name)
+    linked = re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", description)
+    backbone = instantiate(composed(f"model={name}", "task=lra_listops").model)
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    return [f"`{name}`", linked, f"{parameters:,}", work, state(name)]
+
+
+def header(name: str) -> tuple[str, str]:
+    """The description of a model and its work in L, from the comments at the head of its file."""
+    file = CONF / "model" / f"{name}.yaml"
+    comments = " ".join(_comments(file.read_text(encoding="utf-8")))
+    found = re.fullmatch(r"(.+)\. Work: (.+)\.", comments)
+    must = "must start with '# <what it is> (<source>).' and '# Work: <in terms of L>.'"
+    require(found is not None, "header", file.relative_to(ROOT), must)
+    assert found is not None
+    return found[1], found[2]
+
+
+def _comments(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            return
+        if not line.startswith("# @package"):
+            yield line.removeprefix("#").strip()
+
+
+def state(name: str) -> str:
+    """The size of a layer's state for one sequence of 2048 steps in float32, or what a step adds to it."""
+    backbone = instantiate(composed(f"model={name}", "task=lds", "task.seq_len=2048").model)
+    mixer = backbone.blocks[0].mixer.requires_grad_(False)
+    first, second = (size(mixer.prefill(torch.zeros(1, steps, WIDTH))[1]) for steps in (1, 2))
+    return f"{first:.3g} KiB" if first == second else f"{second - first:.3g} KiB per step"
+
+
+def size(state: Any) -> float:
+    """The size of all tensors of a state, in KiB."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(state) if isinstance(x, Tensor)) / 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""The contract of every mixer of conf/model, and of variants of the STU and attention."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from stu.errors import OptionError
+from tests.models import mixer_cases
+
+SEQ_LEN = 33
+D = 8
+
+mixers = pytest.mark.parametrize("case", mixer_cases(), ids=str)
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def right_padded(lengths, seq_len):
+    return torch.arange(seq_len) < torch.tensor(lengths)[:, None]
+
+
+def stepped(mixer, x, state):
+    """The outputs of `step` over a whole sequence."""
+    outputs = []
+    for x_t in x.unbind(1):
+        y_t, state = mixer.step(x_t, state)
+        outputs.append(y_t)
+    return torch.stack(outputs, 1)
+
+
+@mixers
+def test_every_parameter_is_initialised_and_used(case):
+    mixer = case.build(seq_len=SEQ_LEN)
+    assert all(parameter.isfinite().all() for parameter in mixer.parameters())
+    assert all(buffer.isfinite().all() for buffer in mixer.buffers())
+    mixer = case.random(seq_len=SEQ_LEN)
+    mixer(noise(2, SEQ_LEN, D)).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in mixer.parameters())
+
+
+@mixers
+@pytest.mark.parametrize("t", [0, 1, 2, 15, SEQ_LEN - 2])
+def test_the_past_knows_the_future_only_where_mixers_say_so(case, t):
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(2, SEQ_LEN, D)
+    other = torch.cat((x[:, : t + 1], noise(2, SEQ_LEN - t - 1, D)), 1)
+    change = (mixer(x) - mixer(other)).abs().amax((0, 2))
+    assert (change[: t + 1].max() < 1e-10) == mixer.causal
+    assert change[t + 1 :].min() > 1e-6  # the future itself does change
+
+
+@mixers
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+def test_forward_step_and_prefill_agree(case, dtype, tolerance):
+    mixer = case.random(seq_len=SEQ_LEN, dtype=dtype)
+    x = noise(2, SEQ_LEN, D, dtype=dtype)
+    if not mixer.causal:
+        for call in (lambda: mixer.initial_state(2), lambda: mixer.step(x[:, 0], None), lambda: mixer.prefill(x)):
+            with pytest.raises(NotImplementedError):
+                call()
+        return
+    y = mixer(x)
+    atol = tolerance * y.detach().abs().max().item()
+    assert_close(stepped(mixer, x, mixer.initial_state(2)), y, rtol=0, atol=atol)
+    for cut in (1, 2, 3, 16, SEQ_LEN - 1, SEQ_LEN):
+        prefix, state = mixer.prefill(x[:, :cut])
+        assert_close(prefix, y[:, :cut], rtol=0, atol=atol)
+        if cut < SEQ_LEN:
+            stepped(mixer, noise(2, 1, D, dtype=dtype), state)  # must leave the state alone: a continuation may branch
+            assert_close(stepped(mixer, x[:, cut:], state), y[:, cut:], rtol=0, atol=atol)
+
+
+@mixers
+@pytest.mark.parametrize("length", [1, 2, 3, 13, 16, SEQ_LEN - 1])
+def test_shorter_inputs_are_prefixes(case, length):
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(2, SEQ_LEN, D)
+    mask = None if mixer.causal else right_padded([length, length], SEQ_LEN)
+    assert_close(mixer(x[:, :length]), mixer(x, mask)[:, :length], rtol=0, atol=1e-10)
+
+
+@mixers
+@pytest.mark.parametrize("padding", [0.0, 1.0, 1e6], ids=["zeros", "noise", "loud"])
+def test_padding_is_never_seen(case, padding):
+    mixer = case.random(seq_len=SEQ_LEN)
+    lengths = [SEQ_LEN, 20, 7, 1]
+    mask = right_padded(lengths, SEQ_LEN)
+    x = noise(len(lengths), SEQ_LEN, D)
+    x = x.where(mask.unsqueeze(-1), padding * noise(len(lengths), SEQ_LEN, D)).requires_grad_()
+    y = mixer(x, mask)
+    assert y.isfinite().all()
+    for row, length in enumerate(lengths):
+        alone = mixer(x[row : row + 1, :length])
+        assert_close(y[row, :length], alone[0], rtol=0, atol=1e-10)
+    (grad,) = torch.autograd.grad((y[mask] * noise(int(mask.sum()), D)).sum(), x)
+    assert (grad[~mask] == 0).all()
+    assert (grad[mask].abs().amax(-1) > 0).all()
+
+
+@mixers
+def test_a_mask_of_ones_is_no_mask(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(2, 21, D)
+    assert_close(mixer(x, torch.ones(2, 21, dtype=torch.bool)), mixer(x), rtol=0, atol=1e-12)
+
+
+@mixers
+def test_sequences_of_a_batch_do_not_meet(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(5, SEQ_LEN, D)
+    y = mixer(x)
+    for row in range(5):
+        assert_close(mixer(x[row : row + 1]), y[row : row + 1], rtol=0, atol=1e-12)
+
+
+@mixers
+def test_saved_copied_and_pickled_mixers_are_the_same(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(2, SEQ_LEN, D)
+    y = mixer(x)
+    fresh = case.random(seq_len=SEQ_LEN)
+    assert not torch.equal(fresh(x), y)
+    fresh.load_state_dict(mixer.state_dict())
+    for twin in (fresh, copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
+        assert torch.equal(twin(x), y)
+
+
+@mixers
+def test_too_long_inputs_are_refused_or_taken_in_full(case):
+    """A mixer may be built for a length, but must not return something else for more."""
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(2, SEQ_LEN + 1, D)
+    try:
+        y = mixer(x)
+    except OptionError:
+        with pytest.raises(OptionError, match=f"seq_len={SEQ_LEN}: .* {SEQ_LEN + 1} steps"):
+            mixer(x)
+        return
+    longer = case.build(seq_len=SEQ_LEN + 1).double().eval()
+    longer.load_state_dict(mixer.state_dict())
+    assert_close(y, longer(x), rtol=0, atol=1e-10)
+
+
+@mixers
+def test_bfloat16_autocast_stays_near_float32(case):
+    mixer = case.random(seq_len=128, dtype=torch.float32)
+    x = noise(2, 128, D, dtype=torch.float32).requires_grad_()
+    mask = right_padded([128, 70], 128)
+    loss_w = noise(2, 128, D, dtype=torch.float32) * mask.unsqueeze(-1)
+    exact = mixer(x, mask)
+    exact_grads = torch.autograd.grad((exact * loss_w).sum(), (x, *mixer.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x, mask)
+    grads = torch.autograd.grad((y.float() * loss_w).sum(), (x, *mixer.parameters()))
+    assert ((y - exact) * mask.unsqueeze(-1)).norm() < 0.02 * (exact * mask.unsqueeze(-1)).norm()
+    floor = 0.03 * torch.stack([grad.norm() for grad in exact_grads]).norm()  # some gradients nearly cancel
+    for low, high in zip(grads, exact_grads, strict=True):
+        assert low.isfinite().all()
+        assert (low - high).norm() < 0.02 * max(high.norm(), floor)
+
+
+@pytest.mark.slow
+@mixers
+def test_gradcheck(case):
+    mixer = case.random(seq_len=5, d_model=4, num_filters=3)
+    names, values = zip(*mixer.named_parameters(), strict=True)
+    mask = right_padded([5, 3], 5)
+
+    def outputs(x, *parameters):
+        return functional_call(mixer, dict(zip(names, parameters, strict=True)), (x, mask))[mask]
+
+    x = noise(2, 5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (x, *values), fast_mode=False)
+
+
+@mixers
+def test_infinities_in_the_padding_are_ignored(case):
+    layer = case.random(seq_len=SEQ_LEN)
+    mask = right_padded([SEQ_LEN, 7], SEQ_LEN)
+    x = noise(2, SEQ_LEN, D)
+    y = layer(x, mask)
+    for bad in (torch.inf, torch.nan):
+        assert torch.equal(layer(x.masked_fill(~mask.unsqueeze(-1), bad), mask)[mask], y[mask])

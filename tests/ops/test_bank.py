@@ -1,0 +1,125 @@
+"""Compressed spectra of filters against the spectra themselves."""
+
+import copy
+import gc
+import itertools
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from stu.ops import bank
+from stu.ops.bank import FilterBank, filter_bank
+from stu.ops.convolution import filter_convolution
+from stu.ops.filters import spectral_filters
+
+CPU = torch.device("cpu")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def spectral_bank(seq_len, num_filters, **options):
+    eigenvalues, filters = spectral_filters(seq_len, num_filters)
+    return filter_bank(eigenvalues**0.25 * filters, **options)
+
+
+def restored(bands, n):
+    """Σ_r basis_r mix_rk, all bands: (F, K) complex; NaN where no band is."""
+    spectra = torch.full((n // 2 + 1, bands[0].mix.shape[1]), torch.nan, dtype=torch.complex128)
+    for band in bands:
+        assert spectra[band.frequencies].isnan().all()  # no frequency belongs to two bands
+        spectra[band.frequencies] = torch.complex(*(band.basis.double() @ band.mix.double()))
+    return spectra
+
+
+@dtypes
+@pytest.mark.parametrize("n", [1, 2, 3, 60, 63, 64, 65, 200, 1999, 2000, 2400])
+def test_no_filter_loses_more_than_the_rounding_of_the_dtype(n, dtype):
+    filters = spectral_bank(1000, 16, two_sided=True, k_u=3)
+    exact = torch.fft.rfft(filters[: (n + 1) // 2], n=n, dim=0)
+    bands = FilterBank(filters).bands(n, dtype, CPU)
+    error = (restored(bands, n) - exact).norm(dim=0)
+    allowed = 4 if dtype == torch.float32 else 40  # float64: the rounding of the decomposition itself
+    assert (error <= allowed * torch.finfo(dtype).eps * exact.norm(dim=0)).all()
+
+
+def test_few_functions_make_up_the_filters():
+    """The ranks that the module's docstring names."""
+    for options, expected in (({}, 14), ({"two_sided": True}, 20)):
+        filters = spectral_bank(1024, 24, **options)
+        bands = FilterBank(filters).bands(2048, torch.float32, CPU)
+        mean = sum(len(band.mix) * band.basis.shape[1] for band in bands) / 1025
+        assert expected - 0.5 < mean < expected + 0.5
+        assert all(len(band.mix) <= filters.shape[1] for band in bands)
+
+
+def test_filters_of_zeros_stay_zeros():
+    filters = torch.zeros(10, 3, dtype=torch.float64)
+    filters[:, 1] = 1
+    spectra = restored(FilterBank(filters).bands(20, torch.float32, CPU), 20)
+    assert torch.equal(spectra[:, [0, 2]], torch.zeros(11, 2, dtype=torch.complex128))
+    assert_close(spectra[0, 1].real.item(), 10.0)
+
+
+def test_random_filters_are_not_compressed_away():
+    filters = torch.randn(300, 7, dtype=torch.float64)
+    bands = FilterBank(filters).bands(600, torch.float64, CPU)
+    assert {len(band.mix) for band in bands} == {7}
+
+
+def test_bands_are_made_once_and_only_so_many_are_kept(monkeypatch):
+    filters = FilterBank(spectral_bank(64, 4))
+    assert filters.bands(128, torch.float32, CPU) is filters.bands(128, torch.float32, CPU)
+    first = filters.bands(128, torch.float32, CPU)
+    monkeypatch.setattr(bank, "CACHED_LENGTHS", 2)
+    filters.bands(126, torch.float32, CPU)
+    filters.bands(128, torch.float32, CPU)
+    filters.bands(120, torch.float32, CPU)
+    assert filters.bands(128, torch.float32, CPU) is first  # used last but one
+    assert len(filters._bands) == 2
+
+
+def test_threads_may_share_a_bank(monkeypatch):
+    monkeypatch.setattr(bank, "CACHED_LENGTHS", 1)
+    filters = FilterBank(torch.randn(6, 2, dtype=torch.float64))
+    expected = {n: filters.bands(n, torch.float64, CPU)[0].basis.clone() for n in (6, 8, 10)}
+
+    def ask(first):
+        for n in itertools.islice(itertools.cycle(expected), first, first + 100):
+            assert torch.equal(filters.bands(n, torch.float64, CPU)[0].basis, expected[n])
+        return True
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as often as can be
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_is_a_bank_of_its_own(duplicate):
+    original = FilterBank(spectral_bank(20, 3))
+    other = duplicate(original)
+    assert other.name != original.name
+    assert FilterBank.of(other.name) is other
+    assert torch.equal(other.filters, original.filters)
+
+
+@pytest.mark.slow
+def test_a_bank_lives_as_long_as_a_graph_needs_it():
+    weight = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    filters = FilterBank(spectral_bank(20, 3))
+    name = filters.name
+    y = filter_convolution(torch.randn(2, 20, 2, dtype=torch.float64), filters, weight)
+    del filters
+    gc.collect()
+    y.sum().backward()
+    assert weight.grad is not None
+    del y
+    gc.collect()
+    with pytest.raises(KeyError):
+        FilterBank.of(name)
