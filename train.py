@@ -63,7 +63,7 @@ def load_data(config: DictConfig, task: Task) -> SequenceData:
     task.prepare()
     splits = task.datasets()
     plan = StepPlan.of_trainer(config.trainer, examples=len(splits.train), batch_size=config.loader.batch_size)
-    return instantiate(config.loader, _partial_=True)(task, splits, plan, seed=config.seed)
+    return instantiate(config.loader, _partial_=True)(task, splits, plan, config.seed)
 
 
 def train(

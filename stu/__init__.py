@@ -4,6 +4,7 @@ Names are imported on first use, so that `import stu` alone (and with it `train.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ __all__ += ["spectral_filters"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'stu' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    if find_spec(f"stu.{name}"):
+        return import_module(f"stu.{name}")
+    raise AttributeError(f"module 'stu' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ B batch, L length, D model width, K filters
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -53,21 +53,12 @@ MixerFactory = Callable[[int], Mixer]
 ChannelMixerFactory = Callable[[int], nn.Module]
 
 
-class Redrawn(Protocol):
-    """A mixer that can draw its initial parameters again."""
-
-    causal: bool
-
-    def reset_parameters(self) -> None:
-        """Draw the initial parameters."""
+M = TypeVar("M", bound=Mixer)
 
 
-R = TypeVar("R", bound=Redrawn)
-
-
-def reverse_twin(mixer: R) -> R:
-    """A causal mixer with the options of `mixer` and parameters of its own, drawn next: to run from the end."""
-    twin = copy.deepcopy(mixer)
+def reverse_twin(mixer: M) -> M:
+    """A causal copy of `mixer` with parameters drawn again, by its `reset_parameters`: to run from the end."""
+    twin: Any = copy.deepcopy(mixer)
     twin.causal = True
     twin.reset_parameters()
     return twin

@@ -22,7 +22,8 @@ class Batch(NamedTuple):
     """One batch, ready for a `SequenceModel`.
 
     inputs: (B, L) int64 tokens or (B, L, C) float reals.
-    targets: (B,) int64 classes or float values, (B, L) int64 tokens, or (B, L, O) float values for every step.
+    targets: (B,) int64 classes or float values, (B, O) float values, (B, L) int64 tokens, or (B, L, O) float values for
+    every step.
     mask: (B, L) bool, True on real positions; None where no position is padding.
     """
 
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
 class Examples(Protocol):
     """A map-style data set of (inputs, targets) pairs of arrays without the batch dimension.
 
-    inputs: (L,) integers or (L, C) floats; targets: a class, or (L, O) floats.
+    inputs: (L,) integers or (L, C) floats; targets: a class, a real or (O,), or at every step, (L,) tokens or (L, O).
     """
 
     def __len__(self) -> int: ...
@@ -67,12 +68,20 @@ class Data(ABC):
         """Build the data in the cache unless they are there; called in one process before any `splits()`."""
 
     @abstractmethod
-    def splits(self) -> Splits:
-        """The prepared data; cheap, called in every process."""
+    def examples(self, split: str) -> Examples:
+        """Those of train, val or test, memory-mapped or generated on demand: cheap, called in every process."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A hex digest of everything that determines the data."""
+
+    def splits(self) -> Splits:
+        """The three data sets."""
+        return Splits(*map(self.examples, Splits._fields))
+
+    def require_least(self, name: str, least: int, why: str = "") -> None:
+        """Raise `OptionError` unless the option `name` is at least `least`. why: the end of the message."""
+        require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}{why}")
 
 
 class Rollout(NamedTuple):
@@ -180,6 +189,7 @@ class Classification(Task):
         """The share of correct labels, each sequence with the same weight."""
         from torchmetrics.classification import MulticlassAccuracy
 
+        # checking the labels of every batch would make a GPU wait
         return {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
 
 

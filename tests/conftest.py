@@ -41,7 +41,7 @@ def _server_of_processes() -> None:
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """One seed a test; under deterministic algorithms `torch.empty` is NaN, so unwritten parameters show."""
+    """One seed per test; under deterministic algorithms `torch.empty` is NaN, so unwritten parameters show."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from stu.backbone import SequenceModel
 from stu.cli.usage import CONF, options_of
-from stu.errors import require
+from stu.errors import OptionError, require
+from stu.training import report
 from tests.models import composed, model_config
 from tests.runs import ROOT, Training
 
@@ -35,6 +36,7 @@ def main(rewritten: Sequence[str]) -> None:
     """Add the trajectories of new models, write those of the models named, and write the table."""
     for name in rewritten:
         require(name in options_of("model"), "model", name, f"must be one of {', '.join(options_of('model'))}")
+    rows = table()
     golden = {name: losses for name, losses in read_trajectories().items() if name not in rewritten}
     for name in options_of("model"):
         if name not in golden:
@@ -45,7 +47,7 @@ def main(rewritten: Sequence[str]) -> None:
     TRAJECTORIES.write_text(json.dumps(kept, indent=1) + "\n")
     text = README.read_text(encoding="utf-8")
     before, _, after = text.partition(START)
-    README.write_text(before + START + table() + END + after.partition(END)[2], encoding="utf-8")
+    README.write_text(before + START + rows + END + after.partition(END)[2], encoding="utf-8")
     print("README.md: the table of models is up to date")
 
 
@@ -89,7 +91,7 @@ def header(name: str) -> tuple[str, str]:
     file = CONF / "model" / f"{name}.yaml"
     comments = " ".join(_comments(file.read_text(encoding="utf-8")))
     found = re.fullmatch(r"(.+)\. Work: (.+)\.", comments)
-    must = "must start with '# <what it is> (<source>).' and '# Work: <in terms of L>.'"
+    must = "must start with '# <what it is>.' and '# Work: <in terms of L>.'"
     require(found is not None, "header", file.relative_to(ROOT), must)
     assert found is not None
     return found[1], found[2]
@@ -117,4 +119,8 @@ def size(state: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report.quiet()
+    try:
+        main(sys.argv[1:])
+    except OptionError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -83,7 +83,7 @@ def small_backbone(model: str, *, seq_len: int, causal: bool = True, **options: 
 
 
 def randomized(module: M, scale: float = 0.1) -> M:
-    """Move all parameters by noise, since some begin at zero and would hide what they do."""
+    """Move all parameters by noise, since some are initialised as zero and would hide what they do."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=scale)

@@ -1,7 +1,8 @@
 """Small runs: of train.py, as a user starts it, in processes and folders of their own; and of a Trainer in this one.
 
-`train` forks from a server that has imported the libraries already, which saves six seconds a run; `train_afresh` is
-a new interpreter and a command line, with nothing prepared; `Training` is what train.py sets up, piece by piece.
+`train` forks from a server that has imported the libraries already, which saves six seconds per run;
+`train_in_subprocess` is a new interpreter and a command line, with nothing prepared; `Training` is what train.py sets
+up, piece by piece.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ class Started:
 
 
 def start(home: Path, *overrides: str, at: Callable[[], None] | None = None, **environment: str) -> Started:
-    """Begin `train.py` with these arguments; run directories, data and the working directory lie under `home`.
+    """Start `train.py` with these arguments; run directories, data and the working directory lie under `home`.
 
     at: called in the process before anything else (a partial of a module's function, as it crosses over).
     """
@@ -98,7 +99,7 @@ def train(home: Path, *overrides: str, at: Callable[[], None] | None = None, **e
     return start(home, *overrides, at=at, **environment).wait()
 
 
-def train_afresh(home: Path, *overrides: str, timeout: float = 240, **environment: str) -> Finished:
+def train_in_subprocess(home: Path, *overrides: str, timeout: float = 240, **environment: str) -> Finished:
     """The same as a command line in a new interpreter."""
     home.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -223,7 +224,7 @@ def _run(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [str(SCRIPT), *overrides]
     torch.set_num_threads(1)
-    set_start_method("fork", force=True)  # what loader processes begin with; the server has left its own way here
+    set_start_method("fork", force=True)  # how loader processes start; the server has left its own way here
     if at is not None:
         at()
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -250,6 +250,7 @@ def test_padding_changes_no_answer_of_a_token_model(model, causal):
     assert_close(network(tokens.where(mask, 0), mask), alone, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @models
 @causality
 @pytest.mark.parametrize("norm", ["batch", "layer"])

@@ -78,6 +78,10 @@ def test_the_contract_finds_a_new_mixer(copy: Path):
     assert passed > 60, printed
 
 
+def test_the_examples_fit_the_house(copy: Path):
+    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layering.py")
+
+
 def test_they_train(copy: Path):
     printed = run(copy, "train.py", "model=ema", "task=parity", *SMALL, *SIZES)
     assert "test accuracy" in printed

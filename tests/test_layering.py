@@ -27,6 +27,7 @@ TRAINING_ONLY = {
 }
 ABOVE = {"data", "experiments", "conf", "train", "tests"}
 HYDRA = {"hydra", "omegaconf"}
+SHORT = 25  # nodes of a syntax tree: a statement with fewer may occur in many methods
 COMMANDS = ("data/prepare/__main__.py",)  # like train.py, they see all
 
 
@@ -92,7 +93,7 @@ def test_the_library_sees_nothing_above_it(path: Path):
     assert {name for name in imports(path) if within(name, *ABOVE)} == set()
 
 
-@pytest.mark.parametrize("path", [p for p in under("stu") if "cli" not in p.id])
+@pytest.mark.parametrize("path", [p for p in under("stu") if not within(p.id.replace("/", "."), "stu.cli")])
 def test_hydra_is_known_to_the_command_line_alone(path: Path):
     assert {name for name in imports(path) if within(name, *HYDRA, "stu.cli")} == set()
 
@@ -115,7 +116,7 @@ def test_operations_rest_on_nothing(path: Path):
 
 @pytest.mark.parametrize("path", under("stu/reference"))
 def test_references_know_nothing_of_what_is_tested_against_them(path: Path):
-    assert {name for name in ours(path) if not within(name, "stu.reference", "stu.ops")} == set()
+    assert {name for name in ours(path) if not (within(name, "stu.reference") or name.endswith("_reference"))} == set()
 
 
 @pytest.mark.parametrize("path", under("stu/mixers"))
@@ -180,19 +181,21 @@ def owner(name: str, modules: dict[str, Path]) -> str | None:
 
 def test_folders_of_data_are_rooms():
     sizes = {folder: len(list(folder.glob("*.py"))) for folder in (ROOT / "data").rglob("*") if folder.is_dir()}
-    assert {folder.name: size for folder, size in sizes.items() if size > 8} == {}
+    full = {folder.name: size for folder, size in sizes.items() if size > 8}
+    assert full == {}, "at most 8 files per folder of data/: open another one for the next kind of task"
 
 
 def test_tasks_are_not_copied():
-    """No two classes of data/ have a method with the same body."""
+    """No two classes of data/ have a method with the same body, except for one short statement."""
     bodies = defaultdict(list)
     for path in (ROOT / "data").rglob("*.py"):
         for cls in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef)):
             for method in (node for node in cls.body if isinstance(node, ast.FunctionDef)):
                 statements = [node for node in method.body if not docstring(node)]
-                if statements:
+                if len(statements) > 1 or sum(1 for part in statements for _ in ast.walk(part)) > SHORT:
                     bodies[ast.dump(ast.Module(statements, []))].append(f"{module_of(path)}.{cls.name}.{method.name}")
-    assert [names for names in bodies.values() if len(names) > 1] == []
+    copies = [names for names in bodies.values() if len(names) > 1]
+    assert copies == [], "the same body: move it to what both derive from"
 
 
 def docstring(node: ast.stmt) -> bool:
@@ -229,7 +232,7 @@ def test_the_library_imports_without_the_training_extra():
         f"sys.modules.update(dict.fromkeys({sorted(TRAINING_ONLY)}))\n"  # None: importing it raises
         f"for name in {library}: importlib.import_module(name)\n"
         "import stu\n"
-        "print(*(hasattr(stu, name) for name in stu.__all__))\n"
+        "print(*(hasattr(stu, name) for name in (*stu.__all__, 'backbone', 'ops', 'mixers')))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -13,12 +13,11 @@ from tests.generate import END, START, table
 from tests.models import composed
 from tests.runs import ROOT
 
-pytestmark = pytest.mark.slow
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"python train\.py ([^`\n#]+?)(?:`| {2,}|\n)", README + EXAMPLES + "\n")))
 
 
+@pytest.mark.slow
 def test_its_python_runs():
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
@@ -27,6 +26,7 @@ def test_its_python_runs():
     assert names["y_t"].shape == (8, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and "num_filters=5000" not in c])
 def test_its_commands_compose(command: str):
     sweep, *overrides = shlex.split(command) if command.startswith("-m ") else ("", *shlex.split(command))
@@ -45,6 +45,7 @@ def test_its_error_is_the_real_one():
     assert str(refused.value) == line
 
 
+@pytest.mark.slow
 def test_the_table_of_models_is_generated():
     assert README.partition(START)[2].partition(END)[0] == table(), "make generate writes it"
 

@@ -93,7 +93,7 @@ class CIFARData(LabelledData[PixelExamples]):
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("train", 1), ("val", 1), ("test", 1)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
+            self.require_least(name, least)
 
     @cached_property
     def spec(self) -> dict[str, object]:

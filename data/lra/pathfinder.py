@@ -147,7 +147,7 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
     def __post_init__(self) -> None:
         least = {"train": 1, "val": 1, "test": 1, "seed": 0, "border": 1, "seed_distance": 1, "paddle_length": 1}
         for name, bound in {**least, "contour_length": 3, "distractor_paddles": 0}.items():
-            require(getattr(self, name) >= bound, name, getattr(self, name), f"must be at least {bound}")
+            self.require_least(name, bound)
         for name in ("marker_radius", "continuity", "target_contrast", "distractor_contrast"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "must be above 0")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1, or null")

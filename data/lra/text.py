@@ -114,7 +114,7 @@ class TextData(TokenData[TokenExamples]):
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 1), ("seed", 0), ("train", 1), ("val", 1), ("test", 1)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
+            self.require_least(name, least)
         allowed = get_args(Alphabet)
         require(self.tokens in allowed, "tokens", self.tokens, f"must be one of {', '.join(allowed)}")
 

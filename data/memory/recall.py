@@ -58,7 +58,7 @@ class Recall(Task):
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of a random answer, and of the answer that a sequence shows most often before it asks."""
-        answers, test = self.data.answers, self.data.split("test")
+        answers, test = self.data.answers, self.data.examples("test")
         count = min(len(test), max(1, BASELINE_TOKENS // max(self.seq_len, self.data.vocab_size)))
         inputs, targets = test.stacked(range(count))
         asked = targets != IGNORE
@@ -76,7 +76,7 @@ class Recall(Task):
     def scored(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The steps that ask for an answer, in order: (B, V, K) and (B, K)."""
         asked = batch.targets != IGNORE  # (B, L), K in each row: indexing with it would synchronise with a GPU
-        steps = asked.int().argsort(dim=1, descending=True, stable=True)[:, : self.data.num_answers]  # (B, K)
+        steps = asked.int().topk(self.data.num_answers, dim=1).indices.sort(dim=1).values  # (B, K)
         rows = torch.arange(len(steps), device=steps.device)[:, None]
         return prediction[rows, steps].mT, batch.targets[rows, steps]
 

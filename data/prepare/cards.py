@@ -75,21 +75,21 @@ class Moments:
 
 @final
 class Counts:
-    """How often each of 0, 1, 2, … occurs among integers that come in parts: `times` (values,)."""
+    """How often each of 0, 1, 2, … occurs among integers that come in parts: `counts` (values,)."""
 
     def __init__(self, values: int = 0) -> None:
-        self.times = np.zeros(values, np.int64)
+        self.counts = np.zeros(values, np.int64)
 
     def add(self, values: Tensor) -> None:
         """Count integers of any shape, none below 0."""
-        more = torch.bincount(values.flatten(), minlength=len(self.times)).numpy()
-        more[: len(self.times)] += self.times
-        self.times = more
+        more = torch.bincount(values.flatten(), minlength=len(self.counts)).numpy()
+        more[: len(self.counts)] += self.counts
+        self.counts = more
 
     @property
     def shares(self) -> NDArray[np.float64]:
         """The relative frequencies so far, (values,)."""
-        return self.times / self.times.sum()
+        return self.counts / self.counts.sum()
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def format_inputs(inputs: Counts | Moments) -> dict[str, str]:
     """Title → entry."""
     if isinstance(inputs, Moments):
         return format_moments("inputs", inputs)
-    return {"different tokens": f"{np.count_nonzero(inputs.times):,}"}
+    return {"different tokens": f"{np.count_nonzero(inputs.counts):,}"}
 
 
 def format_targets(targets: Counts | Moments) -> dict[str, str]:
@@ -293,7 +293,7 @@ def cells(card: Card) -> list[str]:
     low, mean, high = card.lengths.min(), card.lengths.mean(), card.lengths.max()
     targets = card.splits["train"].targets
     if isinstance(targets, Counts):
-        kind = f"{len(targets.times)} labels, {percent(targets.shares.min())} to {percent(targets.shares.max())}"
+        kind = f"{len(targets.counts)} labels, {percent(targets.shares.min())} to {percent(targets.shares.max())}"
     else:
         kind = f"reals, {targets.mean:.2f} ± {targets.std:.2f}"
     return [

@@ -62,7 +62,7 @@ def histograms(card: Card) -> Figure:
         found, _ = np.histogram(split.lengths, edges)
         left.stairs(found / len(split.lengths), edges, label=f"{name}: {split.size:,}")
         assert isinstance(split.targets, Counts)
-        labels = np.arange(len(split.targets.times))
+        labels = np.arange(len(split.targets.counts))
         if len(labels) <= MOST_LABELS:
             right.bar(labels + 0.27 * (index - 1), split.targets.shares, width=0.25)
             right.set_xticks(labels)

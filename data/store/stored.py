@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.store.cache import cached, fingerprint
-from stu.task import Classification, Data, Examples, Splits
+from stu.task import Classification, Data, Examples
 
 E_co = TypeVar("E_co", bound=Examples, covariant=True)
 
@@ -39,15 +39,11 @@ class StoredData(Data, Generic[E_co]):
 
     @abstractmethod
     def examples(self, split: str) -> E_co:
-        """The examples of train, val or test, built first if necessary."""
+        """The memory-mapped examples of train, val or test, built first if necessary."""
 
     def prepare(self) -> Path:
         """The folder of the data, built first if necessary."""
         return cached(self.dir, self.name, self.spec, self.build, resumable=self.resumable)
-
-    def splits(self) -> Splits:
-        """The three data sets, memory-mapped."""
-        return Splits(*map(self.examples, Splits._fields))
 
     def fingerprint(self) -> str:
         """SHA-256 of `spec`, shortened."""

@@ -76,10 +76,6 @@ class OnDemandData(Data):
     test: int
     seed: int = 0
 
-    def require_least(self, name: str, least: int, why: str = "") -> None:
-        """Raise `OptionError` unless the option `name` is at least `least`. why: the end of the message."""
-        require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}{why}")
-
     @abstractmethod
     def sequences(self, split: int, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (n, L, …) and targets (n, …) of some sequences of a split, given as its place in `Splits`."""
@@ -87,13 +83,9 @@ class OnDemandData(Data):
     def prepare(self) -> None:
         """There is nothing to build."""
 
-    def splits(self) -> Splits:
-        """The three data sets."""
-        return Splits(*map(self.split, Splits._fields))
-
-    def split(self, name: str) -> "Sequences":
-        """Train, val or test."""
-        return Sequences(self, Splits._fields.index(name), getattr(self, name))
+    def examples(self, split: str) -> "Sequences":
+        """The sequences of train, val or test."""
+        return Sequences(self, Splits._fields.index(split), getattr(self, split))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class TrajectoryData(StoredData["Windows"]):
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "hold", "windows", *Splits._fields):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            self.require_least(name, 1)
         require(0 < self.dt < math.inf, "dt", self.dt, "must be above 0")
         for name in ("transient", "force"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be at least 0")

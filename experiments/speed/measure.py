@@ -202,7 +202,7 @@ def _outcomes(
                 if stage == "build":
                     bench = Bench(node, Data.draw(size, settings), settings)
                     bench.warm_up()
-                    held = _held_memory(device)
+                    before = _used_memory(device)
                     outcome: Outcome = _facts(bench, size)
                 elif stage == "step" and not bench.streams:
                     outcome = None
@@ -210,8 +210,8 @@ def _outcomes(
                     with _memory_limit(settings.limit_bytes, device):
                         if settings.compile:  # whose own memory does not count
                             bench.call(stage)()
-                            held = _held_memory(device)
-                        outcome = _peak_memory(bench.call(stage), device, held)
+                            before = _used_memory(device)
+                        outcome = _peak_memory(bench.call(stage), device, before)
         except Exception as error:
             outcome = _failure(error, settings)
         yield stage, outcome
@@ -232,7 +232,7 @@ def _facts(bench: Bench, size: Size) -> Facts:
 def _failure(error: Exception, settings: Settings) -> Failure:
     """An exception in a few words."""
     message = " ".join(str(error).split())
-    if isinstance(error, TimeoutError):
+    if isinstance(error, _TimeUp):
         return Failure(f"over {settings.limit_seconds:g} s", True)
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "bad_alloc" in message
     if no_memory or "can't allocate memory" in message:  # a RuntimeError of PyTorch on CPUs
@@ -250,8 +250,12 @@ def _end(code: int, settings: Settings) -> Failure:
     return Failure(f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}", False)
 
 
+class _TimeUp(Exception):
+    """The measurement takes too long. No `TimeoutError`: code that ignores an `OSError` would ignore this one, too."""
+
+
 def _time_up(*_: object) -> None:
-    raise TimeoutError
+    raise _TimeUp
 
 
 @contextlib.contextmanager
@@ -279,24 +283,24 @@ def _memory_limit(limit: float, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _held_memory(device: torch.device) -> int | None:
+def _used_memory(device: torch.device) -> int | None:
     """Bytes in use; None where they are not counted."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
-def _peak_memory(call: Callable[[], None], device: torch.device, held: int | None) -> int | None:
+def _peak_memory(call: Callable[[], None], device: torch.device, before: int | None) -> int | None:
     """The most bytes in use during the call beyond those in use before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - (held or 0)
+        return torch.cuda.max_memory_allocated(device) - (before or 0)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, see proc(5)
     except OSError:
-        held = None  # the peak would be that of an earlier call
+        before = None  # the peak would be that of an earlier call
     call()
     peak = _status("VmHWM")
-    return max(peak - held, 0) if peak is not None and held is not None else None
+    return max(peak - before, 0) if peak is not None and before is not None else None
 
 
 def _status(key: str) -> int | None:

@@ -37,7 +37,7 @@ class Facts:
     parameters: int
     causal: bool
     streams: bool
-    forward_floor: Work | None  # the least work it can be done with, where that is known
+    forward_floor: Work | None  # the roofline: the least work it can be done with, where that is known
     forward_backward_floor: Work | None
 
 

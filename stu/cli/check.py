@@ -31,6 +31,8 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "paths.runs": str,
     "paths.data": str,
 }
+# How many of the leading arguments of these nodes train.py passes itself; other partial nodes get one, d_model.
+PASSED = {"checkpoints": 4, "figures": 1, "loader": 4, "logger": 2, "optimizer": 2}
 RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
 
 
@@ -65,7 +67,8 @@ def check_call(key: str, node: Mapping[str, Any]) -> None:
         target = resolve_name(node["_target_"])
     except Exception as error:
         raise Refused(f"{key}._target_", node["_target_"], f"cannot be imported ({error})") from error
-    parameters = inspect.signature(target).parameters
+    passed = PASSED.get(key, 1 if node.get("_partial_") else 0)
+    parameters = list(inspect.signature(target).parameters)[passed:]
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in node.items():
         if name.startswith("_"):
@@ -117,7 +120,7 @@ def described(hint: Any) -> str:
         return f"an integer in {hint.start} … {hint.stop - 1}"
     if origin is tuple and ... not in arguments:
         return f"a list of {len(arguments)}: {', '.join(map(described, arguments))}"
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))
 
 

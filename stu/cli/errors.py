@@ -120,7 +120,9 @@ def _composition_line(error: BaseException) -> str:
     key = str(getattr(cause, "full_key", "") or "")
     override = match.group(1) if (match := re.search(r"Could not override '([^']+)'", str(error))) else key
     parent = getattr(cause, "parent_node", None)
-    given = next((a for a in sys.argv[1:] if a.split("=", 1)[0].lstrip("+~") == override), override)
+    given = next((a for a in reversed(sys.argv[1:]) if a.split("=", 1)[0].lstrip("+~") == override), override)
+    if given.startswith("~"):
+        return f"{given}: is needed and cannot be removed"
     if override and isinstance(parent, DictConfig):
         return f"{given}: no such key; {suggestion((key or override).split('.')[-1], map(str, parent))}"
     return _flat(f"{key}: {cause}" if key else str(error))

@@ -58,11 +58,6 @@ class Attention(Mixer):
         self.project_in = nn.Linear(d_model, 3 * d_model)
         self.project_out = nn.Linear(d_model, d_model)
 
-    def reset_parameters(self) -> None:
-        """Draw the initial parameters."""
-        self.project_in.reset_parameters()
-        self.project_out.reset_parameters()
-
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         return self._output(self._attend(*self._heads(masked(x, mask), 0), mask))

@@ -70,9 +70,8 @@ class LRU(Mixer):
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters."""
-        radius, phase = torch.empty(2, len(self.B), dtype=torch.float64).uniform_(
-            1e-6, 1 - 1e-6
-        )  # whose logarithms are finite
+        # inside (0, 1), so that the logarithms are finite
+        radius, phase = torch.empty(2, len(self.B), dtype=torch.float64).uniform_(1e-6, 1 - 1e-6)
         nu, theta = ring_eigenvalues(radius, phase, self.r_min, self.r_max, self.max_phase)
         with torch.no_grad():
             if self.nu_log is not None and self.theta_log is not None:

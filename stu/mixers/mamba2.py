@@ -109,11 +109,10 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        y, _ = self._from_start(x, mask)
+        y, _ = self._from_start(masked(x, mask), mask)
         if self.reverse is None:
             return y
-        backwards, _ = self.reverse._from_start(x.flip(1), None if mask is None else mask.flip(1))
-        return y + backwards.flip(1)
+        return y + self.reverse(x.flip(1), None if mask is None else mask.flip(1)).flip(1)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """Zeros."""
@@ -138,8 +137,8 @@ class Mamba2(Mixer):
         return self._from_start(x)
 
     def _from_start(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
-        """From the first step to the last: (B, L, D) → (B, L, D) and the state after it."""
-        gate, signals, dt = self._project(masked(x, mask))
+        """From the first step to the last: (B, L, D), zero on padding → (B, L, D) and the state after it."""
+        gate, signals, dt = self._project(x)
         if mask is not None:
             dt = dt * mask.unsqueeze(-1)
         signals = F.pad(signals, (0, 0, self.conv.kernel_size[0] - 1, 0))

@@ -64,7 +64,7 @@ class RNN(Mixer):
         y = self._from_start(x, mask)
         if self.reverse is None:
             return y
-        return y + self.reverse._from_start(x.flip(1), None if mask is None else mask.flip(1)).flip(1)
+        return y + self.reverse(x.flip(1), None if mask is None else mask.flip(1)).flip(1)
 
     def initial_state(self, batch_size: int) -> RNNState:
         """Zeros."""

@@ -121,25 +121,28 @@ class STU(Mixer):
         """(B, L, D) → (B, L, D), L ≤ seq_len."""
         require(x.shape[1] <= self.seq_len, "seq_len", self.seq_len, f"is below the input's {x.shape[1]} steps")
         x = masked(x, mask)
-        if self.reverse is None:
-            return self._from_start(x)
-        if self.m_y is not None:
-            return self._from_start(x) + self.reverse._from_start(x.flip(1)).flip(1)
-        return filter_convolution(x, self.bank, self._weight(), self.reverse._weight(), algorithm=self.algorithm)
+        # without a recurrence, both directions are one convolution
+        reverse = None if self.reverse is None or self.m_y is not None else self.reverse._weight()
+        y = filter_convolution(x, self.bank, self._weight(), reverse, algorithm=self.algorithm)
+        if self.m_y is None:
+            return y
+        y = linear_recurrence(y, self.m_y)
+        return y if self.reverse is None else y + self.reverse(x.flip(1)).flip(1)
 
     def initial_state(self, batch_size: int) -> STUState:
         """Zeros."""
         self.require_causal()
         outputs = self.m_phi.new_zeros(batch_size, 0, self.d_model)
-        return STUState(self._memory().initial(batch_size, self.d_model), self._kept(outputs), 0)
+        return STUState(self._memory(outputs).initial(batch_size, self.d_model), self._kept(outputs), 0)
 
     def step(self, x: Tensor, state: STUState) -> tuple[Tensor, STUState]:
         """x_t (B, D), state → y_t (B, D), state; at most seq_len steps."""
         self.require_causal()
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
+        memory = self._memory(x)
         with no_autocast(x):
-            inputs = self._memory().advance(x, state.inputs)
-            y = self._mixed(self._memory().features(inputs).to(at_least_float32(x, self.m_phi)), state.outputs)
+            inputs = memory.advance(x, state.inputs)
+            y = self._mixed(memory.features(inputs).to(at_least_float32(x, self.m_phi)), state.outputs)
         outputs = torch.cat((y.unsqueeze(1).to(state.outputs.dtype), state.outputs), 1)[:, : state.outputs.shape[1]]
         return y.to(x.dtype), STUState(inputs, outputs, state.position + 1)
 
@@ -148,12 +151,7 @@ class STU(Mixer):
         self.require_causal()
         y = self.forward(x)
         with no_autocast(x):
-            return y, STUState(self._memory().after(x), self._kept(y), x.shape[1])
-
-    def _from_start(self, x: Tensor) -> Tensor:
-        """From the first step to the last, (B, L, D) → (B, L, D)."""
-        y = filter_convolution(x, self.bank, self._weight(), algorithm=self.algorithm)
-        return y if self.m_y is None else linear_recurrence(y, self.m_y)
+            return y, STUState(self._memory(x).after(x), self._kept(y), x.shape[1])
 
     def _mixed(self, features: Tensor, outputs: Tensor) -> Tensor:
         """One step of the equation: features (B, K + k_u, D) and the outputs before it → (B, D)."""
@@ -166,15 +164,16 @@ class STU(Mixer):
 
     def _kept(self, outputs: Tensor) -> Tensor:
         """The newest outputs that a recurrence needs; in float64, since its rounding errors accumulate."""
-        lags = self._memory().feedback if self.m_y is None else len(self.m_y)
+        lags = self._memory(outputs).feedback if self.m_y is None else len(self.m_y)
         return to_float64(newest(outputs, lags))
 
     def _weight(self) -> Tensor:
         """The matrices of all columns of the bank, (K + k_u, D, D)."""
         return self.m_phi if self.m_u is None else torch.cat((self.m_phi, self.m_u))
 
-    def _memory(self) -> Memory:
-        return streaming_memory(self.bank, self.streaming, self.m_phi.device, at_least_float32(self.m_phi))
+    def _memory(self, x: Tensor) -> Memory:
+        """What streaming keeps of the inputs, for inputs like x."""
+        return streaming_memory(self.bank, self.streaming, self.m_phi.device, at_least_float32(x, self.m_phi))
 
 
 def _mix(features: Tensor, weight: Tensor) -> Tensor:

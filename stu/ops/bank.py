@@ -14,8 +14,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +70,6 @@ class FilterBank:
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self.memories: dict[Hashable, Any] = {}  # of layers that stream these filters; see `stu.ops.streaming`
         self._living[self.name] = self
 
     @classmethod
@@ -147,7 +145,10 @@ def spectral_bank(
     k_u: int = 0,
     recurrence: int = 0,
 ) -> FilterBank:
-    """The `filter_bank` of the spectral filters of a Hankel matrix."""
+    """The `filter_bank` of the `num_filters` spectral filters of a Hankel matrix, seq_len × seq_len: (L, K) columns.
+
+    Raises `OptionError` for more filters than float64 can tell apart.
+    """
     eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
     columns = filter_bank(eigenvalues**0.25 * filters, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
     return FilterBank(columns, SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence))

@@ -46,7 +46,7 @@ def filter_convolution(
     u or an enclosing autocast. To `torch.compile` this is one opaque operator; the bank must be made outside of it.
     """
     require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-    dtype = at_least_float32(u, weight)
+    dtype = torch.promote_types(u.dtype, at_least_float32(weight))
     chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)
     bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
@@ -83,7 +83,7 @@ def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, a
     """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
-        bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
+        bands = FilterBank.of(bank).bands(n, weight.dtype, weight.device)
         products = []
         for band, signal in zip(bands, _spectrum(u, n, bands), strict=True):
             products.append(signal.new_empty(*signal.shape[:3], weight.shape[2]))
@@ -114,7 +114,7 @@ def _convolution_backward(
     """
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
-        bands = FilterBank.of(bank).bands(n, u.dtype, u.device)
+        bands = FilterBank.of(bank).bands(n, weight.dtype, weight.device)
         gradients = _spectrum(grad, n, bands)
         signals = _spectrum(u, n, bands) if wants_matrices else gradients
         by_u = []
@@ -133,16 +133,8 @@ def _convolution_backward(
 
 
 @_convolution_backward.register_fake
-def _(
-    grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    reverse: Tensor | None,
-    bank: str,
-    algorithm: str,
-    wants_u: bool,
-    wants_matrices: bool,
-) -> list[Tensor]:
+def _(grad: Tensor, u: Tensor, weight: Tensor, reverse: Tensor | None, *options: Any) -> list[Tensor]:
+    *_, wants_u, wants_matrices = options
     wanted = (u, wants_u), (weight, wants_matrices), (weight, wants_matrices and reverse is not None)
     return [like.new_empty(like.shape) if wants else u.new_empty(0) for like, wants in wanted]
 
@@ -170,7 +162,8 @@ _convolution.register_autograd(_backward, setup_context=_save)
 def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:
     """The rfft over time, (B, L, I) → (F, B, 2, I) for each band, real and imaginary parts apart."""
     planes = [x.new_empty(band.basis.shape[1], len(x), 2, x.shape[2]) for band in bands]
-    for rows in chunks(len(x), n * x.shape[2], budget(x, SIGNAL_CHUNK)):
+    _, batch, _, width = planes[0].shape
+    for rows in chunks(batch, n * width, budget(planes[0], SIGNAL_CHUNK)):
         whole = torch.view_as_real(torch.fft.rfft(x[rows], n=n, dim=1)).permute(1, 0, 3, 2)  # (F, B, 2, I)
         for band, plane in zip(bands, planes, strict=True):
             plane[:, rows] = whole[band.frequencies]

@@ -60,10 +60,10 @@ def fft_length(least: int) -> int:
 @torch.library.custom_op("stu::long_convolution", mutates_args=())
 def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
     """(B, L, D), (T, D) → (B, L, D), as one node for autograd and torch.compile."""
-    length = u.shape[1]
-    n, dtype = _plan(u, taps, future)
     y = torch.empty_like(u)
-    for channels, batches in _chunks(u, n):
+    length = y.shape[1]
+    n, dtype = _plan(y, taps, future)
+    for channels, batches in _chunks(y, n):
         response = _response(taps[:, channels], future, n, dtype)
         for rows in batches:
             out = _spectrum(u[rows, :, channels], n, dtype).mul_(response)
@@ -74,11 +74,10 @@ def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
 @torch.library.custom_op("stu::long_convolution_adjoint", mutates_args=())
 def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor, Tensor]:
     """Gradients of u, G(f) K(f)*, and of taps, Σ_b G(f) U(f)*; the spectra are recomputed instead of stored."""
-    length = u.shape[1]
-    n, dtype = _plan(u, taps, future)
-    grad_u = torch.empty_like(u)
-    grad_taps = torch.empty_like(taps)
-    for channels, batches in _chunks(u, n):
+    grad_u, grad_taps = torch.empty_like(u), torch.empty_like(taps)
+    length = grad_u.shape[1]
+    n, dtype = _plan(grad_u, taps, future)
+    for channels, batches in _chunks(grad_u, n):
         # Conjugates are materialised: torch.compile runs this where it would ignore a lazy one.
         response = _response(taps[:, channels], future, n, dtype).conj_physical()
         total = torch.zeros_like(response)

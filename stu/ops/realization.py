@@ -53,7 +53,7 @@ class Realization(NamedTuple):
     def response(self, length: int) -> Tensor:
         """The first `length` entries of the filters, (length, K).
 
-        They go on past L, where φ_k(i) = Σ_j Z_ij φ_k(j) / σ_k defines them, but lose digits: percents by 2L.
+        They go on past L, where φ_k(i) = Σ_j Z_ij φ_k(j) / σ_k defines them, with errors of a few percent by 2L.
         """
         return torch.cat([rows for _, rows in self.chunks(length)])
 

@@ -28,7 +28,7 @@ def linear_recurrence(drive: Tensor, weight: Tensor, initial: Tensor | None = No
     dtypes or an enclosing autocast: near |pole| = 1 the rounding of thousands of steps accumulates. To `torch.compile`
     this is one opaque operator.
     """
-    dtype = at_least_float32(drive, weight)
+    dtype = torch.promote_types(drive.dtype, at_least_float32(weight))
     start = drive.new_zeros(len(drive), *weight.shape[:2]) if initial is None else initial
     y: Tensor = _recurrence(drive.to(dtype), weight.to(dtype), start.to(dtype))
     return y.to(drive.dtype)

@@ -167,11 +167,11 @@ class _Decay(NamedTuple):
 def _chunked(signal: Tensor, chunk_size: int) -> Tensor:
     """(B, L, …) → (F, Q, …), Q ≤ chunk_size as even as can be; padded with zeros, which change no state as Δ = 0."""
     length = signal.shape[1]
-    chunks = -(-length // chunk_size)
-    chunk = -(-length // chunks)
-    if spare := chunks * chunk - length:  # padding by nothing would copy
+    count = -(-length // chunk_size)
+    chunk = -(-length // count)
+    if spare := count * chunk - length:  # padding by nothing would copy
         signal = F.pad(signal, (0, 0) * (signal.ndim - 2) + (0, spare))
-    return signal.unflatten(1, (chunks, chunk)).flatten(0, 1)
+    return signal.unflatten(1, (count, chunk)).flatten(0, 1)
 
 
 def _by_group(signal: Tensor, groups: int) -> Tensor:
@@ -226,8 +226,8 @@ def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = Fa
     """
     added, through = (t.unflatten(0, (len(start), -1)) for t in (added, through))
     entering, state = torch.empty_like(added), start
-    chunks = range(added.shape[1])
-    for c in reversed(chunks) if backwards else chunks:
+    order = range(added.shape[1])
+    for c in reversed(order) if backwards else order:
         entering[:, c] = state
         state = torch.addcmul(added[:, c], through[:, c], state)
     return entering.flatten(0, 1), state

@@ -1,6 +1,6 @@
 r"""Streaming: a bank of spectral filters applied to one input at a time.
 
-B batch, L length, D width, K filters of all columns of a bank, S branches, N poles of a branch, W inputs kept
+B batch, L length, D width, K columns of a bank, K' filters of a branch, S branches, N poles of a branch, W inputs kept
 
     f_{t,k} = Σ_i φ_k(i) u_{t−i}
 
@@ -12,6 +12,7 @@ columns. The sums do not include a fixed recurrence y_{t−p} that the bank has 
 """
 
 from typing import NamedTuple, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Window:
 
     def features(self, state: MemoryState) -> Tensor:
         """f_t: (B, K, D)."""
-        return self.filters.T @ state.inputs
+        return self.filters.T @ state.inputs.to(self.filters.dtype)
 
     def readout(self, weight: Tensor) -> Tensor:
         """One kernel per channel, Σ_k φ_k w_kd, for `read`: weight (K, D) → (L, D)."""
@@ -112,6 +113,10 @@ class ExponentialSums:
 
 Memory = Window | ExponentialSums
 
+_MEMORIES: WeakKeyDictionary[FilterBank, dict[tuple[Streaming, torch.device, torch.dtype], Memory]] = (
+    WeakKeyDictionary()
+)
+
 
 def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:
     """The memory of a layer with these filters, a window in the given dtype.
@@ -119,12 +124,12 @@ def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.devic
     streaming: "window", "states" (exponential sums), or "auto": sums where they are faster and as exact. Banks of other
     than spectral filters have a window.
     """
+    memories = _MEMORIES.setdefault(bank, {})
     key = streaming, device, dtype
-    if key not in bank.memories:
+    if key not in memories:
         with torch.inference_mode(False):  # training could not use what an evaluation had built
-            bank.memories[key] = _build(bank, streaming, device, dtype)
-    memory: Memory = bank.memories[key]
-    return memory
+            memories[key] = _build(bank, streaming, device, dtype)
+    return memories[key]
 
 
 def _build(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:
@@ -137,8 +142,8 @@ def _build(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: 
 
 
 def _shifted(u: Tensor, inputs: Tensor) -> Tensor:
-    """The newest input (B, D) in front of the others, (B, W, D), and the oldest dropped."""
-    return torch.cat((u.unsqueeze(1).to(inputs.dtype), inputs[:, :-1]), 1)
+    """The newest input (B, D) in front of the others, (B, W, D), and the oldest dropped; in the wider dtype."""
+    return torch.cat((u.unsqueeze(1), inputs[:, :-1]), 1)
 
 
 def newest(sequence: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""After training: the best weights on the validation and test sets, and the summary. Restoring any checkpoint."""
+"""After training: evaluate the best weights on the validation and test sets, write the summary; restore checkpoints."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,10 @@ from stu.training.run import Run
 
 
 def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceData, checkpoints: Checkpoints) -> None:
-    """Read the test set once, with the best weights, after they have reproduced their validation value."""
+    """Read the test set once, with the best weights, after they have reproduced their validation value.
+
+    Raises `Diverged` if no validation gave a finite value, `RuntimeError` if the weights do not reproduce it.
+    """
     task, plan = module.task, checkpoints.plan
     if checkpoints.best_value is None:
         raise Diverged(f"no validation gave a finite {task.monitor}")
@@ -42,7 +45,7 @@ def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceD
 def _validated(
     run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceData, expected: float
 ) -> dict[str, float]:
-    """Validation metrics of the best weights, the monitored one as it was in training."""
+    """The validation metrics of the best weights, after checking that the monitored one is that of the training."""
     monitor = module.task.monitor
     trainer.validate(module, data, verbose=False)
     found, tolerance = module.evaluated, 1e-6 if module.device.type == "cpu" else 1e-2
@@ -55,14 +58,14 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     """Load the weights of the checkpoint `given`, or else of the run's best, and return its path.
 
     Raises `OptionError` where there is no such checkpoint, where its weights do not fit, or where the task or the model
-    of the run had other settings; of a checkpoint that is given, these are only noted.
+    of the run had other settings. Other settings of a checkpoint named by the user are only noted.
     """
-    checkpoint = run.best if given is None else Path(given)
+    checkpoint = Path(given) if given else run.best
     require(checkpoint.is_file(), "checkpoint", checkpoint, "no such file; train first, or name one")
     trained = Run(checkpoint.absolute().parent.parent)
     changes = trained.changes(settings, within=("task", "model")) if trained.config.exists() else []
     difference = f"was trained with other settings: {', '.join(changes)}"
-    same = not changes or given is not None
+    same = not changes or bool(given)
     require(same, "checkpoint", checkpoint, f"{difference}; name it to test it anyway")
     try:
         module.load_state_dict(run.weights(checkpoint))

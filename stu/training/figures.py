@@ -1,11 +1,12 @@
 """Figures of what a model has learned: predictions beside the truth, impulse responses and filters, as PNG files.
 
-n sequences, L length, C inputs, O outputs, K filters
+L length, C inputs, O outputs, K filters
 
 They are drawn with matplotlib (the extra `plot`); a run without it says so and continues.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -56,8 +57,9 @@ class Figures(Callback):
         """Without matplotlib, say which figures will be missing."""
         if self.when == "never" or find_spec("matplotlib") is not None:
             return
-        if names := ", ".join(self._plots(trainer, pl_module, "test")):
-            report.note(f"no figures of {names}: matplotlib is not installed; pip install matplotlib")
+        with failing_softly("any kind", 0):
+            if names := ", ".join(self._plots(trainer, pl_module, "test")):
+                report.note(f"no figures of {names}: matplotlib is not installed; pip install matplotlib")
         self.when = "never"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,8 +74,11 @@ class Figures(Callback):
             self._draw(trainer, pl_module, "test", trainer.checkpoint_callback.best_step)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, split: str, step: int) -> None:
-        for name, plot in self._plots(trainer, module, split).items():
-            try:
+        plots_by_name: Mapping[str, Callable[[], Figure]] = {}
+        with failing_softly("any kind", step):
+            plots_by_name = self._plots(trainer, module, split)
+        for name, plot in plots_by_name.items():
+            with failing_softly(name, step):
                 with torch.no_grad(), trainer.precision_plugin.forward_context():
                     figure = plot()  # on all devices, since some strategies divide the model over them
                 if trainer.is_global_zero:
@@ -82,9 +87,6 @@ class Figures(Callback):
                     save(figure, file)
                     for logger in trainer.loggers:
                         log_figure(logger, f"figures/{name}", file, step)
-            except Exception as error:  # a figure must never end a run
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                report.note(f"no figure of {name} at step {step}: {reason}")
 
     def _plots(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Mapping[str, "Callable[[], Figure]"]:
         """Name → how it is drawn, for everything that this task and this model have."""
@@ -106,6 +108,16 @@ class Figures(Callback):
         if any(block.mixer.filters is not None for block in model.backbone.blocks):
             found["filters"] = lambda: plots.filters(filter_banks(model.backbone))
         return found
+
+
+@contextmanager
+def failing_softly(name: str, step: int) -> Iterator[None]:
+    """Turn an error into a note: a figure must never end a run."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        report.note(f"no figure of {name} at step {step}: {reason}")
 
 
 def has_trajectories(examples: Examples) -> bool:

@@ -1,4 +1,4 @@
-"""Parameter groups by name pattern, AdamW, warm-up and decay: one partial that knows the step budget."""
+"""Parameter groups by name pattern, AdamW, warm-up and decay: a recipe that knows parameters and step budget."""
 
 import math
 import re
@@ -42,8 +42,13 @@ class AdamWRecipe:
     min_lr: float
 
     def build(self, named_parameters: NamedParameters) -> tuple[AdamW, LambdaLR]:
-        """The optimiser of these parameters, and its schedule, stepped once per optimiser step."""
+        """The optimiser of these parameters, and its schedule, stepped once per optimiser step.
+
+        Raises `ValueError` unless their names are those for which the recipe was made.
+        """
         named = list(named_parameters)
+        if changed := {name for name, _ in named} ^ frozenset().union(*(group.parameters for group in self.groups)):
+            raise ValueError(f"the recipe is for parameters of other names: {', '.join(sorted(changed)[:4])}")
         members = [
             {
                 "name": group.name,

@@ -1,6 +1,6 @@
 """Plots: arrays to matplotlib figures.
 
-n sequences, L length, C inputs, O outputs, K filters
+L length, C inputs, O outputs, K filters
 
 What a figure shows, and so what it costs, does not grow with the task.
 """
@@ -76,7 +76,7 @@ def filters(banks: Sequence[Tensor]) -> "Figure":
 
 def _axes(rows: int, columns: int, *, width: float = 3.7, gap: float = 0.15, **sharing: Any) -> "tuple[Figure, Any]":
     """A figure and its axes, (rows, columns), `width` inches each with the gap to the next."""
-    from matplotlib.figure import Figure  # slow to import, and not everybody has it
+    from matplotlib.figure import Figure  # slow to import, and optional
 
     # Fixed margins: matplotlib's own layout takes three times as long.
     left, right, bottom, top, height = 0.9, 0.2, 0.5, 0.6, 1.8

@@ -132,8 +132,9 @@ def result(run: Run) -> None:
         ("time", duration(summary["seconds"])),
         ("files", f"{run.path}: metrics.csv, summary.json, manifest.json, checkpoints/best.ckpt"),
     ]
-    if figures := sorted(path.stem for path in run.figures.glob("*.png")):
-        rows.append(("figures", f"{run.figures}: {', '.join(figures)}"))
+    folder = run.figures if run.figures.exists() else run.path / "pictures"  # as earlier runs called it
+    if figures := sorted(path.stem for path in folder.glob("*.png")):
+        rows.append(("figures", f"{folder}: {', '.join(figures)}"))
     if (run.path / "wandb").exists():
         rows.append(("view", f"wandb leet {run.path / 'wandb'}"))
     rows.append(("next", "the same command shows this table again; mode=test tests again; seed=1 is another run"))
@@ -165,9 +166,9 @@ def stopped(run: Run, stop: Stopped) -> None:
 @rank_zero_only
 def diverged(run: Run, error: Diverged) -> None:
     """What to do after a loss that is not finite."""
-    last = (
-        f"the last good checkpoint is {run.last} (step {run.last_step})" if run.last.exists() else "none was saved yet"
-    )
+    last = "no checkpoint was saved yet"
+    if run.last.exists():
+        last = f"the last good checkpoint is {run.last} (step {run.last_step})"
     advice = "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0"
     print(f"error: {error}; {last}. {advice}", file=sys.stderr)
 

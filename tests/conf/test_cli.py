@@ -1,4 +1,4 @@
-"""What a user reads who asks for help, or for something impossible: one line."""
+"""What a user reads after asking for help, or for something impossible: one line."""
 
 import re
 import shlex
@@ -51,9 +51,16 @@ EARLY: Refused = [
     (("seed=-1",), ("seed=-1: must be an integer in 0 … 4294967295",)),
     (("pictures.when=never",), ("pictures.when=never: no such key; it is figures now",)),
     (("log_every=often",), ("log_every=often: must be an integer",)),
-    (("paths.runs=null",), ("paths.runs=None: must be a text",)),
+    (("paths.runs=null",), ("paths.runs=None: must be a string",)),
     (("trainer.strategy=dpp",), ("trainer.strategy=dpp: must be one of auto, ddp, fsdp",)),
     (("model.mixer._target_=stu.STUU",), ("model.mixer._target_=stu.STUU: cannot be imported",)),
+    # a key that the code sets itself
+    (("+checkpoints.monitor=loss",), ("checkpoints.monitor=loss: no such key", "allowed: check_every, every_minutes")),
+    (("+loader.seed=3",), ("loader.seed=3: no such key", "batch_size, bucket, num_workers")),
+    (("+optimizer.total_steps=9",), ("optimizer.total_steps=9: no such key",)),
+    (("+figures.directory=x",), ("figures.directory=x: no such key",)),
+    (("+logger.names=[a,b]",), ("logger.names=['a', 'b']: no such key",)),
+    (("+model.mixer.d_model=3",), ("model.mixer.d_model=3: no such key",)),
 ]
 AS_COMMANDS = ("model=stuu", "model.depht=3", "pictures.when=never", "+foo=1", "model.depth=abc")
 
@@ -83,6 +90,8 @@ LATE: Refused = [
     (("model.mixer=null",), ("model.mixer=None", "must name at least one mixer")),
     (("task.data.radius=2",), ("task.data.radius=2: must be above 0 and at most 1",)),
     (("paths.runs=/dev/null",), ("paths.runs=/dev/null/lds/stu", "must be a folder to write to")),
+    (("~loader.batch_size",), ("~loader.batch_size: is needed",)),
+    (("~seed",), ("~seed: is needed",)),
     (("mode=test", "name=never"), ("checkpoint=", "never/checkpoints/best.ckpt: no such file", "train first")),
 ]
 
@@ -153,7 +162,7 @@ def assert_one_line(done: runs.Finished, *parts: str) -> None:
 @pytest.mark.e2e
 def test_a_shell_sees_the_same_and_tracebacks_when_it_asks_for_them(home: Any):
     """With an interpreter of its own, as everybody starts it."""
-    assert_one_line(runs.train_afresh(home, *SMALL_LDS, "model.depth=-1"), "model.depth=-1: must be at least 1")
+    assert_one_line(runs.train_in_subprocess(home, *SMALL_LDS, "model.depth=-1"), "model.depth=-1: must be at least 1")
     done = runs.train(home, *SMALL_LDS, "model.depth=-1", HYDRA_FULL_ERROR="1")
     assert done.code not in (0, errors.USAGE)
     assert "Traceback" in done.err

@@ -1,4 +1,4 @@
-"""Every file under conf/ composes, passes the checks of the command line and builds what it names, in small."""
+"""Every file under conf/ composes, passes the checks of the command line and builds what it names, in small sizes."""
 
 import inspect
 from functools import partial
@@ -135,7 +135,7 @@ def test_every_optimizer_is_made_from_parameters_and_a_budget(option: str):
 
 
 @pytest.mark.parametrize("option", options_of("logger"))
-def test_every_logger_takes_what_a_run_tells_it(option: str, tmp_path: Path):
+def test_every_logger_takes_what_a_run_logs(option: str, tmp_path: Path):
     make = instantiate(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
     assert make(Run(tmp_path), ("task", "model")) is None
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -35,6 +33,7 @@ def test_the_environment_decides(given: dict[str, str], expected: dict[str, str]
     assert json.loads(done.stdout) == expected
 
 
+@pytest.mark.slow
 def test_what_comes_too_late_is_not_set():
     """Or results would name an environment that PyTorch never read."""
     code = f"import torch, os, experiments.speed; print([name for name in {NAMES} if name in os.environ])"

@@ -11,8 +11,6 @@ from experiments.speed.baselines import main
 from experiments.speed.literal import LITERAL
 from tests.models import composed, instantiate, model_config, randomized
 
-pytestmark = pytest.mark.slow
-
 D = 6
 SIZES = {"d_model": D, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "chunk_size": 5, "n_ssm": 2}
 
@@ -22,6 +20,7 @@ def layer_of(model, length):
     return randomized(instantiate(model_config(model, seq_len=length, **SIZES).mixer)(D), 0.05).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 5, 15, 40])
 @pytest.mark.parametrize("model", LITERAL)
 def test_the_literal_form_is_the_layer(model, length):
@@ -54,6 +53,7 @@ def test_both_forms_are_those_of_conf():
     assert composed("model=s4d", "task=lds").model.mixer.discretization == "zoh"
 
 
+@pytest.mark.slow
 def test_the_command_times_all_and_writes_the_results(tmp_path, capsys):
     threads = torch.get_num_threads()
     main(["--lengths", "64", "128", "--batch", "1", "--width", "8", "--min-s", "1e-3", "--threads", "1",

@@ -21,8 +21,6 @@ from experiments.memory_horizon.study import (
 from experiments.shared.grid import to_json
 from experiments.shared.study import FILE, Study
 
-pytestmark = pytest.mark.slow
-
 CELL = {
     "task": "copying",
     "model": "lstm",
@@ -34,6 +32,7 @@ CELL = {
 }
 
 
+@pytest.mark.slow
 def test_all_models_are_about_as_large():
     for task in TASKS:
         sizes = [sum(p.numel() for p in build(task, model, 16, train=1, seed=0)[1].parameters()) for model in MODELS]
@@ -41,6 +40,7 @@ def test_all_models_are_about_as_large():
         assert 14_000 < min(sizes) < max(sizes) < 16_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_trains_at_every_length(task: str, model: str):
@@ -125,6 +125,7 @@ def test_a_climb_ends_where_a_test_fails(monkeypatch: pytest.MonkeyPatch, errors
     assert horizon({**CELL, **found}) == expected
 
 
+@pytest.mark.slow
 def test_a_short_task_is_solved():
     """The trainer, the tasks and the errors fit together."""
     cell = {**CELL, "model": "s4d", "lengths": [12], "lrs": [0.005], "steps": 150, "batch_size": 16}
@@ -155,6 +156,7 @@ def test_the_table_and_the_figure_show_all_seeds(tmp_path):
     assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([16, 32])
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_small(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STU_RUNS", str(tmp_path / "runs"))
     assert Study(study).main(["--quick", "--workers", "1", "--out", str(tmp_path / "out")]) == 0

@@ -27,8 +27,6 @@ from experiments.shared.statistics import at_best_rate, distinct, final_error, m
 from experiments.shared.study import FILE, MARKERS, Study, with_report
 from stu.errors import OptionError
 
-pytestmark = pytest.mark.slow
-
 STUDIES = {path.parent.name for path in (ROOT / "experiments").glob("*/study.py")} - {"shared"}
 OURS = ("filter_count", "lds_sample_efficiency", "random_filters", "spectral_gap")
 CELL = {"seed": 3, "seq_len": 24, "samples": 4, "evaluated": 3, "delta": 1e-4, "spectrum": "signs"}
@@ -151,6 +149,7 @@ def test_rows_come_in_the_order_of_the_cells(tmp_path):
     assert run_cells(explode, CELLS[::-1], tmp_path / "new" / "journal", 1) == rows[::-1]  # from the journal
 
 
+@pytest.mark.slow
 def test_workers_stop_at_an_error_and_lose_nothing(tmp_path):
     journal = tmp_path / "journal"
     slow = [{"x": 101 + i, "log": str(tmp_path / "log")} for i in range(40)]
@@ -258,6 +257,7 @@ def test_a_run_writes_everything_and_then_starts_over(tmp_path, capsys):
     assert "The sum is 5." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_not_lost(tmp_path, capsys):
     assert run(tiny(tmp_path / "squares")) == 0
     before = (tmp_path / "squares" / FILE).read_text()
@@ -413,6 +413,7 @@ def test_the_least_error_of_a_response_within_reach_is_zero():
 # --- the commands and the READMEs ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_every_study_runs_in_small(name, tmp_path):
     assert study_of(name).main(["--quick", "--workers", "1", "--out", str(tmp_path)]) == 0

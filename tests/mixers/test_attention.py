@@ -104,6 +104,7 @@ def test_a_window_as_long_as_the_sequence_hides_nothing(causal, positions):
     assert_close(layer(x, mask)[mask], whole(x, mask)[mask], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @positions
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("window", [1, 5, 30, 100])

@@ -27,7 +27,7 @@ def noise(*shape):
 
 @models
 def test_float32_and_autocast_are_healthy(case):
-    """As training begins: values, gradients and the last steps against float64; bfloat16 autocast."""
+    """At the start of training: values, gradients and the last steps against float64; bfloat16 autocast."""
     length = 512 if case.name.startswith(SLOW) else LONG
     layer = case.build(seq_len=length, d_model=4, num_filters=24, d_state=16, num_heads=2).eval()
     exact = copy.deepcopy(layer).double()

@@ -164,6 +164,7 @@ def test_long_memory_survives_low_precision():
     assert y.isfinite().all()
 
 
+@pytest.mark.slow
 def test_lru_compiles_without_a_break():
     layer, x = LRU(D, d_state=N), noise(2, 9, D, dtype=torch.float32)
     torch._dynamo.reset()

@@ -111,6 +111,7 @@ def test_equals_reference(length, chunk, groups, monkeypatch):
         assert_same(ssd(*inputs, chunk_size=chunk), reference, inputs, 1e-10)
 
 
+@pytest.mark.slow
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 50),

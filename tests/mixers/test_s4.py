@@ -321,7 +321,7 @@ def test_the_operators_of_kernels_keep_the_rules_of_torch_compile():
     torch.library.opcheck(power_series._quotient, (x, series, reciprocal(series).detach()))
 
 
-# --- how they begin, and how they are trained ---
+# --- initialisation and training ---
 
 
 @pytest.mark.parametrize("kind", [S4, S4D])

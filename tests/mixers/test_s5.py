@@ -180,7 +180,7 @@ def test_clipped_eigenvalues_never_grow():
     assert (small()._system()[0].abs() < 1).all()
 
 
-# --- how it begins ---
+# --- initialisation ---
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def test_forward_step_and_prefill_agree(variant, dtype, tolerance):
             assert_near(stepped(layer, x[:, cut : cut + 20], state)[0], y[:, cut : cut + 20], tolerance)
 
 
+@pytest.mark.parametrize("streaming", ["window", "states"])
+@torch.no_grad()
+def test_inputs_in_float64_are_not_rounded_by_a_model_in_float32(streaming):
+    layer = random_stu(dtype=torch.float32, streaming=streaming)
+    x = noise(1, 40, D)
+    y = layer(x)
+    assert_near(stepped(layer, x, layer.initial_state(1))[0], y, 1e-11)
+    assert_near(stepped(layer, x[:, 20:], layer.prefill(x[:, :20])[1])[0], y[:, 20:], 1e-11)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"recurrence": "fixed"}], ids=["learned", "fixed"])
 @precisions

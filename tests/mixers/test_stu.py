@@ -19,7 +19,7 @@ stus = pytest.mark.parametrize("case", stu_cases(), ids=str)
 
 
 def literal_stu(u, seq_len, num_filters, m_plus, m_minus, m_u, m_y, *, hankel, delay, fixed_lag):
-    """The equation of the paper (2312.06837, section 2; SCIENCE.md), time from 1, one sum after the other.
+    """The equation of the paper (2312.06837, section 2), time from 1, one sum after the other.
 
     The matrices are [index, in, out]; u (L, D) → (L, D).
     """

@@ -237,6 +237,7 @@ def test_more_filters_than_float64_can_tell_are_refused(seq_len, hankel):
     assert caught.value.name == "num_filters"
 
 
+@pytest.mark.slow
 def test_more_filters_than_there_are_take_no_memory():
     with pytest.raises(OptionError, match=r"^num_filters=100000: must be in 1 … \d+; .* length 131072 [^\n]*$"):
         spectral_filters(1 << 17, 100_000)
@@ -281,6 +282,7 @@ def test_all_that_determines_filters_is_in_the_name_of_their_file(stored, folder
     assert len(list(folder.iterdir())) == 2 * len(keys)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_replaced(stored, folder):
     whole, _ = stored(40, 5)
     (file,) = folder.iterdir()

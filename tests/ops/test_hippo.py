@@ -40,8 +40,8 @@ def test_the_normal_plus_low_rank_form_is_the_same_system(size):
     eigenvalues, P, B_modes, V = nplr_legs(size)
     scale = A.abs().max().item()
     assert_close(V.mH @ V, torch.eye(size, dtype=V.dtype), rtol=0, atol=1e-13 * size)
-    again = V @ (torch.diag(eigenvalues) - torch.outer(P, P.conj())) @ V.mH
-    assert_close(again, A.to(V), rtol=0, atol=1e-13 * scale)
+    rebuilt = V @ (torch.diag(eigenvalues) - torch.outer(P, P.conj())) @ V.mH
+    assert_close(rebuilt, A.to(V), rtol=0, atol=1e-13 * scale)
     assert_close(V @ B_modes, B.to(V), rtol=0, atol=1e-12 * scale)
     assert_close(B_modes, math.sqrt(2) * P, rtol=0, atol=1e-12 * scale)
 

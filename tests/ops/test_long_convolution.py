@@ -66,6 +66,7 @@ def test_equals_reference_whatever_the_sizes(length, taps, ahead, batch, width, 
         assert_same(long_convolution(*arguments), long_convolution_reference(*arguments), arguments, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "taps", "ahead"), [shape for shape in SHAPES if shape[0] <= 7] + [(5, 2, None)])
 def test_gradients_of_any_order(length, taps, ahead):
     arguments = problem(length, taps, ahead)

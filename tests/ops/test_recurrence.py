@@ -98,7 +98,7 @@ def test_weights_of_zero_give_back_the_drive_and_have_a_gradient():
     y = linear_recurrence(drive, weight)
     assert torch.equal(y, drive)
     y.sum().backward()
-    expected = torch.stack([drive[:, :-lag].sum((0, 1)) for lag in (1, 2)])  # Σ_t y_{t−i}, alike for every output
+    expected = torch.stack([drive[:, :-lag].sum((0, 1)) for lag in (1, 2)])  # Σ_t y_{t−i}, the same for every output
     assert_close(weight.grad, expected.unsqueeze(-1).expand(-1, -1, 3).detach(), rtol=0, atol=1e-12)
 
 
@@ -156,6 +156,7 @@ def test_compiles_into_one_graph():
         assert_close(one, other, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_its_promises():
     torch.library.opcheck(recurrence._recurrence, problem(20, 2, initial=True))
 

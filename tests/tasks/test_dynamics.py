@@ -94,6 +94,7 @@ def test_derivatives_are_those_of_the_books(system):
     np.testing.assert_allclose(found.T, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "system",
     [

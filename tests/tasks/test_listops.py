@@ -176,6 +176,7 @@ def test_any_bounds(seed, low, span, max_depth, max_args):
 # The official distribution
 
 
+@pytest.mark.slow
 def test_lengths(generated):
     lengths = np.concatenate([generated.examples(split).lengths for split in ("train", "val", "test")])
     n = len(lengths)

@@ -115,7 +115,7 @@ def task_of(data: SyntheticData) -> Task:
 
 def many(data: SyntheticData, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets of many sequences."""
-    return type(data)(**asdict(data) | {"train": count}).split("train").stacked(range(count))
+    return type(data)(**asdict(data) | {"train": count}).examples("train").stacked(range(count))
 
 
 def assert_uniform(values: Iterable[Any], possible: Iterable[Any]) -> None:
@@ -318,7 +318,7 @@ def test_numbers_just_below_one_stay_below_the_count():
 @kinds
 def test_chance_is_what_random_guesses_get(kind):
     data = kind(vocab_size=9, test=2000)
-    _, targets = data.split("test").stacked(range(2000))
+    _, targets = data.examples("test").stacked(range(2000))
     guesses = np.random.default_rng(0).choice(list(data.answers), targets.shape)
     right = (guesses == targets)[targets != IGNORE]
     expected = {"copying": 1 / 7, "selective_copying": 1 / 7, "induction_heads": 1 / 8, "mqar": 1 / 5}
@@ -352,7 +352,7 @@ def test_the_commonest_answer_is_one_of_the_answers():
 
 def test_baselines_read_a_bounded_number_of_tokens(monkeypatch):
     data = COPYING(test=50)
-    inputs, targets = data.split("test").stacked(range(3))
+    inputs, targets = data.examples("test").stacked(range(3))
     for budget, count in ((1, 1), (3 * 24, 3)):
         monkeypatch.setattr(recall, "BASELINE_TOKENS", budget)
         guesses = commonest(inputs[:count], targets[:count] != IGNORE, data.answers)

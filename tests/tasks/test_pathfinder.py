@@ -294,7 +294,7 @@ def test_first_paddles():
 
 
 def test_a_first_direction_without_a_place_ends_the_try():
-    """With one usable direction in twelve, three tries that went on would begin one pair in four."""
+    """With one usable direction in twelve, three tries that went on would start one pair in four."""
     random = np.random.default_rng(3)
     found = [next(starts(stencils_of(SMALL, 1), random)) for _ in range(8)]
     share = sum(len(s.tries) for s in found) / sum(s.tries[-1] for s in found)
@@ -580,6 +580,7 @@ def test_where_things_lie(kind, images):
         agree(bands, [7.9, 8.0, 8.5, 8.9, 9.2, 8.8, 6.8, 5.2], None, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_and_markers(kind, images):
     drawn = images[kind]
@@ -610,6 +611,7 @@ def test_distractors(kind, images):
     assert found.max() <= KINDS[kind].distractors == {"small": 5, "large": 8}[kind]
 
 
+@pytest.mark.slow
 def test_a_larger_budget_of_distractors():
     """1,500 official images with ten of them."""
     drawn = draw(geometry_of("lra_pathfinder", distractor_paddles=40), 0, 0, 300)
@@ -619,6 +621,7 @@ def test_a_larger_budget_of_distractors():
     assert geometry_of("lra_pathx", distractor_paddles=70).distractors == 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "margin", "attempts", "size"), [("small", 1, 326, 5000), ("large", 2, 70, 130), ("large", 3, 609, 130)]
 )
@@ -771,6 +774,7 @@ def test_geometries_without_room_are_refused(changes, problem, monkeypatch, tmp_
             make_data(tmp_path, **options).prepare()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"contour_length": 3}, {"contour_length": 6}, {"distractor_paddles": 0}, {"contour_length": 9, "margins": (1, 2)}],

@@ -30,8 +30,6 @@ from stu.task import Batch, Splits, Task
 from tests import runs, sources
 from tests.models import composed
 
-pytestmark = pytest.mark.slow
-
 TASKS = options_of("task")
 FETCHED = sorted(sources.WRITERS)
 SIZES = ("task.data.train=40", "task.data.val=10", "task.data.test=10")
@@ -107,14 +105,15 @@ class TestNumbers:
             tokens, labels = columns[split]["tokens"], columns[split]["label"]
             assert found.size == len(labels)
             assert found.lengths.tolist() == list(map(len, tokens))
-            assert dict(enumerate(found.targets.times)) == {k: labels.count(k) for k in range(10)}
+            assert dict(enumerate(found.targets.counts)) == {k: labels.count(k) for k in range(10)}
             counted = Counter(token for sequence in tokens for token in sequence)
-            assert {k: n for k, n in enumerate(found.inputs.times.tolist()) if n} == dict(counted)
+            assert {k: n for k, n in enumerate(found.inputs.counts.tolist()) if n} == dict(counted)
             assert found.repeats == 0
         majority = max(range(10), key=columns["train"]["label"].count)
         assert card.baselines["majority"] == columns["test"]["label"].count(majority) / 10
         assert set(card.baselines) == {"majority", "first token"}
 
+    @pytest.mark.slow
     def test_reals(self, small: Any):
         task = small("lds", "task.data.train=300")
         card = card_of("lds", task, small("lds", "task.data.train=300"))
@@ -130,6 +129,7 @@ class TestNumbers:
                 assert (counted.min, counted.max) == (values.min(), values.max())
         assert card.baselines == task.baselines()
 
+    @pytest.mark.slow
     def test_images(self, images: tuple[Path, Any, Card]):
         folder, _, card = images
         [file] = folder.glob("data/lra_pathfinder/*/00000.arrow")
@@ -141,7 +141,7 @@ class TestNumbers:
         blocks = pixels.reshape(40, 8, 4, 8, 4).mean((2, 4))
         assert train.inputs.std == pytest.approx(blocks.std(), rel=1e-6)
         assert train.inputs.max == pytest.approx(blocks.max(), rel=1e-6)
-        assert train.targets.times.tolist() == [columns["label"][:40].count(k) for k in (0, 1)]
+        assert train.targets.counts.tolist() == [columns["label"][:40].count(k) for k in (0, 1)]
         assert set(card.baselines) == {"majority", "marker distance"}
 
     def test_pairs_are_two_sequences_each(self, small: Any):
@@ -170,8 +170,9 @@ class TestNumbers:
         task, rebuilt = (small("lra_listops", f"task.data.source={tmp_path}") for _ in range(2))
         card = card_of("lra_listops", task, rebuilt)
         assert [split.repeats for split in card.splits.values()] == [1, 1, 1]
-        assert card.splits["val"].targets.times.tolist() == [0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
+        assert card.splits["val"].targets.counts.tolist() == [0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FETCHED)
     def test_every_task_has_a_card(self, name: str, small: Any):
         """Of those that `task=all` cannot build here."""
@@ -295,7 +296,7 @@ def test_moments_and_counts_come_in_parts():
     assert moments.std == pytest.approx(values.std(correction=0).item(), rel=1e-12)
     for part in ([0, 2, 2], [6], [0]):
         counts.add(torch.tensor(part))
-    assert counts.times.tolist() == [2, 0, 2, 0, 0, 0, 1]
+    assert counts.counts.tolist() == [2, 0, 2, 0, 0, 0, 1]
     assert counts.shares.tolist() == [0.4, 0, 0.4, 0, 0, 0, 0.2]
 
 
@@ -383,6 +384,7 @@ class TestFigures:
         rows, columns = instantiate(config.task).image_shape
         assert rows * columns == config.task.seq_len
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [1, 5, 12])
     @pytest.mark.parametrize("channels", [1, 3])
     def test_few_images_and_coloured_ones(self, number: int, channels: int):
@@ -455,6 +457,7 @@ LISTOPS = ("task.data.min_length=10", "task.data.max_length=60")
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_a_task_is_built_shown_and_written(self, command: Any, tmp_path: Path):
         done = command("task=lds", "task.seq_len=32", *SIZES, "card=cards.md", "figures=look/at")
         assert (done.code, done.err) == (0, "")
@@ -482,6 +485,7 @@ class TestCommand:
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
         assert f"lra_listops, {folder.name}\n" in first.out
 
+    @pytest.mark.slow
     def test_several_tasks(self, command: Any, tmp_path: Path):
         done = command("task=lds,lra_listops,lds", *SIZES, "card=cards.md")
         assert (done.code, done.err) == (0, "")
@@ -493,6 +497,7 @@ class TestCommand:
         assert (done.code, done.err) == (0, "")
         assert done.out.startswith("lra_listops, ")
 
+    @pytest.mark.slow
     def test_all_that_can_be_had(self, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """What must be downloaded is named in a line each, without failure."""
         monkeypatch.setattr(
@@ -508,6 +513,7 @@ class TestCommand:
         assert shown == [name for name in TASKS if name not in FETCHED]
         assert "lra_pathx" in shown
 
+    @pytest.mark.slow
     def test_what_is_asked_for_by_name_must_be_had(self, command: Any):
         done = command("task=lra_text,lds", *SIZES)
         assert done.code == USAGE
@@ -515,6 +521,7 @@ class TestCommand:
         assert line.startswith("error: task.data.source=None: stanfordnlp/imdb cannot be fetched")
         assert done.out.startswith("lds, ")  # all the same
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("fault", "code"), [(ZeroDivisionError, 1), (KeyboardInterrupt, 130)])
     def test_a_fault_of_the_code(self, fault: type, code: int, command: Any, monkeypatch: pytest.MonkeyPatch):
         """Is shown, and the other tasks are still built; but an interrupt ends the command."""
@@ -539,6 +546,7 @@ class TestCommand:
         assert line.startswith("error: task=lra_listops: the data are invalid: ")
         assert line.endswith(f"remove the folder {file.parent.name} from the cache to have them rebuilt")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "problem"),
         [
@@ -583,6 +591,7 @@ class TestCommand:
         assert (done.code, done.err) == (2, "error: figures=look: needs matplotlib; pip install it\n")
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.slow
     def test_files_that_cannot_be_written(self, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / "look/lds.png").mkdir(parents=True)
         done = command("task=lds", "task.seq_len=32", *SIZES, "figures=look")

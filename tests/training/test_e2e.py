@@ -74,7 +74,7 @@ class TestARun:
         of = runs.run_of(home, task, model, "whole")
         command = cls.command(of)
         if request.param == ("lra_listops", "stu"):
-            done = runs.train_afresh(home, *command)  # with nothing prepared
+            done = runs.train_in_subprocess(home, *command)  # with nothing prepared
         else:
             done = runs.train(home, *command, at=returned)
         assert done.code == 0, done.err
@@ -159,7 +159,7 @@ class TestARun:
     def test_testing_again_gives_the_same_and_writes_nothing(self, run: tuple[Run, runs.Finished], home: Path):
         of, _ = run
         before = {path: path.read_bytes() for path in of.path.rglob("*") if path.is_file()}
-        done = runs.train(home, *self.command(of), "mode=test", "seed=5")
+        done = runs.train(home, *self.command(of), "mode=test", "seed=5", "checkpoint=")
         assert (done.code, done.err) == (0, "")
         for name, value in of.read_summary()["test"].items():
             assert f"test {name} {value:.4g}" in " ".join(done.out.split())
@@ -386,7 +386,9 @@ def test_two_devices_are_one(tmp_path: Path):
     )
     command.remove("trainer=cpu")
     cpu = "trainer.accelerator=cpu"
-    both = runs.train_afresh(tmp_path, *command, "trainer=ddp", cpu, "trainer.devices=2", "name=both", timeout=120)
+    both = runs.train_in_subprocess(
+        tmp_path, *command, "trainer=ddp", cpu, "trainer.devices=2", "name=both", timeout=120
+    )
     assert (both.code, both.err) == (0, "")
     assert both.out.count("Result") == 1
     assert runs.train(tmp_path, *command, cpu, "name=one").code == 0

@@ -57,7 +57,7 @@ def test_what_a_run_is_called(started: list[dict[str, Any]], tmp_path: Path):
     }
     assert {key: call[key] for key in expected} == expected
     assert call["tags"] == ["lds", "stu", "mine"]
-    assert call["resume"] == "allow"  # the same id goes on with the same run
+    assert call["resume"] == "allow"  # the same id continues the same run
 
 
 @pytest.mark.parametrize(

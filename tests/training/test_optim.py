@@ -168,6 +168,14 @@ def test_a_pattern_that_matches_nothing_says_what_names_look_like():
         adamw(net().named_parameters(), 10, groups={"a": {"match": "third"}})
 
 
+def test_a_recipe_is_for_the_parameters_that_it_was_made_for():
+    module = net()
+    recipe = adamw(module.named_parameters(), 10, groups={"own": {"match": "first"}})
+    renamed = ((f"module.{name}", parameter) for name, parameter in module.named_parameters())
+    with pytest.raises(ValueError, match="parameters of other names: first"):
+        recipe.build(renamed)
+
+
 def test_weight_decay_and_rate_of_a_group_reach_its_parameters():
     """Without a gradient a step of AdamW is the decay alone: p ← p (1 − rate · decay)."""
     module = net()
@@ -228,6 +236,7 @@ class Rates(L.Callback):
         self.used.append({group["name"]: group["lr"] for group in optimizer.param_groups})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_real_trainer_steps_by_the_formula(tmp_path: Path, schedule: str, accumulate: int):

@@ -26,7 +26,7 @@ RECIPE = {
 
 
 def plan(**changes: Any) -> StepPlan:
-    """A plan for 100 examples in batches of 8: 12 steps an epoch."""
+    """A plan for 100 examples in batches of 8: 12 steps per epoch."""
     return StepPlan.make(**RECIPE | changes)
 
 

@@ -221,6 +221,14 @@ class TestNames:
         assert run_name([one]) != run_name([other])
 
 
+@pytest.mark.parametrize("content", [b"", b"step,epoch,metric,value\n1,0.1,loss,2\n", b"PK\x03\x04", b"\x80\x02N."])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes):
+    file = tmp_path / "file.ckpt"
+    file.write_bytes(content)
+    with pytest.raises(OptionError, match=r"checkpoint=.*file\.ckpt: is not a checkpoint of a run"):
+        Run.weights(file)
+
+
 def test_flatten():
     assert flatten(CONFIG)["model.mixer.k_u"] == 3
     assert flatten({"a": {}, "b": {"c": [1, {"d": 2}]}}) == {"a": {}, "b.c": [1, {"d": 2}]}
