@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stu.encoders import LearnedPositions, Positions, RotaryPositions, SinusoidalPositions
-from stu.errors import require
+from stu.errors import require, require_length
 from stu.mixer import ChannelMixerFactory, MixerFactory, State
 from stu.norm import Norm, make_norm
 
@@ -172,7 +172,7 @@ class Backbone(nn.Module):
         if self.positions is None:
             return x
         stop = start + x.shape[1]
-        require(stop <= self.longest, "seq_len", self.longest, f"is below the input's {stop} steps")
+        require_length(stop, self.longest)
         return x + self.positions(torch.arange(start, stop, device=x.device)).to(x.dtype)
 
 

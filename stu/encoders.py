@@ -63,14 +63,12 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        exponent = torch.arange(0, d_model, 2) / d_model
-        self.register_buffer("frequency", torch.exp(-math.log(10_000.0) * exponent), persistent=False)
-        self.frequency: Tensor
         self.d_model = d_model
 
     def forward(self, positions: Tensor) -> Tensor:
         """(L,) int64 → (L, D)."""
-        angle = positions[:, None] * self.frequency  # (L, ⌈D/2⌉)
+        exponent = torch.arange(0, self.d_model, 2, device=positions.device) / self.d_model  # float32 in any model
+        angle = positions[:, None] * torch.exp(-math.log(10_000.0) * exponent)  # (L, ⌈D/2⌉)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, : self.d_model]
 
 

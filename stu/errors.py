@@ -16,6 +16,12 @@ class OptionError(ValueError):
         return type(self), (self.name, self.value, self.allowed)  # pickled whole, for other processes
 
 
+def require_length(length: int, longest: float) -> None:
+    """Raise `OptionError` where an input has more steps than `seq_len`; formats nothing else, for `torch.compile`."""
+    if length > longest:
+        raise OptionError("seq_len", longest, f"is below the input's {length} steps")
+
+
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `OptionError(name, value, allowed)` unless `condition` holds."""
     if not condition:

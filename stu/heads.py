@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.ops.padding import masked
+from stu.ops.precision import at_least_float32
 
 Pool = Literal["mean", "first", "last"]
 
@@ -19,8 +20,8 @@ def pooled(x: Tensor, mask: Tensor | None, how: Pool = "mean") -> Tensor:
     if mask is None:
         return x.mean(1) if how == "mean" else x[:, 0 if how == "first" else -1]
     if how == "mean":
-        count = mask.to(x.dtype).sum(1, keepdim=True)  # (B, 1)
-        return masked(x, mask).sum(1) / count.clamp_min(1)
+        total = masked(x, mask).sum(1, dtype=at_least_float32(x))
+        return (total / mask.sum(1, keepdim=True).clamp_min(1)).to(x.dtype)
     position = mask.int().argmax(1) if how == "first" else mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
     return x[torch.arange(len(x), device=x.device), position]
 

@@ -11,7 +11,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from stu.errors import OptionError
 from stu.ops.padding import masked
-from stu.ops.precision import no_autocast
+from stu.ops.precision import at_least_float32, no_autocast
 
 Norm = Literal["batch", "layer", "rms", "none"]
 
@@ -67,7 +67,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(…, D) → (…, D); statistics over the positions where `mask` (…) is True."""
         with no_autocast(x):
-            upcast = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            upcast = x.to(at_least_float32(x, self.weight))
             mean, var = self._batch_statistics(upcast, mask) if self.training else self._averages()
             scale = self.weight * torch.rsqrt(var + self.eps)
             return ((upcast - mean) * scale + self.bias).to(x.dtype)
@@ -75,14 +75,15 @@ class BatchNorm(nn.Module):
     def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         keep = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)  # (…, 1)
         over = tuple(range(x.ndim - 1))
-        count = _sum_over_devices(keep.sum())
+        real = _sum_over_devices(keep.sum())
+        count, counts = real.clamp_min(1), real > 0  # a batch of padding alone does not
         x = masked(x, mask)
         mean = _sum_over_devices(x.sum(over)) / count
         var = _sum_over_devices(((x - mean).square() * keep).sum(over)) / count
         with torch.no_grad():
-            self.hidden_mean.lerp_(mean.to(self.hidden_mean.dtype), self.momentum)
-            self.hidden_var.lerp_(var.to(self.hidden_var.dtype), self.momentum)
-            self.num_batches += 1
+            for average, value in ((self.hidden_mean, mean), (self.hidden_var, var)):
+                average.lerp_(torch.where(counts, value.to(average.dtype), average), self.momentum)
+            self.num_batches += counts
         return mean, var
 
     def _averages(self) -> tuple[Tensor, Tensor]:

@@ -344,6 +344,38 @@ def test_batch_norm_averages_are_debiased(momentum):
     assert norm.num_batches == 5  # evaluating counts for nothing
 
 
+def test_batch_norm_passes_over_a_batch_of_padding_alone():
+    norm = randomized(BatchNorm(D)).double()
+    norm(noise(2, 6, D))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    x = noise(2, 6, D).requires_grad_()
+    y = norm(x, torch.zeros(2, 6, dtype=torch.bool))
+    assert y.isfinite().all()
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.isfinite().all()
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_nothing_is_counted_or_summed_in_half_precision(dtype):
+    """70,000 positions: half precision neither counts so far nor keeps the digits of such sums."""
+    x = (3 + noise(1, 70_000, D)).to(dtype)
+    mask = torch.ones(1, 70_000, dtype=torch.bool)
+    exact = x.double()
+    eps = torch.finfo(dtype).eps
+    norm = BatchNorm(D).to(dtype)
+    expected = (exact - exact.mean(1)) * torch.rsqrt(exact.var(1, correction=0) + norm.eps)
+    assert_close(norm(x, mask).double(), expected, rtol=eps, atol=eps)
+    assert_close(pooled(x, mask).double(), exact.mean(1), rtol=eps, atol=0)
+    assert_close(pooled(x, None).double(), exact.mean(1), rtol=eps, atol=0)
+    for name in ("layer", "rms"):
+        wide = make_norm(name, D).double()
+        assert_close(make_norm(name, D).to(dtype)(x).double(), wide(exact), rtol=2 * eps, atol=2 * eps)
+    angles = SinusoidalPositions(D).to(dtype)(torch.arange(70_000))
+    assert_close(angles.double(), SinusoidalPositions(D)(torch.arange(70_000)).double(), rtol=eps, atol=eps)
+
+
 def test_batch_norm_before_any_batch_is_the_identity():
     norm = BatchNorm(D).double().eval()
     x = noise(2, 5, D).requires_grad_()

@@ -3,7 +3,7 @@ r"""Multi-head attention, bidirectional or causal, global or in a local window.
 B batch, L length, D model width, H heads, E = D / H width of a head, T length of a block, K keys of a block
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class Attention(Mixer):
         fits = num_heads >= 1 and d_model % num_heads == 0
         require(fits, "num_heads", num_heads, f"must divide d_model ({d_model})")
         require(window is None or window >= 1, "window", window, "must be at least 1, or null")
+        require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")
+        require(positions in get_args(Positions), "positions", positions, "must be none, learned, sinusoidal or rotary")
         self.rotary = RotaryPositions() if positions == "rotary" else None
         even = f"must leave heads of even width for rotary positions (d_model {d_model})"
         require(self.rotary is None or d_model // num_heads % 2 == 0, "num_heads", num_heads, even)
@@ -138,7 +140,7 @@ def local_attention(
     Blocks of T queries attend to the K = before + T + after keys around them, so that one mask of T × K serves them
     all, except at the ends of the sequence and where `mask` is False.
     """
-    batch, heads, length, _ = query.shape
+    batch, heads, length, width = query.shape
     block = max(BLOCK, before + after)
     blocks = -(-length // block)
     spare = blocks * block - length
@@ -154,5 +156,5 @@ def local_attention(
     merge = (1, 2) if mask is None else (0, 1)
     q, k, v = (each.permute(2, 0, 1, 4, 3).flatten(*merge) for each in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
-    y = y.reshape(blocks, batch, heads, block, -1).permute(1, 2, 0, 3, 4)
+    y = y.reshape(blocks, batch, heads, block, width).permute(1, 2, 0, 3, 4)
     return y.flatten(2, 3)[:, :, :length]

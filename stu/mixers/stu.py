@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stu.errors import require
+from stu.errors import require, require_length
 from stu.mixer import Mixer, reverse_twin
 from stu.ops.bank import spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
@@ -119,7 +119,7 @@ class STU(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D), L ≤ seq_len."""
-        require(x.shape[1] <= self.seq_len, "seq_len", self.seq_len, f"is below the input's {x.shape[1]} steps")
+        require_length(x.shape[1], self.seq_len)
         x = masked(x, mask)
         # without a recurrence, both directions are one convolution
         reverse = None if self.reverse is None or self.m_y is not None else self.reverse._weight()

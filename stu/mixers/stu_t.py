@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stu.errors import require
+from stu.errors import require, require_length
 from stu.mixer import Mixer
 from stu.ops.bank import FilterBank, spectral_bank
 from stu.ops.filters import Hankel
@@ -125,7 +125,7 @@ class STUT(Mixer):
 
     def _convolved(self, v: Tensor) -> Tensor:
         """Every channel with its kernel, (B, L, D) → (B, L, D)."""
-        require(v.shape[1] <= self.seq_len, "seq_len", self.seq_len, f"is below the input's {v.shape[1]} steps")
+        require_length(v.shape[1], self.seq_len)
         filters = self.bank.on(v.device, v.dtype)[: v.shape[1]]
         with no_autocast(v):
             kernel = filters @ self.m_filters.to(filters.dtype)  # (L, D)

@@ -85,7 +85,10 @@ class FilterBank:
         key = torch.promote_types(dtype, torch.float32), device
         if key not in self._placed:
             with torch.inference_mode(False):  # training could not use what an evaluation had placed
-                self._placed[key] = self.filters.to(key[0]).to(device)
+                placed = self.filters.to(key[0]).to(device)
+            if type(placed) is not Tensor:  # a fake one, while a program is traced
+                return placed
+            self._placed[key] = placed
         return self._placed[key]
 
     def bands(self, n: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
@@ -103,6 +106,9 @@ class FilterBank:
                     self._bands.popitem(last=False)
             self._bands.move_to_end(key)
             return self._bands[key]
+
+
+_SHARED: weakref.WeakValueDictionary[SpectralFilters, FilterBank] = weakref.WeakValueDictionary()
 
 
 def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:
@@ -136,22 +142,21 @@ def _bands(count: int) -> list[slice]:
 
 
 def spectral_bank(
-    seq_len: int,
-    num_filters: int,
-    hankel: Hankel,
-    *,
-    two_sided: bool,
-    delay: int,
-    k_u: int = 0,
-    recurrence: int = 0,
+    seq_len: int, num_filters: int, hankel: Hankel, *, two_sided: bool, delay: int, k_u: int = 0, recurrence: int = 0
 ) -> FilterBank:
     """The `filter_bank` of the `num_filters` spectral filters of a Hankel matrix, seq_len × seq_len: (L, K) columns.
 
-    Raises `OptionError` for more filters than float64 can tell apart.
+    Layers with the same options share one. Raises `OptionError` for more filters than float64 can tell apart.
     """
-    eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
-    columns = filter_bank(eigenvalues**0.25 * filters, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
-    return FilterBank(columns, SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence))
+    found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence)
+    bank = _SHARED.get(found)
+    if bank is None:
+        eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
+        scaled = eigenvalues**0.25 * filters
+        with torch.device("cpu"):  # a model may be built on the meta device
+            columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
+        bank = _SHARED[found] = FilterBank(columns, found)
+    return bank
 
 
 def filter_bank(

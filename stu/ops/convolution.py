@@ -106,7 +106,7 @@ def _convolution_backward(
     algorithm: str,
     wants_u: bool,
     wants_matrices: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u, irfft(G Hᴴ), and of weight and reverse, Σ_f Re φ̂_k(f)* U(f)ᴴ G(f); empty where not wanted.
 
     No gradient passes through a complex FFT: the adjoint of convolution is correlation. U and H are recomputed rather
@@ -129,14 +129,14 @@ def _convolution_backward(
                 for total, part in zip((by_weight, by_reverse), product.correlate(signal, gradient, n), strict=False):
                     total.view(len(weight), -1).addmm_(band.mix.mT, part)
         by_input = _samples(by_u, bands, n, u.shape[1]) if wants_u else u.new_empty(0)
-        return [by_input, by_weight, by_reverse]
+        return by_input, by_weight, by_reverse
 
 
 @_convolution_backward.register_fake
-def _(grad: Tensor, u: Tensor, weight: Tensor, reverse: Tensor | None, *options: Any) -> list[Tensor]:
+def _(grad: Tensor, u: Tensor, weight: Tensor, reverse: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     *_, wants_u, wants_matrices = options
     wanted = (u, wants_u), (weight, wants_matrices), (weight, wants_matrices and reverse is not None)
-    return [like.new_empty(like.shape) if wants else u.new_empty(0) for like, wants in wanted]
+    return tuple(like.new_empty(like.shape) if wants else u.new_empty(0) for like, wants in wanted)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

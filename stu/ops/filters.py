@@ -48,7 +48,8 @@ def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard"
     require(num_filters >= 1, "num_filters", num_filters, "must be at least 1")
     eigenvalues, filters = _eigenpairs(seq_len, min(num_filters, seq_len), hankel)
     meaningful = int((eigenvalues > SMALLEST * eigenvalues[0]).sum())
-    allowed = f"must be in 1 … {meaningful}; the next eigenvalues of length {seq_len} drown in float64 rounding"
+    why = "drown in float64 rounding" if meaningful < seq_len else "do not exist"
+    allowed = f"must be in 1 … {meaningful}; the next eigenvalues of length {seq_len} {why}"
     require(num_filters <= meaningful, "num_filters", num_filters, allowed)
     return torch.from_numpy(eigenvalues.copy()), torch.from_numpy(filters.copy())
 

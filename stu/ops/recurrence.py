@@ -40,7 +40,7 @@ def choose_block(batch: int, width: int, device: str) -> int:
     Alternatives are measured by `python -m experiments.speed.recurrence`.
     """
     seam = SEAM_FLOPS_ON_CPU if device == "cpu" else SEAM_FLOPS
-    return min(max(round((seam / (2 * batch * width**2)) ** 0.5), SHORTEST), LONGEST)
+    return min(max(round((seam / (2 * max(1, batch) * width**2)) ** 0.5), SHORTEST), LONGEST)
 
 
 def linear_recurrence_reference(drive: Tensor, weight: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -70,36 +70,24 @@ def _(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("stu::linear_recurrence_backward", mutates_args=())
-def _recurrence_backward(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> list[Tensor]:
+def _recurrence_backward(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
     with no_autocast(grad):
         order, width = weight.shape[:2]
-        nothing = torch.zeros_like(initial)
-        by_drive = _blockwise(grad.flip(1), weight.mT, nothing).flip(1)
+        by_drive = _blockwise(grad.flip(1), weight.mT, torch.zeros_like(initial)).flip(1)
         history = torch.cat((initial.flip(1), y), 1)  # (B, P + L, D), oldest first
-        by_weight = torch.stack(
-            [
-                history[:, order - i : -i].reshape(-1, width).mT @ by_drive.reshape(-1, width)
-                for i in range(1, order + 1)
-            ]
-        )
-        # y_{1−i} enters step t through M_{t−1+i}
-        by_initial = torch.stack(
-            [
-                sum(
-                    (by_drive[:, t] @ weight[t + i - 1].mT for t in range(min(order - i + 1, y.shape[1]))),
-                    nothing[:, 0],
-                )
-                for i in range(1, order + 1)
-            ],
-            1,
-        )
-        return [by_drive, by_weight, by_initial]
+        lagged = (history[:, order - i : -i].reshape(-1, width) for i in range(1, order + 1))  # y_{t−i}
+        by_weight = torch.stack([outputs.mT @ by_drive.reshape(-1, width) for outputs in lagged])
+        by_initial = torch.zeros_like(initial)
+        for i in range(order):
+            for t in range(min(order - i, y.shape[1])):  # y_{−i} enters step t through M_{t+1+i}
+                by_initial[:, i] += by_drive[:, t] @ weight[t + i].mT
+        return by_drive, by_weight, by_initial
 
 
 @_recurrence_backward.register_fake
-def _(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> list[Tensor]:
-    return [like.new_empty(like.shape) for like in (grad, weight, initial)]
+def _(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(like.shape) for like in (grad, weight, initial))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -108,7 +96,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_recurrence_backward(grad, *ctx.saved_tensors))
+    return _recurrence_backward(grad, *ctx.saved_tensors)
 
 
 _recurrence.register_autograd(_backward, setup_context=_save)
@@ -125,10 +113,12 @@ def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     response = _impulse_response(weight, block)  # (T, D, D)
     free = _free_response(weight, response)  # (P·D, T·D)
     blocks = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch, steps, block * width)
-    y = (blocks.flatten(0, 1) @ _toeplitz(response)).view_as(blocks)  # the response to each block's own drive
+    whole = drive.new_empty(batch, steps * block, width)
+    y = whole.view_as(blocks)
+    torch.mm(blocks.flatten(0, 1), _toeplitz(response), out=y.flatten(0, 1))  # the response to each block's own drive
     seams = _seams(y[:, :, -order * width :], free[:, -order * width :], initial.flip(1).flatten(1))
     y.view(-1, block * width).addmm_(seams.flatten(0, 1), free)
-    return y.view(batch, steps * block, width)[:, :length]
+    return whole if steps * block == length else whole[:, :length].clone()  # no view: it may be changed in place
 
 
 def _seams(ends: Tensor, free: Tensor, seam: Tensor) -> Tensor:

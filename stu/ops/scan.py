@@ -139,9 +139,9 @@ def _diagonal_ssm_backward(
     grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of all inputs of `_diagonal_ssm`."""
-    grad_u, grad_initial = torch.empty_like(u), torch.empty_like(initial)
+    grad_u, grad_initial = u.new_empty(u.shape), torch.empty_like(initial)
     grad_decay, grad_B, grad_C = torch.zeros_like(decay), torch.zeros_like(B), torch.zeros_like(C)
-    conjugate = decay.conj().resolve_conj()
+    conjugate = decay.conj_physical()  # a lazy conjugate inside an operator is lost under dispatch modes
     with no_autocast(u):
         for rows in _chunks(u, B):
             drive = u[rows] @ B.T  # (b, L, 2N)
@@ -170,7 +170,7 @@ def _diagonal_ssm_backward(
 def _(
     grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
 ) -> tuple[Tensor, ...]:
-    return tuple(map(torch.empty_like, (u, decay, B, C, initial)))
+    return u.new_empty(u.shape), *map(torch.empty_like, (decay, B, C, initial))
 
 
 def _save_ssm(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -242,7 +242,7 @@ def _before(x: Tensor, reverse: bool) -> Tensor:
 
 def _inner(x: Tensor, g: Tensor) -> Tensor:
     """Σ conj(x) g over all but the last axis."""
-    return (x.conj() * g).flatten(0, -2).sum(0)
+    return (x.conj_physical() * g).flatten(0, -2).sum(0)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

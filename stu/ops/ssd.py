@@ -52,7 +52,8 @@ def ssd(
         inputs, dt, B, C = (_chunked(signal.to(dtype), chunk_size) for signal in (x, dt, B, C))  # each (F, Q, …)
         start = _by_group(start.to(dtype).transpose(1, 2), groups)
         y, final = _SSD.apply(inputs, dt, B.transpose(1, 2), C.transpose(1, 2), A.to(dtype), start)
-        y = y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length] + D.to(dtype).unsqueeze(-1) * x
+        chunked = batch, -(-length // y.shape[1])
+        y = y.unflatten(0, chunked).flatten(1, 2)[:, :length] + D.to(dtype).unsqueeze(-1) * x
     return y.to(x.dtype), _by_head(final, width).transpose(1, 2)
 
 
@@ -224,7 +225,7 @@ def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = Fa
 
     (F, G, N, RP), (F, G, 1, RP), (B, G, N, RP) → the state that enters each chunk, like `added`, and the last one.
     """
-    added, through = (t.unflatten(0, (len(start), -1)) for t in (added, through))
+    added, through = (t.unflatten(0, (len(start), len(t) // max(1, len(start)))) for t in (added, through))
     entering, state = torch.empty_like(added), start
     order = range(added.shape[1])
     for c in reversed(order) if backwards else order:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.func import functional_call
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from stu.errors import OptionError
 from tests.models import mixer_cases
@@ -108,6 +109,79 @@ def test_a_mask_of_ones_is_no_mask(case):
     mixer = case.random(seq_len=SEQ_LEN)
     x = noise(2, 21, D)
     assert_close(mixer(x, torch.ones(2, 21, dtype=torch.bool)), mixer(x), rtol=0, atol=1e-12)
+
+
+def layouts(batch):
+    """Inputs (batch, SEQ_LEN, D) that are not contiguous."""
+    yield "permuted", noise(batch, D, SEQ_LEN).transpose(1, 2)
+    yield "time first", noise(SEQ_LEN, batch, D).transpose(0, 1)
+    yield "sliced", noise(batch, 2 * SEQ_LEN, D + 3)[:, ::2, 1:-2]
+    yield "expanded", noise(1, SEQ_LEN, D).expand(batch, -1, -1)
+    yield "expanded in time", noise(batch, 1, D).expand(-1, SEQ_LEN, -1)
+
+
+@mixers
+def test_any_layout_of_inputs_and_gradients(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    for name, x in layouts(3):
+        plain = x.contiguous().requires_grad_()
+        y, expected = mixer(x.requires_grad_()), mixer(plain)
+        assert_close(y, expected, rtol=0, atol=1e-12, msg=name)
+        for _, weight in layouts(3):
+            assert_close(
+                torch.autograd.grad(y, x, weight, retain_graph=True)[0],
+                torch.autograd.grad(expected, plain, weight.contiguous(), retain_graph=True)[0],
+                rtol=0, atol=1e-11, msg=name,
+            )  # fmt: skip
+
+
+@mixers
+def test_outputs_may_be_changed_in_place(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    for batch, length in ((1, SEQ_LEN), (2, SEQ_LEN), (2, 16)):
+        x = noise(batch, length, D).requires_grad_()
+        expected = mixer(x) + x
+        y = mixer(x)
+        y += x
+        assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@mixers
+def test_gradients_are_the_same_while_flops_are_counted(case):
+    """A dispatch mode runs the bodies of operators as any tensor code: lazy views must not survive in them."""
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(2, SEQ_LEN, D)
+    expected = torch.autograd.grad(mixer(x).square().sum(), list(mixer.parameters()))
+    with FlopCounterMode(display=False):
+        found = torch.autograd.grad(mixer(x).square().sum(), list(mixer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-12 * b.abs().max().item())
+
+
+@mixers
+def test_an_empty_batch_has_empty_outputs(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    x = noise(0, SEQ_LEN, D).requires_grad_()
+    y = mixer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    if mixer.causal:
+        assert mixer.step(x[:, 0], mixer.prefill(x[:, :4])[1])[0].shape == (0, D)
+
+
+@mixers
+def test_a_model_built_on_the_meta_device_is_the_same_model(case):
+    expected = case.random(seq_len=SEQ_LEN)
+    with torch.device("meta"):
+        mixer = case.build(seq_len=SEQ_LEN)
+    assert all(parameter.is_meta for parameter in mixer.parameters())
+    mixer = mixer.to_empty(device="cpu").double().eval()
+    mixer.load_state_dict(expected.state_dict())
+    x = noise(2, SEQ_LEN, D)
+    assert_close(mixer(x), expected(x), rtol=0, atol=0)
+    if mixer.causal:
+        assert_close(stepped(mixer, x, mixer.initial_state(2)), expected(x), rtol=0, atol=1e-9)
 
 
 @mixers

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
 
+from stu.mixers.stu import STU
 from stu.ops import bank
 from stu.ops.bank import FilterBank, filter_bank
 from stu.ops.convolution import filter_convolution
@@ -107,6 +109,24 @@ def test_a_copy_is_a_bank_of_its_own(duplicate):
     assert other.name != original.name
     assert FilterBank.of(other.name) is other
     assert torch.equal(other.filters, original.filters)
+
+
+def test_layers_with_the_same_options_share_a_bank_while_they_live():
+    first, second = (STU(4, seq_len=20, num_filters=3) for _ in range(2))
+    assert first.bank is second.bank
+    assert STU(4, seq_len=20, num_filters=3, delay=1).bank is not first.bank
+    name = first.bank.name
+    del first, second
+    gc.collect()
+    with pytest.raises(KeyError):
+        FilterBank.of(name)
+
+
+def test_a_traced_program_leaves_no_fake_filters_behind():
+    bank = FilterBank(spectral_bank(20, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(bank.on(CPU, torch.float32), FakeTensor)
+    assert type(bank.on(CPU, torch.float32)) is torch.Tensor
 
 
 @pytest.mark.slow

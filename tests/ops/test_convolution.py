@@ -220,3 +220,8 @@ def test_the_operators_keep_their_promises():
     for algorithm in ("transfer", "features"):
         for other in (None, reverse):
             torch.library.opcheck(convolution._convolution, (u, weight, other, bank.name, algorithm))
+            plain = [None if each is None else each.detach() for each in (u, weight, other)]
+            for wanted in ((True, True), (True, False), (False, True)):
+                grad = torch.randn(*u.shape[:2], weight.shape[2], dtype=u.dtype)
+                inputs = (grad, *plain, bank.name, algorithm, *wanted)
+                torch.library.opcheck(convolution._convolution_backward, inputs)

@@ -158,7 +158,11 @@ def test_compiles_into_one_graph():
 
 @pytest.mark.slow
 def test_the_operator_keeps_its_promises():
-    torch.library.opcheck(recurrence._recurrence, problem(20, 2, initial=True))
+    for length in (20, 64):  # whole blocks or not
+        inputs = problem(length, 2, initial=True)
+        torch.library.opcheck(recurrence._recurrence, inputs)
+        drive, weight, start = (each.detach() for each in inputs)
+        torch.library.opcheck(recurrence._recurrence_backward, (torch.randn_like(drive), drive, weight, start))
 
 
 def test_no_second_derivative_is_silently_wrong():

@@ -255,6 +255,8 @@ def test_operators_keep_the_rules_of_torch():
     c = torch.complex128
     u, decay, B, C, start = noise(2, 5, 3), disk(4), noise(8, 3), noise(2, 2, 8), noise(2, 4, dtype=c)
     torch.library.opcheck(scan._diagonal_ssm, [x.requires_grad_() for x in (u, decay, B, C, start)])
+    plain = [x.detach() for x in (u.mT.contiguous().mT, decay, B, C, start)]
+    torch.library.opcheck(scan._diagonal_ssm_backward, [noise(2, 5, 2), noise(2, 4, dtype=c), *plain])
 
 
 def test_compiles_without_a_break():
