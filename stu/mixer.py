@@ -4,11 +4,15 @@ B batch, L length, D model width, K filters
 """
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+from stu.errors import OptionError
 
 State = Any  # each mixer's own NamedTuple of tensors; opaque to everything else
 
@@ -18,9 +22,17 @@ class Mixer(nn.Module, ABC):
 
     `causal` says whether y_t depends on x_1 … x_t alone. A causal mixer also runs one step at a time: `forward`,
     `prefill` and `step` agree. Others raise `NotImplementedError` from `initial_state`, `prefill` and `step`.
+
+    These four methods check their inputs in every mixer, see `_checked`; D is checked where a mixer has a `d_model`.
     """
 
     causal: bool
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("forward", "initial_state", "step", "prefill"):
+            if name in vars(cls):
+                setattr(cls, name, _checked(vars(cls)[name], streams=name != "forward"))
 
     @property
     def filters(self) -> Tensor | None:
@@ -43,10 +55,31 @@ class Mixer(nn.Module, ABC):
     def prefill(self, x: Tensor) -> tuple[Tensor, State]:
         """`forward` over a whole prefix (B, L, D), and the state from which `step` continues."""
 
-    def require_causal(self) -> None:
-        """Raise `NotImplementedError` unless the mixer is causal."""
-        if not self.causal:
+
+def _checked(method: Callable[..., Any], *, streams: bool) -> Callable[..., Any]:
+    """A method of a mixer that refuses other inputs than its own in one line.
+
+    Raises `NotImplementedError` where it `streams` and the mixer is not causal; `OptionError` unless x is a
+    floating-point (B, L, D) with L ≥ 1, or (B, D) for a step, and the mask a bool (B, L).
+    """
+    rank = 2 if method.__name__ == "step" else 3
+
+    @functools.wraps(method)
+    def checked(self: Mixer, x: Any, *rest: Any, **options: Any) -> Any:
+        if streams and not self.causal:
             raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
+        if isinstance(x, Tensor):
+            width = getattr(self, "d_model", x.shape[-1])
+            if x.ndim != rank or x.shape[-1] != width or x.shape[1] == 0 or not x.is_floating_point():
+                shape = f"(B, {'L, ' * (rank == 3)}{width})"
+                raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}, L at least 1")
+            mask = options.get("mask", rest[0] if rest and not streams else None)
+            if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+                found = f"{mask.dtype} {tuple(mask.shape)}"
+                raise OptionError("mask", found, f"must be bool {tuple(x.shape[:2])}, as x has it")
+        return method(self, x, *rest, **options)
+
+    return checked
 
 
 MixerFactory = Callable[[int], Mixer]

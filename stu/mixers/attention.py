@@ -66,14 +66,12 @@ class Attention(Mixer):
 
     def initial_state(self, batch_size: int) -> AttentionState:
         """No keys, no values."""
-        self.require_causal()
         shape = (batch_size, self.num_heads, 0, self.d_model // self.num_heads)
         empty = self.project_in.weight.new_zeros(shape)
         return AttentionState(empty, empty, 0)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """x_t (B, D), state → y_t (B, D), state; without a window the state grows by one key and value per step."""
-        self.require_causal()
         query, key, value = self._heads(x.unsqueeze(1), state.position)
         keys, values = torch.cat((state.keys, key), 2), torch.cat((state.values, value), 2)
         state = self._remembered(keys, values, state.position + 1)
@@ -82,7 +80,6 @@ class Attention(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, AttentionState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         query, key, value = self._heads(x, 0)
         return self._output(self._attend(query, key, value)), self._remembered(key, value, x.shape[1])
 

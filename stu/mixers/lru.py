@@ -91,18 +91,15 @@ class LRU(Mixer):
 
     def initial_state(self, batch_size: int) -> LRUState:
         """Zeros."""
-        self.require_causal()
         return LRUState(to_complex128(self.C).new_zeros(batch_size, len(self.B)))
 
     def step(self, x: Tensor, state: LRUState) -> tuple[Tensor, LRUState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self.require_causal()
         y, after = diagonal_step(x, *self._system(), state.x)
         return y + (self.D * x).to(x.dtype), LRUState(after)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, LRUState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         return self._run(x)
 
     def _run(self, x: Tensor) -> tuple[Tensor, LRUState]:

@@ -73,7 +73,8 @@ class Mamba2(Mixer):
         require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "must be above 0")
         slowest, fastest = A_init_range
         require(0 < slowest <= fastest, "A_init_range", A_init_range, "must be two numbers above 0, the smaller first")
-        self.causal, self.num_heads, self.num_groups, self.chunk_size = causal, num_heads, num_groups, chunk_size
+        self.d_model, self.causal, self.chunk_size = d_model, causal, chunk_size
+        self.num_heads, self.num_groups = num_heads, num_groups
         self.widths = inner, matrix, matrix  # of x, B and C
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.A_init_range = slowest, fastest
@@ -116,7 +117,6 @@ class Mamba2(Mixer):
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """Zeros."""
-        self.require_causal()
         inner, matrix, _ = self.widths
         signals = self.conv.weight.new_zeros(batch_size, self.conv.kernel_size[0] - 1, sum(self.widths))
         shape = batch_size, self.num_heads, matrix // self.num_groups, inner // self.num_heads
@@ -124,7 +124,6 @@ class Mamba2(Mixer):
 
     def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self.require_causal()
         gate, signal, dt = self._project(x)
         signals = torch.cat((state.signals, signal.unsqueeze(1)), 1)  # (B, d_conv, S)
         inputs, B, C = (each.squeeze(1) for each in self._convolve(signals))
@@ -133,7 +132,6 @@ class Mamba2(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Mamba2State]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         return self._from_start(x)
 
     def _from_start(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Mamba2State]:

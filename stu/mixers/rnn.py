@@ -44,7 +44,7 @@ class RNN(Mixer):
         super().__init__()
         require(d_state >= 1, "d_state", d_state, "must be at least 1")
         require(cell in ("lstm", "gru"), "cell", cell, "must be lstm or gru")
-        self.d_state, self.causal = d_state, causal
+        self.d_model, self.d_state, self.causal = d_model, d_state, causal
         self.rnn = (nn.LSTM if cell == "lstm" else nn.GRU)(d_model, d_state, batch_first=True)
         self._open_forget_gate()
         self.project_out = nn.Identity() if d_state == d_model else nn.Linear(d_state, d_model)
@@ -68,12 +68,10 @@ class RNN(Mixer):
 
     def initial_state(self, batch_size: int) -> RNNState:
         """Zeros."""
-        self.require_causal()
         return self._zeros(batch_size)
 
     def step(self, x: Tensor, state: RNNState) -> tuple[Tensor, RNNState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self.require_causal()
         y, state = self._run(x.unsqueeze(1), state)
         return y.squeeze(1), state
 

@@ -156,13 +156,11 @@ class S4(Mixer):
 
     def initial_state(self, batch_size: int) -> S4State:
         """Zeros."""
-        self.require_causal()
         system = self._zoh() if self.discretization == "zoh" else None
         return S4State(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]), system)
 
     def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self.require_causal()
         u = to_float64(x)
         if state.zoh_system is None:
             modes = self._bilinear().advance(state.modes, u)
@@ -175,7 +173,6 @@ class S4(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S4State]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         dense = self._dense()
         modes = _from_parts(dense_state(*dense, x))
         return self.forward(x), S4State(modes, dense if self.discretization == "zoh" else None)

@@ -91,12 +91,10 @@ class S4D(Mixer):
 
     def initial_state(self, batch_size: int) -> S4DState:
         """Zeros."""
-        self.require_causal()
         return S4DState(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
 
     def step(self, x: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self.require_causal()
         a, b = self._system()
         u = to_float64(x)
         modes = a * state.modes + b * u.unsqueeze(-1)
@@ -105,7 +103,6 @@ class S4D(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S4DState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         return self.forward(x), S4DState(diagonal_state(*self._system(), x))
 
     def _system(self) -> tuple[Tensor, Tensor]:

@@ -107,18 +107,15 @@ class S5(Mixer):
 
     def initial_state(self, batch_size: int) -> S5State:
         """Zeros."""
-        self.require_causal()
         return S5State(to_complex128(self.C).new_zeros(batch_size, len(self.Lambda)))
 
     def step(self, x: Tensor, state: S5State) -> tuple[Tensor, S5State]:
         """x_t (B, D), state → y_t (B, D), state."""
-        self.require_causal()
         y, modes = diagonal_step(x, *self._system(), state.modes)
         return y + (self.D * x).to(x.dtype), S5State(modes)
 
     def prefill(self, x: Tensor) -> tuple[Tensor, S5State]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         return self._run(x)
 
     def _run(self, x: Tensor) -> tuple[Tensor, S5State]:

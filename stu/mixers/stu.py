@@ -131,13 +131,11 @@ class STU(Mixer):
 
     def initial_state(self, batch_size: int) -> STUState:
         """Zeros."""
-        self.require_causal()
         outputs = self.m_phi.new_zeros(batch_size, 0, self.d_model)
         return STUState(self._memory(outputs).initial(batch_size, self.d_model), self._kept(outputs), 0)
 
     def step(self, x: Tensor, state: STUState) -> tuple[Tensor, STUState]:
         """x_t (B, D), state → y_t (B, D), state; at most seq_len steps."""
-        self.require_causal()
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
         memory = self._memory(x)
         with no_autocast(x):
@@ -148,7 +146,6 @@ class STU(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, STUState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         y = self.forward(x)
         with no_autocast(x):
             return y, STUState(self._memory(x).after(x), self._kept(y), x.shape[1])

@@ -103,12 +103,10 @@ class STUT(Mixer):
 
     def initial_state(self, batch_size: int) -> STUTState:
         """Zeros."""
-        self.require_causal()
         return STUTState(self._memory().initial(batch_size, self.d_model), self._readout(), 0)
 
     def step(self, x: Tensor, state: STUTState) -> tuple[Tensor, STUTState]:
         """x_t (B, D), state → y_t (B, D), state; at most seq_len steps."""
-        self.require_causal()
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
         v = x @ self.m_inputs
         inputs = self._memory().advance(v, state.inputs)
@@ -117,7 +115,6 @@ class STUT(Mixer):
 
     def prefill(self, x: Tensor) -> tuple[Tensor, STUTState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        self.require_causal()
         v = x @ self.m_inputs
         y = self._convolved(v)
         with no_autocast(v):

@@ -111,6 +111,46 @@ def test_a_mask_of_ones_is_no_mask(case):
     assert_close(mixer(x, torch.ones(2, 21, dtype=torch.bool)), mixer(x), rtol=0, atol=1e-12)
 
 
+BAD_INPUTS = {
+    "integers": torch.ones(2, 5, D, dtype=torch.long),
+    "complex": torch.ones(2, 5, D, dtype=torch.complex128),
+    "bool": torch.ones(2, 5, D, dtype=torch.bool),
+    "narrower": torch.ones(2, 5, D - 1, dtype=torch.float64),
+    "wider": torch.ones(2, 5, D + 1, dtype=torch.float64),
+    "of one channel": torch.ones(2, 5, 1, dtype=torch.float64),
+    "without a batch": torch.ones(5, D, dtype=torch.float64),
+    "with another axis": torch.ones(2, 5, 1, D, dtype=torch.float64),
+    "without a step": torch.ones(2, 0, D, dtype=torch.float64),
+}
+
+
+@mixers
+@pytest.mark.parametrize("x", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_inputs_that_are_none_are_refused_at_the_door(case, x):
+    mixer = case.random(seq_len=SEQ_LEN)
+    assert mixer.d_model == D
+    calls = [lambda: mixer(x), lambda: mixer.prefill(x), lambda: mixer.step(x, mixer.initial_state(2))]
+    if x.ndim == 2:
+        calls.pop()
+    for call in calls[: 3 if mixer.causal else 1]:
+        with pytest.raises(OptionError) as refused:
+            call()
+        line = str(refused.value)
+        assert f"x={x.dtype} {tuple(x.shape)}: must be floating-point (B, " in line
+        assert f"{D})" in line
+        assert "\n" not in line
+
+
+@mixers
+@pytest.mark.parametrize("shape", [(2, 4), (1, 5), (5,), (2, 5, 1)], ids=str)
+def test_masks_that_are_none_are_refused_at_the_door(case, shape):
+    mixer, x = case.random(seq_len=SEQ_LEN), noise(2, 5, D)
+    for mask in (torch.ones(shape, dtype=torch.bool), torch.ones(2, 5), torch.ones(2, 5, dtype=torch.long)):
+        for call in (lambda mask=mask: mixer(x, mask), lambda mask=mask: mixer(x, mask=mask)):
+            with pytest.raises(OptionError, match=r"mask=torch\.\w+ \(.*\): must be bool \(2, 5\)"):
+                call()
+
+
 def layouts(batch):
     """Inputs (batch, SEQ_LEN, D) that are not contiguous."""
     yield "permuted", noise(batch, D, SEQ_LEN).transpose(1, 2)
