@@ -8,7 +8,7 @@ B batch, L length, D model width, N state size; σ the logistic function; produc
           h_t = (1 − z) n + z h_{t−1}
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -87,7 +87,7 @@ class RNN(Mixer):
             nn.init.zeros_(biases["bias_hh_l0"][forget])  # PyTorch adds two biases
 
     def _zeros(self, batch_size: int) -> RNNState:
-        weight = next(self.rnn.parameters())
+        weight = cast(Tensor, self.rnn.weight_hh_l0)  # replicas of `DataParallel` have attributes, no parameters
         zeros = weight.new_zeros(1, batch_size, self.d_state, dtype=at_least_float32(weight))
         return RNNState(zeros, zeros if isinstance(self.rnn, nn.LSTM) else None)
 

@@ -11,10 +11,13 @@ remain on average in float32, of the 48 of two branches 20.
 """
 
 import itertools
+import json
+import os
 import threading
 import weakref
 from collections import OrderedDict
-from typing import ClassVar, NamedTuple
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,15 +61,16 @@ class FilterBank:
     spectral: what the filters are, where they are those of `spectral_bank`.
 
     A custom operator takes only tensors, numbers and strings, so a bank has a `name` by which `FilterBank.of` finds it
-    while it lives (a string, because `torch.compile` may turn a number into a variable).
+    while it lives (a string, because `torch.compile` may turn a number into a variable). That of a `spectral_bank` says
+    what it is, so that a saved program finds it in another process; other names hold in this process alone.
     """
 
     _numbers: ClassVar = itertools.count()
     _living: ClassVar["weakref.WeakValueDictionary[str, FilterBank]"] = weakref.WeakValueDictionary()
 
-    def __init__(self, filters: Tensor, spectral: SpectralFilters | None = None) -> None:
+    def __init__(self, filters: Tensor, spectral: SpectralFilters | None = None, name: str | None = None) -> None:
         self.filters, self.spectral = filters.detach().to("cpu", torch.float64), spectral
-        self.name = str(next(self._numbers))
+        self.name = name or f"{next(self._numbers)} of process {os.getpid()}"
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -74,11 +78,11 @@ class FilterBank:
 
     @classmethod
     def of(cls, name: str) -> "FilterBank":
-        """The living bank of that name."""
-        return cls._living[name]
+        """The bank of that name; raises `KeyError` for a name of another process, or of a bank that is gone."""
+        return cls._living.get(name) or _rebuilt(name)
 
-    def __reduce__(self) -> tuple[type["FilterBank"], tuple[Tensor, SpectralFilters | None]]:
-        return FilterBank, (self.filters, self.spectral)
+    def __reduce__(self) -> tuple[type["FilterBank"], tuple[Any, ...]]:
+        return FilterBank, (self.filters, self.spectral, self.name if self.name.startswith("[") else None)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The filters (L, K) themselves, on a device and in float32 at least."""
@@ -106,9 +110,6 @@ class FilterBank:
                     self._bands.popitem(last=False)
             self._bands.move_to_end(key)
             return self._bands[key]
-
-
-_SHARED: weakref.WeakValueDictionary[SpectralFilters, FilterBank] = weakref.WeakValueDictionary()
 
 
 def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:
@@ -149,14 +150,22 @@ def spectral_bank(
     Layers with the same options share one. Raises `OptionError` for more filters than float64 can tell apart.
     """
     found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence)
-    bank = _SHARED.get(found)
+    bank = FilterBank._living.get(json.dumps(found))
     if bank is None:
         eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
         scaled = eigenvalues**0.25 * filters
         with torch.device("cpu"):  # a model may be built on the meta device
             columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
-        bank = _SHARED[found] = FilterBank(columns, found)
+        bank = FilterBank(columns, found, json.dumps(found))
     return bank
+
+
+@lru_cache(maxsize=32)
+def _rebuilt(name: str) -> FilterBank:
+    """The `spectral_bank` that the name says."""
+    if not name.startswith("["):
+        raise KeyError(f"filters {name}: only spectral filters can be found by a saved program")
+    return spectral_bank(**SpectralFilters(*json.loads(name))._asdict())
 
 
 def filter_bank(

@@ -11,7 +11,7 @@ Y(f) = U(f) H(f) needs one FFT per channel on either side, independent of K. A `
 frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
 """
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -185,19 +185,9 @@ def _samples(planes: list[Tensor], bands: list[Band], n: int, length: int) -> Te
 # --- the products on one band ---
 
 
-class _Product(Protocol):
-    """Multiplication by H on a band, and its derivatives; signals and gradients as (F, B, 2, width)."""
-
-    def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None: ...
-
-    def multiply(self, out: Tensor, signal: Tensor) -> None:
-        """out(f) = signal(f) H(f)."""
-
-    def multiply_adjoint(self, out: Tensor, gradient: Tensor) -> None:
-        """out(f) = gradient(f) H(f)ᴴ."""
-
-    def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
-        """The gradients of M̃, and of R̃ if there is one, (R, I·O) each: Σ_f Re a_r(f)* signal(f)ᴴ gradient(f)."""
+# Both classes multiply by H on a band; signals and gradients are (F, B, 2, width).
+# multiply: out(f) = signal(f) H(f). multiply_adjoint: out(f) = gradient(f) H(f)ᴴ. correlate: the gradients of M̃, and of
+# R̃ if there is one, (R, I·O) each: Σ_f Re a_r(f)* signal(f)ᴴ gradient(f).
 
 
 class _Transfer:
@@ -301,4 +291,4 @@ def _shares(band: Band, n: int) -> Tensor:
     return shares
 
 
-_PRODUCTS: dict[str, type[_Product]] = {"transfer": _Transfer, "features": _Features}
+_PRODUCTS: dict[str, type[_Transfer] | type[_Features]] = {"transfer": _Transfer, "features": _Features}

@@ -99,7 +99,7 @@ class _SSD(torch.autograd.Function):
         for f in _slices(x):
             mixing = _scores(B[f], C[f]) * _pair_decays(sums[:, f], groups)  # (F, G, R, Q, Q)
             drive = x[f] * dt[f].unsqueeze(-1)
-            torch.mul(_by_head(C[f] @ entering[f], width), decay.from_start[f].unsqueeze(-1), out=y[f])
+            y[f] = _by_head(C[f] @ entering[f], width) * decay.from_start[f].unsqueeze(-1)
             y[f] += (mixing.flatten(1, 2) @ drive.transpose(1, 2)).transpose(1, 2)
         ctx.save_for_backward(x, dt, B, C, A, sums, entering)
         return y, final

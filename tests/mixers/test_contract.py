@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stu.errors import OptionError
 from tests.models import mixer_cases
+from tests.runs import ROOT
 
 SEQ_LEN = 33
 D = 8
@@ -301,3 +304,29 @@ def test_infinities_in_the_padding_are_ignored(case):
     y = layer(x, mask)
     for bad in (torch.inf, torch.nan):
         assert torch.equal(layer(x.masked_fill(~mask.unsqueeze(-1), bad), mask)[mask], y[mask])
+
+
+LOADED = """
+import sys, torch
+from stu.mixers import lru, s4, s5, stu, stu_t  # what the programs call must be registered
+for file in sys.argv[1:]:
+    x, y = torch.load(f"{file}.pt")
+    found = torch.export.load(f"{file}.pt2").module()(x)
+    assert torch.allclose(found, y, rtol=0, atol=1e-12), (file, (found - y).abs().max())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*_flat_weights.*were assigned during export")  # of torch.nn.RNN
+def test_an_exported_program_is_the_same_in_another_process(tmp_path):
+    files = []
+    for case in mixer_cases():
+        mixer, x = case.random(seq_len=SEQ_LEN), noise(2, 21, D)
+        file = str(tmp_path / case.name)
+        torch.export.save(torch.export.export(mixer, (x,)), f"{file}.pt2")
+        torch.save((x, mixer(x).detach()), f"{file}.pt")
+        files.append(file)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADED, *files], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import gc
 import itertools
 import pickle
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -115,11 +116,18 @@ def test_layers_with_the_same_options_share_a_bank_while_they_live():
     first, second = (STU(4, seq_len=20, num_filters=3) for _ in range(2))
     assert first.bank is second.bank
     assert STU(4, seq_len=20, num_filters=3, delay=1).bank is not first.bank
-    name = first.bank.name
-    del first, second
+    copied = copy.deepcopy(first).bank
+    assert copied.name == first.bank.name
+    name, filters, living = first.bank.name, first.bank.filters, weakref.ref(first.bank)
+    del first, second, copied
     gc.collect()
-    with pytest.raises(KeyError):
-        FilterBank.of(name)
+    assert living() is None
+    assert torch.equal(FilterBank.of(name).filters, filters)  # as a saved program asks for it
+
+
+def test_a_name_of_another_process_is_not_taken_for_one_of_this():
+    with pytest.raises(KeyError, match="only spectral filters can be found by a saved program"):
+        FilterBank.of("0 of process 1")
 
 
 def test_a_traced_program_leaves_no_fake_filters_behind():
