@@ -69,10 +69,10 @@ def _checked(method: Callable[..., Any], *, streams: bool) -> Callable[..., Any]
         if streams and not self.causal:
             raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
         if isinstance(x, Tensor):
-            width = getattr(self, "d_model", x.shape[-1])
+            width = getattr(self, "d_model", x.shape[-1] if x.ndim else "D")
             if x.ndim != rank or x.shape[-1] != width or x.shape[1] == 0 or not x.is_floating_point():
-                shape = f"(B, {'L, ' * (rank == 3)}{width})"
-                raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}, L at least 1")
+                shape = f"(B, {width})" if rank == 2 else f"(B, L ≥ 1, {width})"
+                raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}")
             mask = options.get("mask", rest[0] if rest and not streams else None)
             if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
                 found = f"{mask.dtype} {tuple(mask.shape)}"
@@ -84,8 +84,6 @@ def _checked(method: Callable[..., Any], *, streams: bool) -> Callable[..., Any]
 
 MixerFactory = Callable[[int], Mixer]
 ChannelMixerFactory = Callable[[int], nn.Module]
-
-
 M = TypeVar("M", bound=Mixer)
 
 

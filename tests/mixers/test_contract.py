@@ -122,6 +122,7 @@ BAD_INPUTS = {
     "wider": torch.ones(2, 5, D + 1, dtype=torch.float64),
     "of one channel": torch.ones(2, 5, 1, dtype=torch.float64),
     "without a batch": torch.ones(5, D, dtype=torch.float64),
+    "of one number": torch.ones((), dtype=torch.float64),
     "with another axis": torch.ones(2, 5, 1, D, dtype=torch.float64),
     "without a step": torch.ones(2, 0, D, dtype=torch.float64),
 }
