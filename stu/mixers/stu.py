@@ -140,7 +140,9 @@ class STU(Mixer):
         memory = self._memory(x)
         with no_autocast(x):
             inputs = memory.advance(x, state.inputs)
-            y = self._mixed(memory.features(inputs).to(at_least_float32(x, self.m_phi)), state.outputs)
+            spectral, lagged = memory.features(inputs, 0 if self.m_u is None else len(self.m_u))
+            dtype = at_least_float32(x, self.m_phi)
+            y = self._mixed(spectral.to(dtype), lagged.to(dtype), state.outputs)
         outputs = torch.cat((y.unsqueeze(1).to(state.outputs.dtype), state.outputs), 1)[:, : state.outputs.shape[1]]
         return y.to(x.dtype), STUState(inputs, outputs, state.position + 1)
 
@@ -150,11 +152,11 @@ class STU(Mixer):
         with no_autocast(x):
             return y, STUState(self._memory(x).after(x), self._kept(y), x.shape[1])
 
-    def _mixed(self, features: Tensor, outputs: Tensor) -> Tensor:
-        """One step of the equation: features (B, K + k_u, D) and the outputs before it → (B, D)."""
-        y = _mix(features[:, : len(self.m_phi)], self.m_phi)
+    def _mixed(self, spectral: Tensor, lagged: Tensor, outputs: Tensor) -> Tensor:
+        """One step of the equation: features (B, K, D), lagged inputs (B, k_u, D), the outputs before → (B, D)."""
+        y = _mix(spectral, self.m_phi)
         if self.m_u is not None:
-            y = y + _mix(features[:, len(self.m_phi) :], self.m_u)
+            y = y + _mix(lagged, self.m_u)
         if self.m_y is not None:
             return y + _mix(outputs.to(y.dtype), self.m_y)
         return y + outputs[:, -1] if outputs.shape[1] else y

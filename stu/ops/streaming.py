@@ -55,9 +55,10 @@ class Window:
         inputs = newest(u.to(self.filters.dtype), len(self.filters))
         return MemoryState(inputs, inputs.new_zeros(len(u), 0, 0, u.shape[2]))
 
-    def features(self, state: MemoryState) -> Tensor:
-        """f_t: (B, K, D)."""
-        return self.filters.T @ state.inputs.to(self.filters.dtype)
+    def features(self, state: MemoryState, lags: int) -> tuple[Tensor, Tensor]:
+        """f_t of the spectral filters (B, K − lags, D), and the lagged inputs (B, lags, D)."""
+        features = self.filters.T @ state.inputs.to(self.filters.dtype)
+        return features[:, : features.shape[1] - lags], features[:, features.shape[1] - lags :]
 
     def readout(self, weight: Tensor) -> Tensor:
         """One kernel per channel, Σ_k φ_k w_kd, for `read`: weight (K, D) → (L, D)."""
@@ -97,10 +98,9 @@ class ExponentialSums:
         sums = exponential_sums(entered, self.poles.flatten()).unflatten(1, self.poles.shape[:2])
         return MemoryState(newest(u.to(self.poles.dtype), max(self.delay + 1, self.lags)), sums)
 
-    def features(self, state: MemoryState) -> Tensor:
-        """f_t: (B, K, D)."""
-        spectral = (self.coefficients @ state.sums).flatten(1, 2)
-        return torch.cat((spectral, state.inputs[:, : self.lags]), 1)
+    def features(self, state: MemoryState, lags: int) -> tuple[Tensor, Tensor]:
+        """f_t of the spectral filters (B, K − lags, D), and the lagged inputs (B, lags, D)."""
+        return (self.coefficients @ state.sums).flatten(1, 2), state.inputs[:, :lags]
 
     def readout(self, weight: Tensor) -> Tensor:
         """Per channel Σ_k c_kn w_kd, for `read`: weight (K, D) → (S, N, D), or (1, N, D) where branches share it."""
