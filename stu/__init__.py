@@ -28,7 +28,7 @@ __all__ += ["spectral_filters"]
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
-    if find_spec(f"stu.{name}"):
+    if "." not in name and find_spec(f"stu.{name}"):
         return import_module(f"stu.{name}")
     raise AttributeError(f"module 'stu' has no attribute {name!r}")
 

@@ -56,7 +56,7 @@ class LearnedPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of geometrically spaced frequencies, (L,) → (L, D); no parameters.
+    """Sines and cosines of geometrically spaced frequencies, (L,) → (L, D), float32 in any model; no parameters.
 
     Source: Vaswani et al., "Attention is all you need" (1706.03762), section 3.5.
     """
@@ -67,7 +67,7 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """(L,) int64 → (L, D)."""
-        exponent = torch.arange(0, self.d_model, 2, device=positions.device) / self.d_model  # float32 in any model
+        exponent = torch.arange(0, self.d_model, 2, device=positions.device, dtype=torch.float32) / self.d_model
         angle = positions[:, None] * torch.exp(-math.log(10_000.0) * exponent)  # (L, ⌈D/2⌉)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, : self.d_model]
 

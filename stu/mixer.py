@@ -31,8 +31,8 @@ class Mixer(nn.Module, ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in ("forward", "initial_state", "step", "prefill"):
-            if name in vars(cls):
-                setattr(cls, name, _checked(vars(cls)[name], streams=name != "forward"))
+            if callable(method := vars(cls).get(name)):
+                setattr(cls, name, _checked(method, name))
 
     @property
     def filters(self) -> Tensor | None:
@@ -56,28 +56,29 @@ class Mixer(nn.Module, ABC):
         """`forward` over a whole prefix (B, L, D), and the state from which `step` continues."""
 
 
-def _checked(method: Callable[..., Any], *, streams: bool) -> Callable[..., Any]:
-    """A method of a mixer that refuses other inputs than its own in one line.
+def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The method `name` of a mixer, which now refuses other inputs than its own in one line.
 
-    Raises `NotImplementedError` where it `streams` and the mixer is not causal; `OptionError` unless x is a
+    Raises `NotImplementedError` for all but `forward` where the mixer is not causal; `OptionError` unless x is a
     floating-point (B, L, D) with L ≥ 1, or (B, D) for a step, and the mask a bool (B, L).
     """
-    rank = 2 if method.__name__ == "step" else 3
+    rank = 2 if name == "step" else 3
 
     @functools.wraps(method)
-    def checked(self: Mixer, x: Any, *rest: Any, **options: Any) -> Any:
-        if streams and not self.causal:
+    def checked(self: Mixer, *inputs: Any, **options: Any) -> Any:
+        if name != "forward" and not self.causal:
             raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
+        x = inputs[0] if inputs else options.get("x")
         if isinstance(x, Tensor):
             width = getattr(self, "d_model", x.shape[-1] if x.ndim else "D")
             if x.ndim != rank or x.shape[-1] != width or x.shape[1] == 0 or not x.is_floating_point():
                 shape = f"(B, {width})" if rank == 2 else f"(B, L ≥ 1, {width})"
                 raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}")
-            mask = options.get("mask", rest[0] if rest and not streams else None)
+            mask = options.get("mask", inputs[1] if name == "forward" and len(inputs) > 1 else None)
             if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
                 found = f"{mask.dtype} {tuple(mask.shape)}"
                 raise OptionError("mask", found, f"must be bool {tuple(x.shape[:2])}, as x has it")
-        return method(self, x, *rest, **options)
+        return method(self, *inputs, **options)
 
     return checked
 

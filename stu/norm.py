@@ -82,7 +82,7 @@ class BatchNorm(nn.Module):
         var = _sum_over_devices(((x - mean).square() * keep).sum(over)) / count
         with torch.no_grad():
             for average, value in ((self.hidden_mean, mean), (self.hidden_var, var)):
-                average.lerp_(torch.where(counts, value.to(average.dtype), average), self.momentum)
+                average.copy_(torch.where(counts, average.lerp(value.to(average.dtype), self.momentum), average))
             self.num_batches += counts
         return mean, var
 

@@ -31,8 +31,8 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "paths.runs": str,
     "paths.data": str,
 }
-# How many of the leading arguments of these nodes train.py passes itself; other partial nodes get one, d_model.
-PASSED = {"checkpoints": 4, "figures": 1, "loader": 4, "logger": 2, "optimizer": 2}
+# How many of their leading arguments these nodes get from the code.
+PASSED = {"checkpoints": 4, "figures": 1, "loader": 4, "logger": 2, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
 RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
 
 
@@ -67,7 +67,7 @@ def check_call(key: str, node: Mapping[str, Any]) -> None:
         target = resolve_name(node["_target_"])
     except Exception as error:
         raise Refused(f"{key}._target_", node["_target_"], f"cannot be imported ({error})") from error
-    passed = PASSED.get(key, 1 if node.get("_partial_") else 0)
+    passed = PASSED.get(key.rpartition(".")[2].partition("[")[0], 0)
     parameters = list(inspect.signature(target).parameters)[passed:]
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in node.items():

@@ -73,9 +73,8 @@ class Mamba2(Mixer):
         require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "must be above 0")
         slowest, fastest = A_init_range
         require(0 < slowest <= fastest, "A_init_range", A_init_range, "must be two numbers above 0, the smaller first")
-        self.d_model, self.causal, self.chunk_size = d_model, causal, chunk_size
-        self.num_heads, self.num_groups = num_heads, num_groups
-        self.widths = inner, matrix, matrix  # of x, B and C
+        self.causal, self.num_heads, self.num_groups, self.chunk_size = causal, num_heads, num_groups, chunk_size
+        self.d_model, self.widths = d_model, (inner, matrix, matrix)  # widths of x, B and C
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.A_init_range = slowest, fastest
         signals = sum(self.widths)

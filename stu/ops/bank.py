@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stu.ops.filters import Hankel, spectral_filters
 
@@ -74,15 +75,16 @@ class FilterBank:
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._living[self.name] = self
+        self._living.setdefault(self.name, self)
 
     @classmethod
     def of(cls, name: str) -> "FilterBank":
         """The bank of that name; raises `KeyError` for a name of another process, or of a bank that is gone."""
         return cls._living.get(name) or _rebuilt(name)
 
-    def __reduce__(self) -> tuple[type["FilterBank"], tuple[Any, ...]]:
-        return FilterBank, (self.filters, self.spectral, self.name if self.name.startswith("[") else None)
+    def __reduce__(self) -> tuple[Any, ...]:
+        named = self.name.startswith("[")  # all copies are one
+        return (FilterBank.of, (self.name,)) if named else (FilterBank, (self.filters, self.spectral))
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The filters (L, K) themselves, on a device and in float32 at least."""
@@ -150,14 +152,15 @@ def spectral_bank(
     Layers with the same options share one. Raises `OptionError` for more filters than float64 can tell apart.
     """
     found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence)
-    bank = FilterBank._living.get(json.dumps(found))
-    if bank is None:
+    name = json.dumps(found, default=int)
+    if (bank := FilterBank._living.get(name)) is not None:
+        return bank
+    # whatever is going on: a model built on the meta device, an evaluation, a program being traced
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
         eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
         scaled = eigenvalues**0.25 * filters
-        with torch.device("cpu"):  # a model may be built on the meta device
-            columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
-        bank = FilterBank(columns, found, json.dumps(found))
-    return bank
+        columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
+        return FilterBank(columns, found, name)
 
 
 @lru_cache(maxsize=32)

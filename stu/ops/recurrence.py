@@ -69,8 +69,8 @@ def _(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     return drive.new_empty(drive.shape)
 
 
-@torch.library.custom_op("stu::linear_recurrence_backward", mutates_args=())
-def _recurrence_backward(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("stu::linear_adjoint", mutates_args=())
+def _adjoint(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
     with no_autocast(grad):
         order, width = weight.shape[:2]
@@ -85,7 +85,7 @@ def _recurrence_backward(grad: Tensor, y: Tensor, weight: Tensor, initial: Tenso
         return by_drive, by_weight, by_initial
 
 
-@_recurrence_backward.register_fake
+@_adjoint.register_fake
 def _(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(like.shape) for like in (grad, weight, initial))
 
@@ -96,7 +96,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return _recurrence_backward(grad, *ctx.saved_tensors)
+    return _adjoint(grad, *ctx.saved_tensors)
 
 
 _recurrence.register_autograd(_backward, setup_context=_save)

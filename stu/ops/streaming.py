@@ -125,11 +125,13 @@ def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.devic
     than spectral filters have a window.
     """
     memories = _MEMORIES.setdefault(bank, {})
-    key = streaming, device, dtype
-    if key not in memories:
+    memory = memories.get((streaming, device, dtype))
+    if memory is None:
         with torch.inference_mode(False):  # training could not use what an evaluation had built
-            memories[key] = _build(bank, streaming, device, dtype)
-    return memories[key]
+            memory = _build(bank, streaming, device, dtype)
+        if all(type(part) is Tensor for part in vars(memory).values() if isinstance(part, Tensor)):  # not while tracing
+            memories[streaming, device, dtype] = memory
+    return memory
 
 
 def _build(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:

@@ -57,9 +57,8 @@ class Figures(Callback):
         """Without matplotlib, say which figures will be missing."""
         if self.when == "never" or find_spec("matplotlib") is not None:
             return
-        with failing_softly("any kind", 0):
-            if names := ", ".join(self._plots(trainer, pl_module, "test")):
-                report.note(f"no figures of {names}: matplotlib is not installed; pip install matplotlib")
+        if names := ", ".join(self._plots(trainer, pl_module, "test")):
+            report.note(f"no figures of {names}: matplotlib is not installed; pip install matplotlib")
         self.when = "never"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,19 +73,17 @@ class Figures(Callback):
             self._draw(trainer, pl_module, "test", trainer.checkpoint_callback.best_step)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, split: str, step: int) -> None:
-        plots_by_name: Mapping[str, Callable[[], Figure]] = {}
         with failing_softly("any kind", step):
-            plots_by_name = self._plots(trainer, module, split)
-        for name, plot in plots_by_name.items():
-            with failing_softly(name, step):
-                with torch.no_grad(), trainer.precision_plugin.forward_context():
-                    figure = plot()  # on all devices, since some strategies divide the model over them
-                if trainer.is_global_zero:
-                    figure.suptitle(f"{name}, step {step:,}", fontsize="medium")
-                    file = self.directory / f"{name}-step{step:07d}.png"
-                    save(figure, file)
-                    for logger in trainer.loggers:
-                        log_figure(logger, f"figures/{name}", file, step)
+            for name, plot in self._plots(trainer, module, split).items():
+                with failing_softly(name, step):
+                    with torch.no_grad(), trainer.precision_plugin.forward_context():
+                        figure = plot()  # on all devices, since some strategies divide the model over them
+                    if trainer.is_global_zero:
+                        figure.suptitle(f"{name}, step {step:,}", fontsize="medium")
+                        file = self.directory / f"{name}-step{step:07d}.png"
+                        save(figure, file)
+                        for logger in trainer.loggers:
+                            log_figure(logger, f"figures/{name}", file, step)
 
     def _plots(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Mapping[str, "Callable[[], Figure]"]:
         """Name → how it is drawn, for everything that this task and this model have."""
@@ -116,8 +113,7 @@ def failing_softly(name: str, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        report.note(f"no figure of {name} at step {step}: {reason}")
+        report.note(" ".join(f"no figure of {name} at step {step}: {type(error).__name__}: {error}".split()))
 
 
 def has_trajectories(examples: Examples) -> bool:

@@ -15,6 +15,7 @@ from stu.errors import OptionError, require
 
 Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
+WRAPPED = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # by PyTorch, inside names
 GROUP_KEYS = ("match", "lr", "lr_scale", "weight_decay")
 
 
@@ -46,7 +47,7 @@ class AdamWRecipe:
 
         Raises `ValueError` unless their names are those for which the recipe was made.
         """
-        named = list(named_parameters)
+        named = [(WRAPPED.sub("", name), parameter) for name, parameter in named_parameters]
         if changed := {name for name, _ in named} ^ frozenset().union(*(group.parameters for group in self.groups)):
             raise ValueError(f"the recipe is for parameters of other names: {', '.join(sorted(changed)[:4])}")
         members = [

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from stu.cli import errors
-from stu.cli.check import check
+from stu.cli.check import check, check_call
 from stu.cli.usage import CONF, folded
 from stu.errors import OptionError
 from tests import runs
@@ -261,6 +261,12 @@ class TestCheck:
     )
     def test_what_is_allowed(self, override: str):
         check(composed("task=lds", override))
+
+    def test_the_first_argument_of_what_a_mixer_makes_is_the_users(self):
+        factory = {"_target_": "torch.nn.LeakyReLU", "_partial_": True, "negative_slope": 0.1}
+        check_call("model.mixer.activation", factory)
+        with pytest.raises(OptionError, match=r"model\.mixer\[1\]\.d_model=3: no such key"):
+            check_call("model.mixer[1]", {"_target_": "stu.mixers.lru.LRU", "_partial_": True, "d_model": 3})
 
     def test_a_root_key_that_a_preset_misspells(self):
         """Hydra merges it without a word."""

@@ -146,6 +146,19 @@ def test_inputs_that_are_none_are_refused_at_the_door(case, x):
 
 
 @mixers
+def test_inputs_may_be_given_by_name(case):
+    mixer, x = case.random(seq_len=SEQ_LEN), noise(2, 5, D)
+    mask = right_padded([5, 3], 5)
+    assert torch.equal(mixer(x=x, mask=mask), mixer(x, mask))
+    with pytest.raises(OptionError, match="x="):
+        mixer(x=x.long())
+    if mixer.causal:
+        state = mixer.initial_state(batch_size=2)
+        assert torch.equal(mixer.step(x=x[:, 0], state=state)[0], mixer.step(x[:, 0], state)[0])
+        assert torch.equal(mixer.prefill(x=x)[0], mixer.prefill(x)[0])
+
+
+@mixers
 @pytest.mark.parametrize("shape", [(2, 4), (1, 5), (5,), (2, 5, 1)], ids=str)
 def test_masks_that_are_none_are_refused_at_the_door(case, shape):
     mixer, x = case.random(seq_len=SEQ_LEN), noise(2, 5, D)

@@ -14,10 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
 
 from stu.mixers.stu import STU
+from stu.mixers.stu_t import STUT
 from stu.ops import bank
 from stu.ops.bank import FilterBank, filter_bank
 from stu.ops.convolution import filter_convolution
 from stu.ops.filters import spectral_filters
+from stu.ops.streaming import streaming_memory
 
 CPU = torch.device("cpu")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -116,10 +118,15 @@ def test_layers_with_the_same_options_share_a_bank_while_they_live():
     first, second = (STU(4, seq_len=20, num_filters=3) for _ in range(2))
     assert first.bank is second.bank
     assert STU(4, seq_len=20, num_filters=3, delay=1).bank is not first.bank
-    copied = copy.deepcopy(first).bank
-    assert copied.name == first.bank.name
     name, filters, living = first.bank.name, first.bank.filters, weakref.ref(first.bank)
-    del first, second, copied
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), STU(4, seq_len=20, num_filters=3).reverse):
+        assert copied is None or copied.bank is first.bank
+    both = STU(4, seq_len=20, num_filters=3, causal=False)
+    assert both.bank is both.reverse.bank is first.bank
+    del copied, both
+    gc.collect()
+    assert FilterBank.of(name) is first.bank
+    del first, second
     gc.collect()
     assert living() is None
     assert torch.equal(FilterBank.of(name).filters, filters)  # as a saved program asks for it
@@ -131,10 +138,33 @@ def test_a_name_of_another_process_is_not_taken_for_one_of_this():
 
 
 def test_a_traced_program_leaves_no_fake_filters_behind():
-    bank = FilterBank(spectral_bank(20, 3))
+    plain = FilterBank(spectral_bank(20, 3))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert isinstance(bank.on(CPU, torch.float32), FakeTensor)
-    assert type(bank.on(CPU, torch.float32)) is torch.Tensor
+        assert isinstance(plain.on(CPU, torch.float32), FakeTensor)
+        built = bank.spectral_bank(21, 3, "standard", two_sided=True, delay=2)
+        streaming_memory(built, "window", CPU, torch.float32)
+    assert type(plain.on(CPU, torch.float32)) is torch.Tensor
+    assert type(built.filters) is torch.Tensor
+    assert type(streaming_memory(built, "window", CPU, torch.float32).filters) is torch.Tensor
+
+
+def test_a_bank_of_an_evaluation_can_be_trained_with():
+    with torch.inference_mode():
+        first = STUT(4, seq_len=22, num_filters=3)
+    second = STUT(4, seq_len=22, num_filters=3).double()
+    assert second.bank is first.bank
+    second(torch.randn(1, 22, 4, dtype=torch.float64)).sum().backward()
+    assert second.m_filters.grad.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_copy_that_is_gone_leaves_the_bank_for_compiled_layers():
+    layer, x = STU(4, seq_len=23, num_filters=3), torch.randn(1, 23, 4)
+    pickle.loads(pickle.dumps(layer))
+    gc.collect()
+    torch._dynamo.reset()
+    torch.compile(layer, backend="aot_eager")(x).sum().backward()
+    assert STU(4, seq_len=23, num_filters=3)(x).isfinite().all()
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_the_operator_keeps_its_promises():
         inputs = problem(length, 2, initial=True)
         torch.library.opcheck(recurrence._recurrence, inputs)
         drive, weight, start = (each.detach() for each in inputs)
-        torch.library.opcheck(recurrence._recurrence_backward, (torch.randn_like(drive), drive, weight, start))
+        torch.library.opcheck(recurrence._adjoint, (torch.randn_like(drive), drive, weight, start))
 
 
 def test_no_second_derivative_is_silently_wrong():

@@ -174,6 +174,10 @@ def test_a_recipe_is_for_the_parameters_that_it_was_made_for():
     renamed = ((f"module.{name}", parameter) for name, parameter in module.named_parameters())
     with pytest.raises(ValueError, match="parameters of other names: first"):
         recipe.build(renamed)
+    for wrapped in ("_orig_mod.{}", "_fsdp_wrapped_module.{}", "_checkpoint_wrapped_module._orig_mod.{}"):
+        named = ((wrapped.format(name), parameter) for name, parameter in module.named_parameters())
+        groups = recipe.build(named)[0].param_groups
+        assert [len(group["params"]) for group in groups] == [2, 2]
 
 
 def test_weight_decay_and_rate_of_a_group_reach_its_parameters():
