@@ -10,6 +10,8 @@ from experiments.lra.__main__ import main
 from stu.training.loggers import read_metrics
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "lra"
 
 
@@ -21,7 +23,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "runs" / "lra_listops" / "stu" / "one"
 
 
-@pytest.mark.slow
 def test_results_are_those_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(run), "--out", str(tmp_path / "new")]) == 0
     [result] = json.loads((tmp_path / "new" / "results.json").read_text())

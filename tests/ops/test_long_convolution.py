@@ -224,6 +224,7 @@ def test_fft_lengths_are_long_enough_and_fast(least):
 # --- torch.compile ---
 
 
+@pytest.mark.slow
 def test_the_operators_keep_the_rules_of_torch_compile():
     u, taps = problem(5, 7)
     torch.library.opcheck(module._convolution, (u, taps, 2))

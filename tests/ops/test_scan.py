@@ -120,6 +120,7 @@ def test_scan_takes_real_and_complex_together(reverse):
         assert [g.dtype for g in grads] == [drive.dtype, decay.dtype]
 
 
+@pytest.mark.slow
 @directions
 @pytest.mark.parametrize("gated", [False, True], ids=["constant", "gated"])
 def test_gradcheck_of_the_scan(gated, reverse):
@@ -259,6 +260,7 @@ def test_operators_keep_the_rules_of_torch():
     torch.library.opcheck(scan._diagonal_ssm_backward, [noise(2, 5, 2), noise(2, 4, dtype=c), *plain])
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     inputs = ssm_problem(12, directions=2, initial=True)
     torch._dynamo.reset()

@@ -599,6 +599,7 @@ def test_labels_and_markers(kind, images):
     assert radius < drawn.markers.mean() < KINDS[kind].side - radius
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_distractors(kind, images):
     found = images[kind].distractors
@@ -631,6 +632,7 @@ def test_attempts(kind, margin, attempts, size, targets):
     assert abs(pairs[-1].tries / len(pairs) - attempts) < 4 * attempts * np.sqrt(1 / len(pairs) + 1 / size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "share"), [("small", 0.081), ("large", 0.096)])
 def test_refused_paddles(kind, share, targets):
     tried, refused = zip(*[found[1:] for (k, _), found in targets.items() if k == kind], strict=True)
@@ -732,13 +734,14 @@ def test_the_number_of_processes_changes_nothing():
 
 
 ORPHANS = """
+import os
 import time
 from multiprocessing import Process
 from data.store.cache import follow_parent
 
 def work():
     follow_parent()
-    print("started", flush=True)
+    os.write(1, b"started\\n")  # in one piece, which print does not promise
     time.sleep(60)
 
 for _ in range(2):
