@@ -185,13 +185,10 @@ def _samples(planes: list[Tensor], bands: list[Band], n: int, length: int) -> Te
 # --- the products on one band ---
 
 
-# Both classes multiply by H on a band; signals and gradients are (F, B, 2, width).
-# multiply: out(f) = signal(f) H(f). multiply_adjoint: out(f) = gradient(f) H(f)ᴴ. correlate: the gradients of M̃, and of
-# R̃ if there is one, (R, I·O) each: Σ_f Re a_r(f)* signal(f)ᴴ gradient(f).
-
-
 class _Transfer:
-    """H(f) for some frequencies at a time.
+    """Multiplication by H on a band, and its derivatives: H(f) for some frequencies at a time.
+
+    Signals and gradients are (F, B, 2, width). `_Features` has the same methods.
 
     A filter that runs from the end has the conjugate spectrum, so both directions cost what one does:
     H = Σ_r a_r M̃_r + a_r* R̃_r = Σ_r Re a_r (M̃_r + R̃_r) + i Im a_r (M̃_r − R̃_r).
@@ -205,16 +202,19 @@ class _Transfer:
             self.even, self.odd = self.even + mirrored, self.odd - mirrored
 
     def multiply(self, out: Tensor, signal: Tensor) -> None:
+        """out(f) = signal(f) H(f)."""
         for f in self._frequencies(signal):
             real, imaginary = self._at(f)
             _complex_product(out[f], signal[f], real, imaginary)
 
     def multiply_adjoint(self, out: Tensor, gradient: Tensor) -> None:
+        """out(f) = gradient(f) H(f)ᴴ."""
         for f in self._frequencies(gradient):
             real, imaginary = self._at(f)
             _complex_product(out[f], gradient[f], real.mT, imaginary.mT, conjugate=True)
 
     def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
+        """The gradients of M̃, and of R̃ if there is one, (R, I·O) each: Σ_f Re a_r(f)* signal(f)ᴴ gradient(f)."""
         even, odd = torch.zeros_like(self.even), torch.zeros_like(self.odd)
         real, imaginary = self.basis * _shares(self.band, n)
         for f in self._frequencies(signal):
@@ -234,7 +234,7 @@ class _Transfer:
 
 
 class _Features:
-    """a_r(f) U(f) for some frequencies at a time; the other direction adds the features a_r(f)* U(f)."""
+    """The same by a_r(f) U(f) for some frequencies at a time; the other direction adds the features a_r(f)* U(f)."""
 
     def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
         matrices = [band.mix @ matrix.flatten(1) for matrix in (weight, reverse) if matrix is not None]

@@ -69,7 +69,7 @@ def _(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     return drive.new_empty(drive.shape)
 
 
-@torch.library.custom_op("stu::linear_adjoint", mutates_args=())
+@torch.library.custom_op("stu::linear_recurrence_backward", mutates_args=())
 def _adjoint(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
     with no_autocast(grad):

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stu.encoders import RotaryPositions
 from stu.errors import OptionError
 from stu.mixers.attention import BLOCK, Attention, local_attention
 from tests.models import randomized
+from tests.sizes import Sizes
 
 D = 8
 
@@ -48,18 +47,6 @@ def dense(layer, x, visible):
     scores = query @ key.mT / math.sqrt(D // 2)
     weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     return layer.project_out((weights @ value).transpose(1, 2).flatten(2))
-
-
-class Sizes(TorchDispatchMode):
-    """How many entries the largest tensor has that any operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = [each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor) and not each._is_view()]
-        self.largest = max([self.largest, *made])
-        return result
 
 
 @causality

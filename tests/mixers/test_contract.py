@@ -108,6 +108,22 @@ def test_padding_is_never_seen(case, padding):
 
 
 @mixers
+def test_real_positions_never_see_padding_wherever_it_is(case):
+    mixer = case.random(seq_len=SEQ_LEN)
+    mask = torch.rand(3, SEQ_LEN) < 0.6
+    mask[2] = False  # nothing real at all
+    x = noise(3, SEQ_LEN, D)
+    y = mixer(x, mask)
+    for padding in (torch.nan, torch.inf, 1e8):
+        other = x.masked_fill(~mask.unsqueeze(-1), padding).requires_grad_()
+        found = mixer(other, mask)
+        assert torch.equal(found[mask], y[mask])
+        (grad,) = torch.autograd.grad(found[mask].square().sum(), other)
+        assert grad.isfinite().all()
+        assert (grad[~mask] == 0).all()
+
+
+@mixers
 def test_a_mask_of_ones_is_no_mask(case):
     mixer = case.random(seq_len=SEQ_LEN)
     x = noise(2, 21, D)

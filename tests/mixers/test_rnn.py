@@ -85,23 +85,6 @@ def test_both_directions_are_those_of_pytorch(cell):
 
 
 @cells
-@causality
-def test_real_positions_never_see_padding_wherever_it_is(cell, causal):
-    layer = layer_of(cell, causal=causal)
-    mask = torch.rand(3, 20) < 0.6
-    mask[2] = False  # nothing real at all
-    x = noise(3, 20, D)
-    y = layer(x, mask)
-    for padding in (torch.nan, torch.inf, 1e8):
-        other = x.masked_fill(~mask.unsqueeze(-1), padding).requires_grad_()
-        again = layer(other, mask)
-        assert torch.equal(again[mask], y[mask])
-        again[mask].square().sum().backward()
-        assert other.grad.isfinite().all()
-        assert (other.grad[~mask] == 0).all()
-
-
-@cells
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_forward_step_and_prefill_agree_where_the_state_is_projected(cell, dtype, tolerance):
     layer = layer_of(cell, dtype=dtype)
