@@ -21,9 +21,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stu.ops.filters import Hankel, spectral_filters
+from stu.ops.transforms import lasting, outside
 
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
 CACHED_LENGTHS = 64  # FFT lengths whose bands a bank keeps
@@ -92,7 +92,7 @@ class FilterBank:
         if key not in self._placed:
             with torch.inference_mode(False):  # training could not use what an evaluation had placed
                 placed = self.filters.to(key[0]).to(device)
-            if type(placed) is not Tensor:  # a fake one, while a program is traced
+            if not lasting(placed):
                 return placed
             self._placed[key] = placed
         return self._placed[key]
@@ -155,8 +155,7 @@ def spectral_bank(
     name = json.dumps(found, default=int)
     if (bank := FilterBank._living.get(name)) is not None:
         return bank
-    # whatever is going on: a model built on the meta device, an evaluation, a program being traced
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+    with outside():
         eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
         scaled = eigenvalues**0.25 * filters
         columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)

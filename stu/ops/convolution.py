@@ -11,6 +11,7 @@ Y(f) = U(f) H(f) needs one FFT per channel on either side, independent of K. A `
 frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
 """
 
+import functools
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,7 @@ from stu.ops.bank import Band, FilterBank
 from stu.ops.chunks import budget, chunks
 from stu.ops.long_convolution import fft_length
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import plain_gradients, transformed
 
 # What is computed first: with "transfer" the matrices H(f), which the whole batch shares, with "features" the filtered
 # inputs a_r(f) U(f), which one large matrix product then mixes.
@@ -50,7 +52,7 @@ def filter_convolution(
     chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)
     bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
-    y: Tensor = _convolution(u.to(dtype), weight.to(dtype), mirrored, bank.name, chosen)
+    y = _convolved(u.to(dtype), weight.to(dtype), mirrored, bank, chosen)
     return y.to(u.dtype)
 
 
@@ -76,6 +78,26 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
 
 
 # --- the operator ---
+
+
+def _convolved(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: FilterBank, algorithm: str) -> Tensor:
+    if transformed(u, weight, reverse):
+        return _plain(bank, u, weight, reverse)
+    y: Tensor = _convolution(u, weight, reverse, bank.name, algorithm)
+    return y
+
+
+def _plain(bank: FilterBank, u: Tensor, weight: Tensor, reverse: Tensor | None) -> Tensor:
+    """The same by H(f) of all frequencies at once."""
+    with no_autocast(u):
+        n = fft_length(2 * u.shape[1] - 1)
+        filters = bank.on(u.device, weight.dtype)[: u.shape[1]]
+        spectra = torch.fft.rfft(filters.to(weight.dtype), n=n, dim=0)  # (F, K)
+        response = torch.einsum("fk,kio->fio", spectra, weight.to(spectra.dtype))
+        if reverse is not None:
+            response = response + torch.einsum("fk,kio->fio", spectra.conj(), reverse.to(spectra.dtype))
+        product = torch.einsum("bfi,fio->bfo", torch.fft.rfft(u, n=n, dim=1), response)
+        return torch.fft.irfft(product, n=n, dim=1)[:, : u.shape[1]]
 
 
 @torch.library.custom_op("stu::filter_convolution", mutates_args=())
@@ -139,21 +161,39 @@ def _(grad: Tensor, u: Tensor, weight: Tensor, reverse: Tensor | None, *options:
     return tuple(like.new_empty(like.shape) if wants else u.new_empty(0) for like, wants in wanted)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    u, weight, reverse, name, ctx.algorithm = inputs
-    ctx.save_for_backward(u, weight, reverse)
-    ctx.name, ctx.bank = name, FilterBank.of(name)  # the bank lives as long as the graph
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = sum(isinstance(x, Tensor) or x is None for x in inputs)
+    ctx.save_for_backward(*inputs[:tensors])
+    ctx.options = name, *_ = inputs[tensors:]
+    ctx.bank = FilterBank.of(name)  # it lives as long as the graph
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    if transformed(grad):
+        return *plain_gradients(functools.partial(_plain, ctx.bank), inputs, grad), None, None
     needed = ctx.needs_input_grad[:3]
-    gradients = _convolution_backward(
-        grad, *ctx.saved_tensors, ctx.name, ctx.algorithm, needed[0], needed[1] or needed[2]
-    )
-    return *(gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)), None, None
+    found = _convolution_backward(grad, *inputs, *ctx.options, needed[0], needed[1] or needed[2])
+    return *(gradient if needs else None for gradient, needs in zip(found, needed, strict=True)), None, None
+
+
+def _backward_of_backward(ctx: Any, for_u: Tensor, for_weight: Tensor, for_reverse: Tensor) -> tuple[Any, ...]:
+    """Of ⟨grad, for_u ∗ (weight, reverse) + u ∗ (for_weight, for_reverse)⟩: each factor enters linearly."""
+    grad, u, weight, reverse = ctx.saved_tensors
+    *options, wants_u, wants_matrices = ctx.options
+    other = None if reverse is None else for_reverse
+    by_grad, by_u, by_weight, by_reverse = torch.zeros_like(grad), None, None, None
+    if wants_u:
+        by_grad = by_grad + _convolution(for_u, weight, reverse, *options)
+        _, by_weight, by_reverse = _convolution_backward(grad, for_u, weight, reverse, *options, False, True)
+    if wants_matrices:
+        by_grad = by_grad + _convolution(u, for_weight, other, *options)
+        by_u, *_ = _convolution_backward(grad, u, for_weight, other, *options, True, False)
+    return by_grad, by_u, by_weight, None if reverse is None else by_reverse, None, None, None, None
 
 
 _convolution.register_autograd(_backward, setup_context=_save)
+_convolution_backward.register_autograd(_backward_of_backward, setup_context=_save)
 
 
 # --- between samples and bands ---

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import transformed
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -111,7 +112,8 @@ def _table(powers: Iterator[Tensor], start: Tensor, count: int) -> Tensor:
 
 def _powers(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """1, a, a², …, a power of two of them, `count` or more, and the next one: (D, N) → (D, N, T), (D, N)."""
-    table: Tensor = _power_table(a, 1 << (count - 1).bit_length())
+    form = _plain_power_table if transformed(a) else _power_table
+    table: Tensor = form(a, 1 << (count - 1).bit_length())
     return table, table[..., -1] * a
 
 
@@ -154,6 +156,13 @@ def _final_state(product: Product, powers: Iterator[Tensor], ends: Tensor) -> Te
 
 
 # --- the table of powers, with a gradient of one pass ---
+
+
+def _plain_power_table(a: Tensor, count: int) -> Tensor:
+    table, power = torch.ones_like(a).unsqueeze(-1), a.unsqueeze(-1)
+    while table.shape[-1] < count:
+        table, power = torch.cat((table, table * power), -1), power * power
+    return table
 
 
 @torch.library.custom_op("stu::power_table", mutates_args=())

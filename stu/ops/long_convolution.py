@@ -17,7 +17,8 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from stu.ops.chunks import budget, chunks
-from stu.ops.precision import at_least_float32
+from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import plain_gradients, transformed
 
 CHUNK = 1 << 18  # real numbers transformed at a time on a CPU
 CHANNELS = 16  # of a chunk, at least: adjacent in memory, this many fill a cache line
@@ -35,7 +36,8 @@ def long_convolution(u: Tensor, kernel: Tensor, reverse: Tensor | None = None) -
     if reverse is not None:
         ahead = reverse[: length - 1]
         taps, future = torch.cat((ahead.flip(0), taps)), len(ahead)
-    y: Tensor = _convolution(u, taps, future)
+    form = _plain if transformed(u, taps) else _convolution
+    y: Tensor = form(u, taps, future)
     return y
 
 
@@ -52,6 +54,7 @@ def long_convolution_reference(u: Tensor, kernel: Tensor, reverse: Tensor | None
     return torch.einsum("tsd,bsd->btd", toeplitz, u)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fft_length(least: int) -> int:
     """The next fast FFT length, a multiple of 16: odd lengths take three times as long."""
     return 16 * int(next_fast_len(-(-least // 16), real=True))
@@ -91,6 +94,16 @@ def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor
     return grad_u, grad_taps
 
 
+def _plain(u: Tensor, taps: Tensor, future: int) -> Tensor:
+    """The same by all channels and sequences at once."""
+    n, dtype = _plan(u, taps, future)
+    with no_autocast(u):
+        circle = torch.cat((taps[future:], taps.new_zeros(n - len(taps), taps.shape[1]), taps[:future]))
+        response = torch.fft.rfft(circle.to(dtype), dim=0)
+        product = torch.fft.rfft(u.to(dtype), n=n, dim=1) * response
+        return torch.fft.irfft(product, n=n, dim=1)[:, : u.shape[1]].to(u.dtype)
+
+
 @_convolution.register_fake
 def _(u: Tensor, taps: Tensor, future: int) -> Tensor:
     return torch.empty_like(u)
@@ -106,8 +119,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     u, taps = ctx.saved_tensors
+    if transformed(grad):
+        return plain_gradients(_plain, (u, taps, ctx.future), grad)
     return *_adjoint(grad, u, taps, ctx.future), None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stu.ops.long_convolution import fft_length, long_convolution
+from stu.ops.transforms import transformed
 
 
 def closed_loop(responses: Tensor, rank: int) -> Tensor:
@@ -26,7 +27,7 @@ def closed_loop(responses: Tensor, rank: int) -> Tensor:
     """
     for _ in range(rank):
         *outputs, (*feedback, loop) = (row.unbind() for row in responses.unbind())
-        fed_back = _quotient(torch.stack(feedback), loop, reciprocal(loop))  # (M + R − 1, D, L)
+        fed_back = quotient(torch.stack(feedback), loop)  # (M + R − 1, D, L)
         rows = [torch.stack(inputs) - series_product(fed_back, kernel) for *inputs, kernel in outputs]
         responses = torch.stack(rows)
     return responses
@@ -37,25 +38,34 @@ def series_product(x: Tensor, y: Tensor) -> Tensor:
     return long_convolution(x.mT, y.mT).mT
 
 
+def quotient(x: Tensor, series: Tensor) -> Tensor:
+    """The power series x/(1 + s), cut at z^L: (M, D, L), (D, L) → (M, D, L).
+
+    Differentiable any number of times.
+    """
+    if transformed(x, series):
+        return series_product(x, reciprocal(series))
+    q: Tensor = _quotient(x, series, _reciprocal(series.detach()))
+    return q
+
+
 def reciprocal(series: Tensor) -> Tensor:
     """The power series 1/(1 + s) of every channel, cut at z^L: (D, L) → (D, L).
 
     Differentiable any number of times.
     """
-    v: Tensor = _reciprocal(series)
+    v: Tensor = (_newton if transformed(series) else _reciprocal)(series)
     return v
 
 
-@torch.library.custom_op("stu::reciprocal", mutates_args=())
-def _reciprocal(series: Tensor) -> Tensor:
+def _newton(series: Tensor) -> Tensor:
     """Newton's iteration, v − v ∗ ((1 + s) ∗ v − 1): each step doubles the number of correct entries.
 
     Of (1 + s) ∗ v − 1, the entries where v is already correct are rounding errors and left out, which halves the FFTs.
     One more step then corrects the rounding of all entries.
     """
     length = series.shape[1]
-    rows = series.clone(memory_format=torch.contiguous_format)
-    rows[:, 0] += 1
+    rows = torch.cat((series[:, :1] + 1, series[:, 1:]), 1)
     v, sizes = 1 / rows[:, :1], [length]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
@@ -66,9 +76,19 @@ def _reciprocal(series: Tensor) -> Tensor:
         v = torch.cat((v, -_filtered(error, spectrum, n)[:, : size - known]), 1)
     n = fft_length(2 * length)
     spectrum = torch.fft.rfft(v, n=n)
-    error = _filtered(rows, spectrum, n)[:, :length]
-    error[:, 0] -= 1
+    product = _filtered(rows, spectrum, n)[:, :length]
+    error = torch.cat((product[:, :1] - 1, product[:, 1:]), 1)
     return v - _filtered(error, spectrum, n)[:, :length]
+
+
+def _filtered(x: Tensor, spectrum: Tensor, n: int) -> Tensor:
+    """The circular convolution of rows x (D, …) with those of a spectrum (D, n/2 + 1): (D, n)."""
+    return torch.fft.irfft(torch.fft.rfft(x, n=n) * spectrum, n=n)
+
+
+@torch.library.custom_op("stu::reciprocal", mutates_args=())
+def _reciprocal(series: Tensor) -> Tensor:
+    return _newton(series)
 
 
 @_reciprocal.register_fake
@@ -78,13 +98,10 @@ def _(series: Tensor) -> Tensor:
 
 def _save_reciprocal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(output)
-    ctx.set_materialize_grads(False)
 
 
-def _reciprocal_backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-    """The adjoint of ds → −v ∗ v ∗ ds; nothing where 1/(1 + s) only helped `_quotient`."""
-    if grad is None:
-        return None
+def _reciprocal_backward(ctx: Any, grad: Tensor) -> Tensor:
+    """The adjoint of ds → −v ∗ v ∗ ds, which runs backwards in time."""
     (v,) = ctx.saved_tensors
     squared = series_product(v.unsqueeze(0), v)
     return -series_product(grad.flip(1).unsqueeze(0), squared.squeeze(0)).squeeze(0).flip(1)
@@ -95,9 +112,9 @@ _reciprocal.register_autograd(_reciprocal_backward, setup_context=_save_reciproc
 
 @torch.library.custom_op("stu::series_quotient", mutates_args=())
 def _quotient(x: Tensor, series: Tensor, v: Tensor) -> Tensor:
-    """x/(1 + s), given v = 1/(1 + s): (M, D, L), (D, L), (D, L) → (M, D, L).
+    """x/(1 + s), given v = 1/(1 + s) without a gradient: (M, D, L), (D, L), (D, L) → (M, D, L).
 
-    The gradient of s comes from the quotient q itself, −g/(1 + s) ∗ q, and none from v: fewer FFTs, half for one x.
+    The gradient of s comes from the quotient q itself, −g/(1 + s) ∗ q: fewer FFTs than through v, half for one x.
     """
     return series_product(x, v)
 
@@ -108,20 +125,18 @@ def _(x: Tensor, series: Tensor, v: Tensor) -> Tensor:
 
 
 def _save_quotient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[2], output)
+    _, series, v = inputs
+    ctx.save_for_backward(series, v, output)
 
 
 def _quotient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    """Adjoints run backwards in time; v, saved with its own history, makes them differentiable in s."""
-    v, q = ctx.saved_tensors
+    """Adjoints run backwards in time."""
+    series, v, q = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        v = reciprocal(series)  # with its own history: the gradients are differentiable in s
     turned = series_product(grad.flip(2), v)
     by_series = torch.cat([series_product(g.unsqueeze(0), each) for g, each in zip(turned, q, strict=True)])
     return turned.flip(2), -by_series.sum(0).flip(1), None
 
 
 _quotient.register_autograd(_quotient_backward, setup_context=_save_quotient)
-
-
-def _filtered(x: Tensor, spectrum: Tensor, n: int) -> Tensor:
-    """The circular convolution of rows x (D, …) with those of a spectrum (D, n/2 + 1): (D, n)."""
-    return torch.fft.irfft(torch.fft.rfft(x, n=n).mul_(spectrum), n=n)

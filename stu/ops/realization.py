@@ -25,6 +25,7 @@ from torch import Tensor
 
 from stu.errors import require
 from stu.ops.filters import Hankel, row_quadrature, spectral_filters
+from stu.ops.transforms import outside
 
 DENSE = 3.2  # poles per octave: from here on the ends of the progression limit the error, below it the gaps do
 MOST = 4.6  # poles per octave: with more of them only rounding errors remain
@@ -99,7 +100,9 @@ def realize_filters(
     if num_states is not None:
         require(num_states >= 1, "num_states", num_states, "must be at least 1")
         require(num_states % branches == 0, "num_states", num_states, "must be even for hankel=L, whose poles are ±p")
-    return Realization(*(t.clone() for t in _realize(seq_len, num_filters, hankel, tolerance, num_states)))
+    with outside():
+        found = _realize(seq_len, num_filters, hankel, tolerance, num_states)
+    return Realization(*(part.clone() for part in found))
 
 
 def exponential_sums(u: Tensor, poles: Tensor) -> Tensor:

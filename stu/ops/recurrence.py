@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import owned, transformed
 
 SHORTEST, LONGEST = 4, 64  # block lengths
 # Flops that take as long as the small product at a seam, which is dominated by the cost of the call.
@@ -30,7 +31,9 @@ def linear_recurrence(drive: Tensor, weight: Tensor, initial: Tensor | None = No
     """
     dtype = torch.promote_types(drive.dtype, at_least_float32(weight))
     start = drive.new_zeros(len(drive), *weight.shape[:2]) if initial is None else initial
-    y: Tensor = _recurrence(drive.to(dtype), weight.to(dtype), start.to(dtype))
+    inputs = drive.to(dtype), weight.to(dtype), start.to(dtype)
+    with no_autocast(drive):
+        y: Tensor = (_blockwise if transformed(*inputs) else _recurrence)(*inputs)
     return y.to(drive.dtype)
 
 
@@ -61,7 +64,7 @@ def linear_recurrence_reference(drive: Tensor, weight: Tensor, initial: Tensor |
 @torch.library.custom_op("stu::linear_recurrence", mutates_args=())
 def _recurrence(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     with no_autocast(drive):
-        return _blockwise(drive, weight, initial)
+        return owned(_blockwise(drive, weight, initial))
 
 
 @_recurrence.register_fake
@@ -69,34 +72,28 @@ def _(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     return drive.new_empty(drive.shape)
 
 
-@torch.library.custom_op("stu::linear_recurrence_backward", mutates_args=())
-def _adjoint(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
-    with no_autocast(grad):
-        order, width = weight.shape[:2]
-        by_drive = _blockwise(grad.flip(1), weight.mT, torch.zeros_like(initial)).flip(1)
-        history = torch.cat((initial.flip(1), y), 1)  # (B, P + L, D), oldest first
-        lagged = (history[:, order - i : -i].reshape(-1, width) for i in range(1, order + 1))  # y_{t−i}
-        by_weight = torch.stack([outputs.mT @ by_drive.reshape(-1, width) for outputs in lagged])
-        by_initial = torch.zeros_like(initial)
-        for i in range(order):
-            for t in range(min(order - i, y.shape[1])):  # y_{−i} enters step t through M_{t+1+i}
-                by_initial[:, i] += by_drive[:, t] @ weight[t + i].mT
-        return by_drive, by_weight, by_initial
-
-
-@_adjoint.register_fake
-def _(grad: Tensor, y: Tensor, weight: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(like.shape) for like in (grad, weight, initial))
-
-
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     _, weight, initial = inputs
     ctx.save_for_backward(output, weight, initial)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return _adjoint(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of drive, a_t = g_t + Σ_i a_{t+i} M_iᵀ, weight, Σ_t y_{t−i}ᵀ a_t, and initial."""
+    y, weight, initial = ctx.saved_tensors
+    order, width = weight.shape[:2]
+    with no_autocast(grad):
+        by_drive = linear_recurrence(grad.flip(1), weight.mT).flip(1)
+        history = torch.cat((initial.flip(1), y), 1)  # (B, P + L, D), oldest first
+        lagged = (history[:, order - i : -i].reshape(-1, width) for i in range(1, order + 1))  # y_{t−i}
+        by_weight = torch.stack([outputs.mT @ by_drive.reshape(-1, width) for outputs in lagged])
+        by_initial = [  # y_{−i} enters step t through M_{t+1+i}
+            sum(
+                (by_drive[:, t] @ weight[t + i].mT for t in range(min(order - i, y.shape[1]))),
+                torch.zeros_like(y[:, 0]),
+            )
+            for i in range(order)
+        ]
+        return by_drive, by_weight, torch.stack(by_initial, 1)
 
 
 _recurrence.register_autograd(_backward, setup_context=_save)
@@ -112,23 +109,19 @@ def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     steps = -(-length // block)
     response = _impulse_response(weight, block)  # (T, D, D)
     free = _free_response(weight, response)  # (P·D, T·D)
-    blocks = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch, steps, block * width)
-    whole = drive.new_empty(batch, steps * block, width)
-    y = whole.view_as(blocks)
-    torch.mm(blocks.flatten(0, 1), _toeplitz(response), out=y.flatten(0, 1))  # the response to each block's own drive
-    seams = _seams(y[:, :, -order * width :], free[:, -order * width :], initial.flip(1).flatten(1))
-    y.view(-1, block * width).addmm_(seams.flatten(0, 1), free)
-    return whole if steps * block == length else whole[:, :length].clone()  # no view: it may be changed in place
+    blocks = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch * steps, block * width)
+    own = blocks @ _toeplitz(response)  # the response to each block's own drive
+    ends = own[:, -order * width :].unflatten(0, (batch, steps))
+    seams = _seams(ends, free[:, -order * width :], initial.flip(1).flatten(1))
+    return torch.addmm(own, seams.flatten(0, 1), free).view(batch, steps * block, width)[:, :length]
 
 
 def _seams(ends: Tensor, free: Tensor, seam: Tensor) -> Tensor:
     """The P outputs before each block, (B, S, P·D), oldest first: s_{j+1} = ends_j + s_j free."""
-    seams = ends.new_empty(ends.shape[1], *seam.shape)
-    seams[0] = seam
-    ends = ends.transpose(0, 1)
-    for j in range(1, len(seams)):
-        torch.addmm(ends[j - 1], seams[j - 1], free, out=seams[j])
-    return seams.transpose(0, 1)
+    seams = [seam]
+    for end in ends.unbind(1)[:-1]:
+        seams.append(torch.addmm(end, seams[-1], free))
+    return torch.stack(seams, 1)
 
 
 def _impulse_response(weight: Tensor, length: int) -> Tensor:
@@ -154,13 +147,12 @@ def _free_response(weight: Tensor, response: Tensor) -> Tensor:
 
     Output t−i (i = 1…P) enters step t' of the block through M_{t'+i}, t' ≤ P − i, and continues as P_{t−t'}.
     """
-    order, width, _ = weight.shape
-    block = len(response)
+    order, block = len(weight), len(response)
     rows = []
     for i in range(order, 0, -1):
-        entries = torch.zeros(width, block, width, dtype=weight.dtype, device=weight.device)
-        for start in range(order - i + 1):
-            ringing = weight[start + i - 1] @ response[: block - start]  # (T − start, D, D)
-            entries[:, start:] += ringing.transpose(0, 1)
-        rows.append(entries.view(width, block * width))
+        ringing = [
+            F.pad(weight[start + i - 1] @ response[: block - start], (0, 0, 0, 0, start, 0))  # (T, D, D)
+            for start in range(order - i + 1)
+        ]
+        rows.append(torch.stack(ringing).sum(0).transpose(0, 1).flatten(1))
     return torch.cat(rows)

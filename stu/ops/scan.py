@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from stu.ops.chunks import budget, chunks
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import plain_gradients, transformed
 
 CHUNK = 1 << 20  # real numbers of states at a time on a CPU
 
@@ -37,9 +38,9 @@ def linear_scan(drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, 
     drive = drive.to(dtype)
     if initial is not None:
         first = drive.shape[1] - 1 if reverse else 0
-        drive = drive.clone()
-        drive[:, first] += ((decay if decay.ndim == 1 else decay[:, first]) * initial).to(dtype)
-    return _linear_scan(drive, decay, reverse)
+        entering = ((decay if decay.ndim == 1 else decay[:, first]) * initial).to(dtype)
+        drive = drive.index_add(1, torch.tensor([first], device=drive.device), entering.unsqueeze(1))
+    return _scanned(drive, decay, reverse)
 
 
 def linear_scan_reference(
@@ -69,13 +70,14 @@ def diagonal_ssm(
     """
     dtype = at_least_float32(u)
     start = u.new_zeros(len(u), len(decay)) if initial is None else initial
-    y, last = _diagonal_ssm(
+    inputs = (
         u.to(dtype),
         decay,
         torch.stack((B.real, B.imag), 1).flatten(0, 1).to(dtype),  # (2N, D)
         torch.stack((C.real, -C.imag), -1).flatten(2).to(dtype),  # (1 or 2, O, 2N)
         start.to(torch.promote_types(dtype, torch.complex64)),
     )
+    y, last = (_plain_ssm if transformed(*inputs) else _diagonal_ssm)(*inputs)
     return y.to(u.dtype), last.to(decay.dtype)
 
 
@@ -83,6 +85,25 @@ def diagonal_step(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor)
     """One step of `diagonal_ssm`, no z: u_t (batch, D), x_{t−1} (batch, N) → y_t (batch, O), x_t in decay's dtype."""
     state = decay * state + u.to(decay.dtype) @ B.to(decay.dtype).T
     return (state @ C[0].to(decay.dtype).T).real.to(u.dtype), state
+
+
+def _scanned(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    states: Tensor = (_plain_scan if transformed(drive, decay) else _linear_scan)(drive, decay, reverse)
+    return states
+
+
+def _plain_scan(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    """The same out of place: spans of 1, 2, 4, … steps that end at every step (Hillis and Steele, 1986)."""
+    if reverse:
+        return _plain_scan(drive.flip(1), decay if decay.ndim == 1 else decay.flip(1), False).flip(1)
+    if decay.ndim == 1:
+        decay = decay.to(torch.promote_types(decay.dtype, torch.float64) if drive.device.type != "mps" else decay.dtype)
+    span = 1
+    while span < drive.shape[1]:
+        drive = drive + decay.to(drive.dtype) * F.pad(drive[:, :-span], (0, 0, span, 0))
+        decay = decay * (decay if decay.ndim == 1 else F.pad(decay[:, :-span], (0, 0, span, 0)))
+        span *= 2
+    return drive
 
 
 @torch.library.custom_op("stu::linear_scan", mutates_args=())
@@ -104,12 +125,24 @@ def _save_scan(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) ->
 def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     decay, states = ctx.saved_tensors
     adjoint = decay.conj() if decay.ndim == 1 else _before(decay.conj(), not ctx.reverse)
-    grad_drive = _linear_scan(grad, adjoint.resolve_conj(), not ctx.reverse)
+    grad_drive = _scanned(grad, adjoint.resolve_conj(), not ctx.reverse)
     grad_decay = _before(states, ctx.reverse).conj() * grad_drive
     return grad_drive, grad_decay.sum((0, 1)).to(decay.dtype) if decay.ndim == 1 else grad_decay, None
 
 
 _linear_scan.register_autograd(_scan_backward, setup_context=_save_scan)
+
+
+def _plain_ssm(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """`_diagonal_ssm` with all states at once."""
+    with no_autocast(u):
+        drive = _complex((u @ B.T).contiguous())  # (batch, L, N)
+        entering = (decay * initial).to(drive.dtype).unsqueeze(1)
+        states = _plain_scan(torch.cat((drive[:, :1] + entering, drive[:, 1:]), 1), decay, False)
+        y = torch.view_as_real(states).flatten(2) @ C[0].T
+        if len(C) == 2:
+            y = y + torch.view_as_real(_plain_scan(drive, decay, True)).flatten(2) @ C[1].T
+        return y, states[:, -1]
 
 
 @torch.library.custom_op("stu::diagonal_ssm", mutates_args=())
@@ -177,7 +210,9 @@ def _save_ssm(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(*inputs)
 
 
-def _ssm_backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
+def _ssm_backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() or transformed(grad, grad_last):
+        return plain_gradients(_plain_ssm, ctx.saved_tensors, (grad, grad_last))
     return _diagonal_ssm_backward(grad, grad_last, *ctx.saved_tensors)
 
 

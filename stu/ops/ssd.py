@@ -12,6 +12,7 @@ products, its cost is linear in L, and only the L/Q states at the seams follow o
 "Transformers are SSMs", 2405.21060, sections 5 and 6.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from stu.ops.chunks import budget, chunks
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import owned, plain_gradients, transformed
 
 ENTRIES_ON_CPU, ENTRIES = 1 << 18, 1 << 23  # of M at a time; there are several matrices of its size
 
@@ -44,17 +46,14 @@ def ssd(
     Computed in float32 at least, the state included, whatever the dtypes or an enclosing autocast. One state per chunk
     is kept for the backward pass, which recomputes M.
     """
-    batch, length, heads, width = x.shape
-    groups, d_state = B.shape[2:]
     dtype = at_least_float32(x, dt)
-    start = x.new_zeros(batch, heads, d_state, width) if initial is None else initial
+    if initial is None:
+        initial = x.new_zeros(len(x), x.shape[2], B.shape[3], x.shape[3])
     with no_autocast(x):
-        inputs, dt, B, C = (_chunked(signal.to(dtype), chunk_size) for signal in (x, dt, B, C))  # each (F, Q, …)
-        start = _by_group(start.to(dtype).transpose(1, 2), groups)
-        y, final = _SSD.apply(inputs, dt, B.transpose(1, 2), C.transpose(1, 2), A.to(dtype), start)
-        chunked = batch, -(-length // y.shape[1])
-        y = y.unflatten(0, chunked).flatten(1, 2)[:, :length] + D.to(dtype).unsqueeze(-1) * x
-    return y.to(x.dtype), _by_head(final, width).transpose(1, 2)
+        inputs = [signal.to(dtype) for signal in (x, dt, A, B, C, initial)]
+        form: Callable[..., tuple[Tensor, Tensor, Tensor]] = _chunkwise if transformed(*inputs) else _ssd
+        y, final, _ = form(*inputs, chunk_size)
+        return (y + D.to(dtype).unsqueeze(-1) * x).to(x.dtype), final
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,84 +76,133 @@ def ssd_reference(
     return torch.stack(outputs, 1), state
 
 
-class _SSD(torch.autograd.Function):
-    """y = M (Δ x) over chunks: inside each by M itself, between them by the states.
+# --- the operator ---
+
+
+@torch.library.custom_op("stu::ssd", mutates_args=())
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ssd` without D, and the states that enter the chunks, which the backward pass needs."""
+    with no_autocast(x):
+        y, final, entering = _chunkwise(x, dt, A, B, C, initial, chunk_size)
+        return owned(y), owned(final), owned(entering)
+
+
+@_ssd.register_fake
+def _(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, heads, width), (groups, d_state) = x.shape, B.shape[2:]
+    chunks = batch * -(-length // chunk_size)
+    states = x.new_empty(chunks, groups, d_state, heads // groups * width)
+    return x.new_empty(x.shape), x.new_empty(batch, heads, d_state, width), states
+
+
+def _chunkwise(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inside each chunk by M itself, between them by the states."""
+    batch, length, _, width = x.shape
+    groups = B.shape[2]
+    x, dt, B, C = (_chunked(signal, chunk_size) for signal in (x, dt, B, C))  # each (F, Q, …)
+    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (F, G, Q, N)
+    sums = _running_sums(dt * A)
+    decay = _decays(sums, width, groups)
+    added = B.mT @ _by_group(x * (dt * decay.to_end).unsqueeze(-1), groups)  # (F, G, N, RP)
+    entering, final = _carried(added, decay.through, _by_group(initial.transpose(1, 2), groups))
+    parts = []
+    for f in _slices(x):
+        mixing = _scores(B[f], C[f]) * _pair_decays(sums[:, f], groups)  # (F, G, R, Q, Q)
+        drive = x[f] * dt[f].unsqueeze(-1)
+        between = _by_head(C[f] @ entering[f], width) * decay.from_start[f].unsqueeze(-1)
+        parts.append(between + (mixing.flatten(1, 2) @ drive.transpose(1, 2)).transpose(1, 2))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts or [x])
+    return _sequences(y, batch, length), _by_head(final, width).transpose(1, 2), entering
+
+
+@torch.library.custom_op("stu::ssd_backward", mutates_args=())
+def _ssd_backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entering: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, Δ, A, B, C and the initial state; the states were kept, M and its factors are recomputed.
 
     Gradients of the steps Δ_t A are sums over everything that crosses t: pairs of two steps of the chunk, contributions
     of the entering state, contributions to the leaving state, and what passes through. Each sum has only terms that do
     cross. The difference of row and column sums of M would be cheaper, but cancels to noise where the decay is strong.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, start: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(F, Q, H, P), (F, Q, H), two (F, G, Q, N), (H,), (B, G, N, RP) → like x, like the start."""
-        groups, width = B.shape[1], x.shape[-1]
+    batch, length, _, width = x.shape
+    groups = B.shape[2]
+    with no_autocast(x):  # backward may be called inside one, too
+        dy, x, dt, B, C = (_chunked(signal, chunk_size) for signal in (dy, x, dt, B, C))
+        B, C = B.transpose(1, 2), C.transpose(1, 2)
         sums = _running_sums(dt * A)
         decay = _decays(sums, width, groups)
-        added = B.mT @ _by_group(x * (dt * decay.to_end).unsqueeze(-1), groups)  # (F, G, N, RP)
-        entering, final = _carried(added, decay.through, start)
-        y = torch.empty_like(x)
+        read = dy * decay.from_start.unsqueeze(-1)
+        dfinal = _by_group(dfinal.transpose(1, 2), groups)
+        leaving, dinitial = _carried(C.mT @ _by_group(read, groups), decay.through, dfinal, backwards=True)
+        dx, ddt, dB, dC, dsteps = map(torch.empty_like, (x, dt, B, C, dt))
         for f in _slices(x):
-            mixing = _scores(B[f], C[f]) * _pair_decays(sums[:, f], groups)  # (F, G, R, Q, Q)
-            drive = x[f] * dt[f].unsqueeze(-1)
-            y[f] = _by_head(C[f] @ entering[f], width) * decay.from_start[f].unsqueeze(-1)
-            y[f] += (mixing.flatten(1, 2) @ drive.transpose(1, 2)).transpose(1, 2)
-        ctx.save_for_backward(x, dt, B, C, A, sums, entering)
-        return y, final
+            drive, to_end = x[f] * dt[f].unsqueeze(-1), decay.to_end[f].unsqueeze(-1)
+            ddrive, dscores, pairs = _within(drive, dy[f], _scores(B[f], C[f]), _pair_decays(sums[:, f], groups))
+            dwritten = _by_head(B[f] @ leaving[f], width) * to_end
+            ddrive += dwritten
+            dB[f] = dscores.mT @ C[f] + _by_group(drive * to_end, groups) @ leaving[f].mT
+            dC[f] = dscores @ B[f] + _by_group(read[f], groups) @ entering[f].mT
+            dsteps[f] = _crossing(
+                pairs,
+                (_by_head(C[f] @ entering[f], width) * read[f]).sum(-1),
+                (dwritten * drive).sum(-1),
+                _by_head((entering[f] * leaving[f] * decay.through[f]).sum(-2, keepdim=True), width).sum(-1),
+            )
+            ddt[f] = (ddrive * x[f]).sum(-1) + dsteps[f] * A
+            dx[f] = ddrive * dt[f].unsqueeze(-1)
+        dA = (dsteps * dt).sum((0, 1))
+        by_time = (dx, ddt, dB.transpose(1, 2), dC.transpose(1, 2))
+        dx, ddt, dB, dC = (owned(_sequences(signal, batch, length)) for signal in by_time)
+        return dx, ddt, dA, dB, dC, owned(_by_head(dinitial, width).transpose(1, 2))
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
-        return _SSDGradients.apply(dy, dfinal, *ctx.saved_tensors)
+
+@_ssd_backward.register_fake
+def _(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entering: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(like.shape) for like in (x, dt, A, B, C, dfinal))
 
 
-class _SSDGradients(torch.autograd.Function):
-    """The backward pass of `_SSD`, an operation of its own so that differentiating it again raises an error.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors, output[2])
 
-    PyTorch's `once_differentiable` does not refuse that on every path: `torch.autograd.grad` finds others.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dy: Tensor,
-        dfinal: Tensor,
-        x: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        C: Tensor,
-        A: Tensor,
-        sums: Tensor,
-        entering: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Gradients of all inputs; the states were kept, M and its factors are recomputed."""
-        groups, width = B.shape[1], x.shape[-1]
-        with no_autocast(x):  # backward may be called inside one, too
-            decay = _decays(sums, width, groups)
-            read = dy * decay.from_start.unsqueeze(-1)
-            leaving, dstart = _carried(C.mT @ _by_group(read, groups), decay.through, dfinal, backwards=True)
-            dx, ddt, dB, dC, dsteps = map(torch.empty_like, (x, dt, B, C, dt))
-            for f in _slices(x):
-                drive, to_end = x[f] * dt[f].unsqueeze(-1), decay.to_end[f].unsqueeze(-1)
-                ddrive, dscores, pairs = _within(drive, dy[f], _scores(B[f], C[f]), _pair_decays(sums[:, f], groups))
-                dwritten = _by_head(B[f] @ leaving[f], width) * to_end
-                ddrive += dwritten
-                dB[f] = dscores.mT @ C[f] + _by_group(drive * to_end, groups) @ leaving[f].mT
-                dC[f] = dscores @ B[f] + _by_group(read[f], groups) @ entering[f].mT
-                dsteps[f] = _crossing(
-                    pairs,
-                    (_by_head(C[f] @ entering[f], width) * read[f]).sum(-1),
-                    (dwritten * drive).sum(-1),
-                    _by_head((entering[f] * leaving[f] * decay.through[f]).sum(-2, keepdim=True), width).sum(-1),
-                )
-                ddt[f] = (ddrive * x[f]).sum(-1) + dsteps[f] * A
-                dx[f] = ddrive * dt[f].unsqueeze(-1)
-            return dx, ddt, dB, dC, (dsteps * dt).sum((0, 1)), dstart
+def _backward(ctx: Any, dy: Tensor, dfinal: Tensor, dentering: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, entering = ctx.saved_tensors
+    if torch.is_grad_enabled() or transformed(dy, dfinal):
+        return plain_gradients(_chunkwise, (*inputs, ctx.chunk_size), (dy, dfinal, dentering))
+    *inputs, _ = inputs  # the initial state is the first of those kept
+    return *_ssd_backward(dy, dfinal, *inputs, entering, ctx.chunk_size), None
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError("ssd has first derivatives only")
+
+_ssd.register_autograd(_backward, setup_context=_save)
+
+
+# --- chunks ---
 
 
 class _Decay(NamedTuple):
@@ -173,6 +221,11 @@ def _chunked(signal: Tensor, chunk_size: int) -> Tensor:
     if spare := count * chunk - length:  # padding by nothing would copy
         signal = F.pad(signal, (0, 0) * (signal.ndim - 2) + (0, spare))
     return signal.unflatten(1, (count, chunk)).flatten(0, 1)
+
+
+def _sequences(signal: Tensor, batch: int, length: int) -> Tensor:
+    """The inverse of `_chunked`: (F, Q, …) → (B, L, …)."""
+    return signal.unflatten(0, (batch, -(-length // signal.shape[1]))).flatten(1, 2)[:, :length]
 
 
 def _by_group(signal: Tensor, groups: int) -> Tensor:
@@ -212,12 +265,12 @@ def _pair_decays(sums: Tensor, groups: int) -> Tensor:
     high, low = sums.transpose(2, 3).contiguous()  # (F, H, Q)
     between = high.unsqueeze(-1) - high.unsqueeze(-2)
     between.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
-    return between.tril_().exp_().unflatten(1, (groups, -1))
+    return between.tril().exp_().unflatten(1, (groups, -1))
 
 
 def _scores(B: Tensor, C: Tensor) -> Tensor:
     """C_tᵀ B_s of all s ≤ t of a chunk, zero above the diagonal: two (F, G, Q, N) → (F, G, 1, Q, Q)."""
-    return (C @ B.mT).tril_().unsqueeze(2)
+    return (C @ B.mT).tril().unsqueeze(2)
 
 
 def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
@@ -225,13 +278,14 @@ def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = Fa
 
     (F, G, N, RP), (F, G, 1, RP), (B, G, N, RP) → the state that enters each chunk, like `added`, and the last one.
     """
-    added, through = (t.unflatten(0, (len(start), len(t) // max(1, len(start)))) for t in (added, through))
-    entering, state = torch.empty_like(added), start
+    count = len(added) // len(start) if len(start) else 1
+    added, through = (t.unflatten(0, (len(start), count)) for t in (added, through))
+    states = [start]
     order = range(added.shape[1])
     for c in reversed(order) if backwards else order:
-        entering[:, c] = state
-        state = torch.addcmul(added[:, c], through[:, c], state)
-    return entering.flatten(0, 1), state
+        states.append(torch.addcmul(added[:, c], through[:, c], states[-1]))
+    final = states.pop()
+    return torch.stack(states[::-1] if backwards else states, 1).flatten(0, 1), final
 
 
 def _within(drive: Tensor, dy: Tensor, scores: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:

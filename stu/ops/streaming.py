@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from stu.ops.bank import FilterBank, SpectralFilters
 from stu.ops.realization import Realization, Streaming, exponential_sums, realize_for_streaming
+from stu.ops.transforms import lasting
 
 
 class MemoryState(NamedTuple):
@@ -129,7 +130,7 @@ def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.devic
     if memory is None:
         with torch.inference_mode(False):  # training could not use what an evaluation had built
             memory = _build(bank, streaming, device, dtype)
-        if all(type(part) is Tensor for part in vars(memory).values() if isinstance(part, Tensor)):  # not while tracing
+        if all(map(lasting, filter(torch.is_tensor, vars(memory).values()))):
             memories[streaming, device, dtype] = memory
     return memory
 

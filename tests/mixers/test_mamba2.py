@@ -122,24 +122,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *i: ssd(*i, chunk_size=2), inputs, fast_mode=False)
 
 
-@pytest.mark.parametrize("index", range(7), ids=NAMES)
-def test_no_second_derivative_is_silently_wrong(index):
-    inputs = problem(7)
-
-    def derived_twice(operation):
-        y, final = operation(*inputs)
-        loss = y.square().sum() + final.square().sum()
-        (grad,) = torch.autograd.grad(loss, inputs[index], create_graph=True)
-        return torch.autograd.grad(grad.sum(), inputs, allow_unused=True, materialize_grads=True)
-
-    if NAMES[index] == "D":  # whose gradient Σ_t x_t dy_t asks the recurrence for a first derivative alone
-        for one, other in zip(derived_twice(ssd), derived_twice(ssd_reference), strict=True):
-            assert_close(one, other, rtol=0, atol=1e-10)
-    else:
-        with pytest.raises(NotImplementedError, match="first derivatives only"):
-            derived_twice(ssd)
-
-
 def test_a_sequence_may_be_cut_anywhere():
     x, dt, A, B, C, D, initial = problem(60)
     y, final = ssd(x, dt, A, B, C, D, initial, chunk_size=16)

@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from stu.errors import OptionError
 from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
-from stu.ops import kernels, power_series
 from stu.ops.discretize import discretize
 from stu.ops.hippo import clipped_input, nplr_legs
 from stu.ops.kernels import (
@@ -309,16 +308,6 @@ def test_compiled_in_one_graph(kind):
     gradients = (torch.autograd.grad(y.sin().sum(), parameters.values()) for y in (fast, eager))
     for name, one, other in zip(parameters, *gradients, strict=True):
         assert_near(one, other, 1e-12, name)
-
-
-@pytest.mark.slow
-def test_the_operators_of_kernels_keep_the_rules_of_torch_compile():
-    a = decaying(WIDTH, STATES).requires_grad_()
-    torch.library.opcheck(kernels._power_table, (a, 8))
-    series = decaying_series(length=6).requires_grad_()
-    torch.library.opcheck(power_series._reciprocal, (series,))
-    x = decaying_series(2, length=6).requires_grad_()
-    torch.library.opcheck(power_series._quotient, (x, series, reciprocal(series).detach()))
 
 
 # --- initialisation and training ---

@@ -160,13 +160,6 @@ def test_autocast_changes_nothing(dtype):
         assert_close(inner, outer, rtol=1e-4, atol=1e-3)
 
 
-def test_no_second_derivative_is_silently_wrong():
-    u, bank, weight = problem(5)
-    (grad,) = torch.autograd.grad(filter_convolution(u, bank, weight).square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()
-
-
 @lengths
 @algorithms
 @pytest.mark.parametrize("built", [None, 127])
@@ -210,18 +203,3 @@ def test_compiles_into_one_graph():
     expected = torch.autograd.grad(loss(u, weight), (u, weight))
     for one, other in zip(torch.autograd.grad(compiled(u, weight), (u, weight)), expected, strict=True):
         assert_close(one, other, rtol=0, atol=1e-10)
-
-
-@pytest.mark.slow
-def test_the_operators_keep_their_promises():
-    u, filters, weight = problem(20)
-    bank = FilterBank(filters)
-    reverse = torch.randn_like(weight).requires_grad_()
-    for algorithm in ("transfer", "features"):
-        for other in (None, reverse):
-            torch.library.opcheck(convolution._convolution, (u, weight, other, bank.name, algorithm))
-            plain = [None if each is None else each.detach() for each in (u, weight, other)]
-            for wanted in ((True, True), (True, False), (False, True)):
-                grad = torch.randn(*u.shape[:2], weight.shape[2], dtype=u.dtype)
-                inputs = (grad, *plain, bank.name, algorithm, *wanted)
-                torch.library.opcheck(convolution._convolution_backward, inputs)

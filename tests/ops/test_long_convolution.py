@@ -224,13 +224,6 @@ def test_fft_lengths_are_long_enough_and_fast(least):
 # --- torch.compile ---
 
 
-@pytest.mark.slow
-def test_the_operators_keep_the_rules_of_torch_compile():
-    u, taps = problem(5, 7)
-    torch.library.opcheck(module._convolution, (u, taps, 2))
-    torch.library.opcheck(module._adjoint, (torch.randn_like(u).requires_grad_(), u, taps, 2))
-
-
 def test_compiled_in_one_graph():
     def loss(*arguments):
         return long_convolution(*arguments).sin().sum()

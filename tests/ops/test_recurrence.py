@@ -154,19 +154,3 @@ def test_compiles_into_one_graph():
     expected = torch.autograd.grad(loss(*inputs), inputs)
     for one, other in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
         assert_close(one, other, rtol=0, atol=1e-10)
-
-
-@pytest.mark.slow
-def test_the_operator_keeps_its_promises():
-    for length in (20, 64):  # whole blocks or not
-        inputs = problem(length, 2, initial=True)
-        torch.library.opcheck(recurrence._recurrence, inputs)
-        drive, weight, start = (each.detach() for each in inputs)
-        torch.library.opcheck(recurrence._adjoint, (torch.randn_like(drive), drive, weight, start))
-
-
-def test_no_second_derivative_is_silently_wrong():
-    drive, weight, _ = problem(5, 1)
-    (grad,) = torch.autograd.grad(linear_recurrence(drive, weight).square().sum(), drive, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()

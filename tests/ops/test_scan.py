@@ -176,15 +176,6 @@ def test_gradcheck_of_the_ssm(directions):
     assert torch.autograd.gradcheck(diagonal_ssm, inputs)
 
 
-def test_no_second_derivative_of_the_ssm_is_silently_wrong():
-    inputs = ssm_problem(5)
-    for first in range(4):
-        y, _ = diagonal_ssm(*inputs)
-        (grad,) = torch.autograd.grad(y.square().sum(), inputs[first], create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula"):
-            torch.autograd.grad(grad.abs().sum(), inputs, allow_unused=True)
-
-
 def test_gradients_of_one_output_need_no_other():
     inputs = ssm_problem(9, initial=True)
     for index in (0, 1):
@@ -246,18 +237,6 @@ def test_no_states_are_stored():
 
 
 # --- as operators of torch ---
-
-
-@pytest.mark.slow
-def test_operators_keep_the_rules_of_torch():
-    for gated, is_complex, reverse in ((False, True, False), (True, True, True), (False, False, True)):
-        drive, decay, _ = scan_problem(5, gated=gated, is_complex=is_complex)
-        torch.library.opcheck(scan._linear_scan, (drive, decay, reverse))
-    c = torch.complex128
-    u, decay, B, C, start = noise(2, 5, 3), disk(4), noise(8, 3), noise(2, 2, 8), noise(2, 4, dtype=c)
-    torch.library.opcheck(scan._diagonal_ssm, [x.requires_grad_() for x in (u, decay, B, C, start)])
-    plain = [x.detach() for x in (u.mT.contiguous().mT, decay, B, C, start)]
-    torch.library.opcheck(scan._diagonal_ssm_backward, [noise(2, 5, 2), noise(2, 4, dtype=c), *plain])
 
 
 @pytest.mark.slow

@@ -1,0 +1,64 @@
+"""Function transforms and forward-mode derivatives, to which a custom operator is closed.
+
+`torch.func` (grad, vjp, jvp, vmap and what is made of them) and forward-mode differentiation take a function apart into
+PyTorch's own operations. Each of our operators therefore has a plain form too, tensor code of the same value, which
+serves wherever a transform is at work; it also gives derivatives of derivatives.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def transformed(*inputs: Any) -> bool:
+    """Whether a function transform is at work, or forward-mode differentiation on any of the tensors."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+
+
+def plain_gradients(plain: Callable[..., Any], inputs: tuple[Any, ...], grads: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of a plain form's inputs, differentiable themselves; None for what is no floating-point tensor.
+
+    grads: those of its output, a tensor or a tuple of tensors, as the output is.
+    """
+    places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+
+    def of_tensors(*tensors: Tensor) -> Any:
+        given = dict(zip(places, tensors, strict=True))
+        return plain(*(given.get(i, x) for i, x in enumerate(inputs)))
+
+    pull_back = torch.func.vjp(of_tensors, *(inputs[i] for i in places))[1]
+    found = dict(zip(places, pull_back(grads), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Outside of every transform, trace, mode and default device: tensors made here may be kept."""
+    with (
+        torch.inference_mode(False),
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def lasting(x: Tensor) -> bool:
+    """Whether a tensor that was just made may be kept: it is none of a transform or of a program being traced."""
+    return type(x) is Tensor and not torch._C._are_functorch_transforms_active()
+
+
+def owned(x: Tensor) -> Tensor:
+    """The same contiguous and as no view: an operator may not return one, which could not be changed in place."""
+    y: Tensor = torch.ops.aten._unsafe_view(x.contiguous(), x.shape)
+    return y

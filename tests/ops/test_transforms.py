@@ -1,0 +1,338 @@
+"""Every operator under every transform of PyTorch, compared with the same formula in plain tensor code."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from stu.ops import convolution, kernels, long_convolution, power_series, recurrence, scan, ssd
+from stu.ops.bank import FilterBank
+
+L, D = 7, 2
+COMPLEX = torch.complex128
+
+
+class Problem(NamedTuple):
+    """An operator, the same in plain tensor code, and inputs with derivatives."""
+
+    operator: Callable
+    reference: Callable
+    inputs: tuple
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def decays(*shape):
+    return torch.polar(0.5 + 0.4 * torch.rand(*shape, dtype=torch.float64), noise(*shape))
+
+
+def filtered(two_way, algorithm):
+    filters = noise(9, 3)
+    bank = FilterBank(filters)
+
+    def operator(u, weight, *reverse):
+        return convolution.filter_convolution(u, bank, weight, *reverse, algorithm=algorithm)
+
+    def reference(u, weight, *reverse):
+        y = convolution.filter_convolution_reference(u, filters, weight)
+        for other in reverse:
+            y = y + convolution.filter_convolution_reference(u.flip(1), filters, other).flip(1)
+        return y
+
+    matrices = (noise(3, D, 3) for _ in range(1 + two_way))
+    return Problem(operator, reference, (noise(2, L, D), *matrices))
+
+
+def long(*kernels):
+    return Problem(
+        long_convolution.long_convolution, long_convolution.long_convolution_reference, (noise(2, L, D), *kernels)
+    )
+
+
+def recurrent(order, length):
+    inputs = noise(2, length, D), 0.4 * noise(order, D, D), noise(2, order, D)
+    return Problem(recurrence.linear_recurrence, recurrence.linear_recurrence_reference, inputs)
+
+
+def scanned(decay, *, reverse):
+    inputs = noise(2, L, D, dtype=COMPLEX), decay, noise(2, D, dtype=COMPLEX)
+    forms = scan.linear_scan, scan.linear_scan_reference
+    return Problem(*(functools.partial(form, reverse=reverse) for form in forms), inputs)
+
+
+def literal_ssm(u, decay, B, C, initial):
+    drive = torch.einsum("nd,bld->bln", B, u.to(B.dtype))
+    states = scan.linear_scan_reference(drive, decay, initial)
+    y = torch.einsum("on,bln->blo", C[0], states).real
+    if len(C) == 2:
+        y = y + torch.einsum("on,bln->blo", C[1], scan.linear_scan_reference(drive, decay, reverse=True)).real
+    return y, states[:, -1]
+
+
+def diagonal(directions):
+    inputs = noise(2, L, D), decays(3), noise(3, D, dtype=COMPLEX), noise(directions, D, 3, dtype=COMPLEX)
+    return Problem(scan.diagonal_ssm, literal_ssm, (*inputs, noise(2, 3, dtype=COMPLEX)))
+
+
+def selective(chunk_size):
+    x, dt, A = noise(2, L, 2, 3), torch.rand(2, L, 2, dtype=torch.float64), -torch.rand(2, dtype=torch.float64)
+    B, C = noise(2, L, 1, 2), noise(2, L, 1, 2)
+    inputs = x, dt, A, B, C, noise(2), noise(2, 2, 2, 3)
+    return Problem(functools.partial(ssd.ssd, chunk_size=chunk_size), ssd.ssd_reference, inputs)
+
+
+def impulse_response():
+    def reference(a, b, c):
+        return torch.stack([2 * (c * a**step * b).sum(-1).real for step in range(L)], 1)
+
+    operator = functools.partial(kernels.diagonal_kernel, length=L)
+    return Problem(operator, reference, (decays(D, 2), noise(D, 2, dtype=COMPLEX), noise(1, D, 2, dtype=COMPLEX)))
+
+
+def divided(x, series):
+    """x/(1 + s), by long division."""
+    entries = []
+    for n in range(series.shape[1]):
+        fed_back = sum(entries[m] * series[:, n - m] for m in range(n))
+        entries.append((x[..., n] - fed_back) / (1 + series[:, 0]))
+    return torch.stack(entries, -1)
+
+
+def series():
+    return 0.3 * noise(D, L)
+
+
+PROBLEMS = {
+    "filter convolution": lambda: filtered(False, "transfer"),
+    "filter convolution by features": lambda: filtered(False, "features"),
+    "filter convolution both ways": lambda: filtered(True, "transfer"),
+    "filter convolution both ways by features": lambda: filtered(True, "features"),
+    "long convolution": lambda: long(noise(L, D)),
+    "long convolution both ways": lambda: long(noise(3, D), noise(9, D)),
+    "recurrence of order 1": lambda: recurrent(1, 11),
+    "recurrence of order 3": lambda: recurrent(3, 7),
+    "scan": lambda: scanned(decays(D), reverse=False),
+    "scan from the end": lambda: scanned(decays(D), reverse=True),
+    "gated scan": lambda: scanned(decays(2, L, D), reverse=False),
+    "gated scan from the end": lambda: scanned(decays(2, L, D), reverse=True),
+    "diagonal SSM": lambda: diagonal(1),
+    "diagonal SSM both ways": lambda: diagonal(2),
+    "SSD": lambda: selective(64),
+    "SSD in chunks": lambda: selective(3),
+    "diagonal kernel": impulse_response,
+    "reciprocal": lambda: Problem(power_series.reciprocal, lambda s: divided(torch.eye(1, L), s), (series(),)),
+    "quotient": lambda: Problem(power_series.quotient, divided, (noise(3, D, L), series())),
+}
+problems = pytest.mark.parametrize("name", PROBLEMS)
+pytestmark = [  # of PyTorch itself, in forward mode
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+]
+
+
+def loss_of(function, weights):
+    """A real function that is not linear in the outputs, so that its second derivatives ask for all of the first."""
+
+    def loss(*inputs):
+        outputs = function(*inputs)
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum((part + w * part.abs().square()).real.sum() for part, w in zip(parts, weights, strict=False))
+
+    return loss
+
+
+def losses(problem):
+    outputs = problem.reference(*problem.inputs)
+    parts = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [noise(*part.shape) for part in parts]
+    return loss_of(problem.operator, weights), loss_of(problem.reference, weights)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@problems
+def test_function_transforms(name):
+    problem = PROBLEMS[name]()
+    x = problem.inputs
+    every = tuple(range(len(x)))
+    tangents = tuple(noise(*each.shape, dtype=each.dtype) for each in x)
+    loss, expected = losses(problem)
+    assert_same(grad(loss, every)(*x), grad(expected, every)(*x))
+    y, push_forward = linearize(problem.operator, *x)
+    expected_jvp = jvp(problem.reference, x, tangents)
+    assert_same(jvp(problem.operator, x, tangents), expected_jvp)
+    assert_same((y, push_forward(*tangents)), expected_jvp)
+    y, pull_back = vjp(problem.operator, *x)
+    y_expected, pull_back_expected = vjp(problem.reference, *x)
+    assert_same(y, y_expected)
+    cotangents = torch.utils._pytree.tree_map(torch.randn_like, y)
+    assert_same(pull_back(cotangents), pull_back_expected(cotangents))
+
+
+@problems
+def test_jacobians_and_hessians(name):
+    problem = PROBLEMS[name]()
+    x = problem.inputs
+    loss, expected = losses(problem)
+    for i, each in enumerate(x):
+        if each.is_complex():  # torch.func has real Jacobians only
+            continue
+        direction = noise(*each.shape)
+
+        def along(function, i=i, direction=direction):
+            return lambda t: function(*x[:i], x[i] + t * direction, *x[i + 1 :])
+
+        zero = torch.zeros((), dtype=torch.float64)
+        assert_same(hessian(along(loss))(zero), hessian(along(expected))(zero))
+        assert_same(jacrev(jacfwd(jacrev(along(loss))))(zero), jacrev(jacfwd(jacrev(along(expected))))(zero))
+        assert_same(jacfwd(along(loss))(zero), jacrev(along(expected))(zero))
+
+
+@problems
+def test_vmap_over_each_input_and_per_sample_gradients(name):
+    problem = PROBLEMS[name]()
+    x = problem.inputs
+    loss, expected = losses(problem)
+    for i, each in enumerate(x):
+        many = torch.stack((each, 0.5 * each, 0 * each + 0.1))
+        where = tuple(0 if j == i else None for j in range(len(x)))
+        given = (*x[:i], many, *x[i + 1 :])
+
+        def one_by_one(function, i=i, many=many):
+            results = [function(*x[:i], one, *x[i + 1 :]) for one in many]
+            return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PyTorch warns where it runs through the batch in a loop
+            assert_same(vmap(problem.operator, where)(*given), one_by_one(problem.reference))
+            every = tuple(range(len(x)))
+            assert_same(vmap(grad(loss, every), where)(*given), one_by_one(grad(expected, every)))
+
+
+@problems
+def test_derivatives_of_derivatives(name):
+    problem = PROBLEMS[name]()
+    x = [each.requires_grad_() for each in problem.inputs]
+    results = []
+    for loss in losses(problem):
+        first = torch.autograd.grad(loss(*x), x, create_graph=True)
+        torch.manual_seed(1)
+        second = torch.autograd.grad(
+            sum((g * noise(*g.shape)).real.sum() + g.abs().square().sum() for g in first), x, create_graph=True
+        )
+        third = torch.autograd.grad(sum(g.abs().square().sum() for g in second), x)
+        results.append((first, second, third))
+    assert_same(*results)
+
+
+@problems
+def test_batches_of_gradients(name):
+    problem = PROBLEMS[name]()
+    x = [each.requires_grad_() for each in problem.inputs]
+    results = []
+    for function in problem[:2]:
+        y = function(*x)
+        y = y[0] if isinstance(y, tuple) else y
+        torch.manual_seed(1)
+        many = noise(3, *y.shape, dtype=y.dtype)
+        found = torch.autograd.grad(y, x, many, is_grads_batched=True, allow_unused=True, materialize_grads=True)
+        results.append(found)
+    assert_same(*results)
+
+
+@problems
+def test_dual_numbers(name):
+    problem = PROBLEMS[name]()
+    loss, expected = losses(problem)
+    tangents = tuple(noise(*each.shape, dtype=each.dtype) for each in problem.inputs)
+    with forward_ad.dual_level():
+        for some in (range(len(tangents)), *([i] for i in range(len(tangents)))):
+            x = [
+                forward_ad.make_dual(each, tangent) if i in some else each
+                for i, (each, tangent) in enumerate(zip(problem.inputs, tangents, strict=True))
+            ]
+            assert_same(*(forward_ad.unpack_dual(function(*x)).tangent for function in (loss, expected)))
+            inputs = [each.requires_grad_() for each in x]  # forward over reverse: the Hessian times a vector
+            by_reverse = [
+                [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(function(*inputs), inputs)]
+                for function in (loss, expected)
+            ]
+            assert_same(*by_reverse)
+
+
+@pytest.mark.slow
+@problems
+def test_compiled_transforms(name):
+    problem = PROBLEMS[name]()
+    x, every = problem.inputs, tuple(range(len(problem.inputs)))
+    loss, expected = losses(problem)
+    torch._dynamo.reset()
+    compiled = torch.compile(grad(loss, every), backend="aot_eager", fullgraph=True)
+    assert_same(compiled(*x), grad(expected, every)(*x))
+
+
+# --- every operator keeps what it promises to PyTorch ---
+
+
+def operators():
+    """Inputs for every operator of the library, with and without derivatives."""
+    u, weight, bank = noise(2, L, D), noise(3, D, 3), FilterBank(noise(9, 3))
+    for algorithm in convolution.ALGORITHMS[1:]:
+        for reverse in (None, noise(3, D, 3)):
+            given = u, weight, reverse, bank.name, algorithm
+            yield convolution._convolution, given
+            yield convolution._convolution_backward, (noise(2, L, 3), *given, True, True)
+    for wants in ((True, False), (False, True)):
+        yield convolution._convolution_backward, (noise(2, L, 3), u, weight, weight, bank.name, "transfer", *wants)
+    yield long_convolution._convolution, (u, noise(L + 2, D), 2)
+    yield long_convolution._adjoint, (noise(2, L, D), u, noise(L + 2, D), 2)
+    for order, length in ((1, 11), (3, 7)):
+        yield recurrence._recurrence, recurrent(order, length).inputs
+    for decay in (decays(D), decays(2, L, D)):
+        yield scan._linear_scan, (noise(2, L, D, dtype=COMPLEX), decay, True)
+    for directions in (1, 2):
+        inputs = u, decays(3), noise(6, D), noise(directions, D, 6), noise(2, 3, dtype=COMPLEX)
+        yield scan._diagonal_ssm, inputs
+        yield scan._diagonal_ssm_backward, (noise(2, L, D), noise(2, 3, dtype=COMPLEX), *inputs)
+    for chunk_size in (3, 64):
+        *inputs, _, initial = selective(chunk_size).inputs
+        y, final, entering = ssd._ssd(*inputs, initial, chunk_size)
+        yield ssd._ssd, (*inputs, initial, chunk_size)
+        yield ssd._ssd_backward, (y, final, *inputs, entering, chunk_size)
+    yield kernels._power_table, (decays(D, 2), 8)
+    yield power_series._reciprocal, (series(),)
+    yield power_series._quotient, (noise(3, D, L), series(), power_series.reciprocal(series()))
+
+
+FIRST_ORDER = {"stu::diagonal_ssm_backward", "stu::ssd_backward"}  # their derivatives are those of the plain forms
+
+
+@pytest.mark.slow
+def test_every_operator_keeps_its_promises():
+    checked = set()
+    for operator, inputs in operators():
+        derived = operator._qualname not in FIRST_ORDER
+        given = [x.clone().requires_grad_(derived) if isinstance(x, torch.Tensor) else x for x in inputs]
+        torch.library.opcheck(operator, given)
+        checked.add(operator._qualname)
+    assert checked == {f"stu::{name}" for name in dir(torch.ops.stu) if not name.startswith("_") and name != "name"}
+
+
+@problems
+def test_values_while_operations_are_dispatched_one_by_one(name):
+    problem = PROBLEMS[name]()
+    x = [each.requires_grad_() for each in problem.inputs]
+    loss, expected = losses(problem)
+    with FlopCounterMode(display=False):
+        found = torch.autograd.grad(loss(*x), x)
+    assert_same(found, torch.autograd.grad(expected(*x), x))
