@@ -20,6 +20,7 @@ from torch import Tensor
 from stu.errors import require
 from stu.ops.bank import Band, FilterBank
 from stu.ops.chunks import budget, chunks
+from stu.ops.flops import fft_flops, flops_of
 from stu.ops.long_convolution import fft_length
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
@@ -194,6 +195,47 @@ def _backward_of_backward(ctx: Any, for_u: Tensor, for_weight: Tensor, for_rever
 
 _convolution.register_autograd(_backward, setup_context=_save)
 _convolution_backward.register_autograd(_backward_of_backward, setup_context=_save)
+
+
+@flops_of(_convolution)
+def _flops(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str, **_: Any) -> int:
+    n = fft_length(2 * u.shape[1] - 1)
+    bands = FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu"))
+    products = sum(_product_flops(band, len(u), weight, reverse, algorithm) for band in bands)
+    return fft_flops(n, len(u) * (weight.shape[1] + weight.shape[2])) + products
+
+
+@flops_of(_convolution_backward)
+def _backward_flops(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    reverse: Tensor | None,
+    bank: str,
+    algorithm: str,
+    wants_u: bool,
+    wants_matrices: bool,
+    **_: Any,
+) -> int:
+    n = fft_length(2 * u.shape[1] - 1)
+    total = fft_flops(n, len(u) * (weight.shape[2] + weight.shape[1] * (wants_u + wants_matrices)))
+    for band in FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu")):
+        mixing = 2 * band.mix.numel() * weight[0].numel() * (1 if reverse is None else 2)
+        product = _product_flops(band, len(u), weight, reverse, algorithm) - mixing
+        # the gradients of the matrices, too, cost a product, and mixing them back
+        total += mixing + (wants_u + wants_matrices) * product + wants_matrices * mixing
+    return total
+
+
+def _product_flops(band: Band, batch: int, weight: Tensor, reverse: Tensor | None, algorithm: str) -> int:
+    """Of mixing the matrices into those of a band, and of the product with a signal."""
+    _, frequencies, rank = band.basis.shape
+    width, size = weight.shape[1], weight[0].numel()
+    directions = 1 if reverse is None else 2
+    mixing = 2 * band.mix.numel() * size * directions
+    if algorithm == "transfer":
+        return mixing + 4 * frequencies * (rank + 2 * batch) * size
+    return mixing + 4 * frequencies * batch * rank * directions * (size + 2 * width)
 
 
 # --- between samples and bands ---

@@ -17,6 +17,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from stu.ops.chunks import budget, chunks
+from stu.ops.flops import fft_flops, flops_of
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
 
@@ -135,6 +136,18 @@ def _backward_of_adjoint(ctx: Any, for_u: Tensor, for_taps: Tensor) -> tuple[Ten
 
 _convolution.register_autograd(_backward, setup_context=_save)
 _adjoint.register_autograd(_backward_of_adjoint, setup_context=_save)
+
+
+@flops_of(_convolution)
+def _flops(u: Tensor, taps: Tensor, future: int, **_: Any) -> int:
+    n, _dtype = _plan(u, taps, future)
+    return fft_flops(n, (1 + 2 * len(u)) * u.shape[2])
+
+
+@flops_of(_adjoint)
+def _adjoint_flops(grad: Tensor, u: Tensor, taps: Tensor, future: int, **_: Any) -> int:
+    n, _dtype = _plan(u, taps, future)
+    return fft_flops(n, (2 + 3 * len(u)) * u.shape[2])
 
 
 def _plan(u: Tensor, taps: Tensor, future: int) -> tuple[int, torch.dtype]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stu.ops.flops import fft_flops, flops_of
 from stu.ops.long_convolution import fft_length, long_convolution
 from stu.ops.transforms import transformed
 
@@ -140,3 +141,18 @@ def _quotient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 _quotient.register_autograd(_quotient_backward, setup_context=_save_quotient)
+
+
+@flops_of(_reciprocal)
+def _reciprocal_flops(series: Tensor, **_: Any) -> int:
+    channels, size = series.shape
+    total = fft_flops(fft_length(2 * size), 5 * channels)
+    while size > 1:
+        size = -(-size // 2)
+        total += fft_flops(fft_length(2 * size), 5 * channels)
+    return total
+
+
+@flops_of(_quotient)
+def _quotient_flops(x: Tensor, series: Tensor, v: Tensor, **_: Any) -> int:
+    return fft_flops(fft_length(2 * x.shape[2] - 1), (1 + 2 * len(x)) * x.shape[1])

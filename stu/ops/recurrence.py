@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stu.ops.flops import flops_of
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import owned, transformed
 
@@ -99,14 +100,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _recurrence.register_autograd(_backward, setup_context=_save)
 
 
+@flops_of(_recurrence)
+def _flops(drive: Tensor, weight: Tensor, initial: Tensor, **_: Any) -> int:
+    (batch, length, width), order = drive.shape, len(weight)
+    block, steps = _division(batch, length, width, order, drive.device.type)
+    response = sum(min(n, order) for n in range(1, block)) + sum(
+        block - start for i in range(order) for start in range(i + 1)
+    )
+    blocks = batch * steps * (block + order) * block + (steps - 1) * batch * order**2
+    return 2 * (response * width**3 + blocks * width**2)
+
+
 # --- blocks ---
 
 
 def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     batch, length, width = drive.shape
     order = len(weight)
-    block = max(min(choose_block(batch, width, drive.device.type), length), order)
-    steps = -(-length // block)
+    block, steps = _division(batch, length, width, order, drive.device.type)
     response = _impulse_response(weight, block)  # (T, D, D)
     free = _free_response(weight, response)  # (P·D, T·D)
     blocks = F.pad(drive, (0, 0, 0, steps * block - length)).reshape(batch * steps, block * width)
@@ -114,6 +125,12 @@ def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor) -> Tensor:
     ends = own[:, -order * width :].unflatten(0, (batch, steps))
     seams = _seams(ends, free[:, -order * width :], initial.flip(1).flatten(1))
     return torch.addmm(own, seams.flatten(0, 1), free).view(batch, steps * block, width)[:, :length]
+
+
+def _division(batch: int, length: int, width: int, order: int, device: str) -> tuple[int, int]:
+    """The block length T and the number of blocks S."""
+    block = max(min(choose_block(batch, width, device), length), order)
+    return block, -(-length // block)
 
 
 def _seams(ends: Tensor, free: Tensor, seam: Tensor) -> Tensor:

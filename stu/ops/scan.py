@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.chunks import budget, chunks
+from stu.ops.flops import flops_of
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
 
@@ -217,6 +218,18 @@ def _ssm_backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | N
 
 
 _diagonal_ssm.register_autograd(_ssm_backward, setup_context=_save_ssm)
+
+
+@flops_of(_diagonal_ssm)
+def _flops(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, **_: Any) -> int:
+    return 2 * u[..., 0].numel() * (B.numel() + C.numel())
+
+
+@flops_of(_diagonal_ssm_backward)
+def _backward_flops(
+    grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, **_: Any
+) -> int:
+    return 2 * u[..., 0].numel() * (3 * B.numel() + 2 * C.numel())
 
 
 def _scan_(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.chunks import budget, chunks
+from stu.ops.flops import flops_of
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import owned, plain_gradients, transformed
 
@@ -200,6 +201,38 @@ def _backward(ctx: Any, dy: Tensor, dfinal: Tensor, dentering: Tensor) -> tuple[
 
 
 _ssd.register_autograd(_backward, setup_context=_save)
+
+
+@flops_of(_ssd)
+def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int, **_: Any) -> int:
+    chunks, chunk, states, scores, within = _sizes(x, B, chunk_size)
+    return 2 * chunks * chunk * (2 * states + scores + within)
+
+
+@flops_of(_ssd_backward)
+def _backward_flops(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entering: Tensor,
+    chunk_size: int,
+    **_: Any,
+) -> int:
+    chunks, chunk, states, scores, within = _sizes(x, B, chunk_size)
+    crossing = x.shape[2] * chunk**2
+    return 2 * chunks * chunk * (5 * states + 3 * scores + 2 * within + crossing)
+
+
+def _sizes(x: Tensor, B: Tensor, chunk_size: int) -> tuple[int, int, int, int, int]:
+    """F, Q, and the size per step of all states, of the scores' products and of those of M."""
+    (batch, length, heads, width), (groups, d_state) = x.shape, B.shape[2:]
+    count = -(-length // chunk_size)
+    chunk = -(-length // count)
+    return batch * count, chunk, heads * width * d_state, groups * chunk * d_state, heads * chunk * width
 
 
 # --- chunks ---

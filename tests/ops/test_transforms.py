@@ -1,6 +1,7 @@
 """Every operator under every transform of PyTorch, compared with the same formula in plain tensor code."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stu.ops import convolution, kernels, long_convolution, power_series, recurrence, scan, ssd
 from stu.ops.bank import FilterBank
+from stu.ops.flops import fft_flops
 
 L, D = 7, 2
 COMPLEX = torch.complex128
@@ -314,6 +316,10 @@ def operators():
     yield power_series._quotient, (noise(3, D, L), series(), power_series.reciprocal(series()))
 
 
+def registered():
+    return {f"stu::{name}" for name in dir(torch.ops.stu) if not name.startswith("_") and name != "name"}
+
+
 FIRST_ORDER = {"stu::diagonal_ssm_backward", "stu::ssd_backward"}  # their derivatives are those of the plain forms
 
 
@@ -325,7 +331,7 @@ def test_every_operator_keeps_its_promises():
         given = [x.clone().requires_grad_(derived) if isinstance(x, torch.Tensor) else x for x in inputs]
         torch.library.opcheck(operator, given)
         checked.add(operator._qualname)
-    assert checked == {f"stu::{name}" for name in dir(torch.ops.stu) if not name.startswith("_") and name != "name"}
+    assert checked == registered()
 
 
 @problems
@@ -336,3 +342,40 @@ def test_values_while_operations_are_dispatched_one_by_one(name):
     with FlopCounterMode(display=False):
         found = torch.autograd.grad(loss(*x), x)
     assert_same(found, torch.autograd.grad(expected(*x), x))
+
+
+def counted(function, *inputs):
+    """FLOPs of the matrix products and FFTs in tensor code."""
+    aten = torch.ops.aten
+
+    formulas = {aten._fft_r2c: r2c, aten._fft_c2r: c2r, aten.addmm_: addmm}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+def r2c(x_shape, dim, *_, out_shape, **__):
+    (axis,) = dim
+    return fft_flops(x_shape[axis], math.prod(x_shape) // x_shape[axis])
+
+
+def c2r(x_shape, dim, *_, out_shape, **__):
+    (axis,) = dim
+    return fft_flops(out_shape[axis], math.prod(out_shape) // out_shape[axis])
+
+
+def addmm(shape, a, b, **_):
+    return 2 * a[0] * a[1] * b[1]
+
+
+def test_flops_are_those_of_the_products_and_ffts_inside():
+    checked = set()
+    for operator, inputs in operators():
+        with torch.no_grad():
+            counter = FlopCounterMode(display=False)
+            with counter:
+                operator(*inputs)
+            assert counter.get_total_flops() == counted(operator._init_fn, *inputs), operator._qualname
+            checked.add(operator._qualname)
+    assert checked == registered()
