@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.precision import at_least_float32, no_autocast
-from stu.ops.transforms import transformed
+from stu.ops.transforms import compiled_as_one, transformed
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,6 +33,7 @@ def diagonal_kernel(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     return diagonal_responses(a, b.unsqueeze(0), c, length).squeeze(1).mT
 
 
+@compiled_as_one("diagonal_responses", lambda a, b, c, length: (len(c), len(b), len(a), length))
 def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     """The kernels of every output for every input: complex (D, N), (M, D, N), (H, D, N) → real (H, M, D, L)."""
     with no_autocast(a):
@@ -52,6 +53,7 @@ def diagonal_state(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
         return _final_state(torch.mul, _squares(torch.mul, next_power.unsqueeze(-1)), ends)
 
 
+@compiled_as_one("dense_kernel", lambda A, B, C, length: (len(C), length, len(A)))
 def dense_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """k_l = C A^l B: real A (D, N, N), B (D, N), C (H, D, N). Returns (H, L, D).
 

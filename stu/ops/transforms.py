@@ -5,6 +5,7 @@ PyTorch's own operations. Each of our operators therefore has a plain form too, 
 serves wherever a transform is at work; it also gives derivatives of derivatives.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
+
+Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def transformed(*inputs: Any) -> bool:
@@ -25,8 +28,8 @@ def transformed(*inputs: Any) -> bool:
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
-def plain_gradients(plain: Callable[..., Any], inputs: tuple[Any, ...], grads: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of a plain form's inputs, differentiable themselves; None for what is no floating-point tensor.
+def plain_gradients(plain: Callable[..., Any], inputs: tuple[Any, ...], grads: Any) -> tuple[Any, ...]:
+    """The gradients of a plain form's inputs, differentiable themselves; None for what is no tensor.
 
     grads: those of its output, a tensor or a tuple of tensors, as the output is.
     """
@@ -39,6 +42,49 @@ def plain_gradients(plain: Callable[..., Any], inputs: tuple[Any, ...], grads: A
     pull_back = torch.func.vjp(of_tensors, *(inputs[i] for i in places))[1]
     found = dict(zip(places, pull_back(grads), strict=True))
     return tuple(found.get(i) for i in range(len(inputs)))
+
+
+def compiled_as_one(name: str, shape: Callable[..., tuple[int, ...]]) -> Callable[[Kernel], Kernel]:
+    """Make a function of three tensors and a length one operator `stu::name` in the eyes of `torch.compile`.
+
+    A compiled program then holds for all lengths, as it does not see the loops over powers of two inside. `shape` gives
+    that of the result, which is real, from the same arguments. Everywhere else the function is what it was.
+    """
+
+    def decorate(plain: Kernel) -> Kernel:
+        tensors = "Tensor a, Tensor b, Tensor c"
+        whole = torch.library.custom_op(
+            f"stu::{name}",
+            lambda *inputs: owned(plain(*inputs)),
+            mutates_args=(),
+            schema=f"({tensors}, SymInt length) -> Tensor",
+        )
+        backward = torch.library.custom_op(
+            f"stu::{name}_backward",
+            lambda grad, *inputs: tuple(owned(part) for part in plain_gradients(plain, inputs, grad)[:3]),
+            mutates_args=(),
+            schema=f"(Tensor grad, {tensors}, SymInt length) -> (Tensor, Tensor, Tensor)",
+        )
+        whole.register_fake(lambda *inputs: inputs[0].real.new_empty(shape(*inputs)))
+        backward.register_fake(lambda grad, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            *tensors, ctx.length = inputs
+            ctx.save_for_backward(*tensors)
+
+        whole.register_autograd(
+            lambda ctx, grad: (*backward(grad, *ctx.saved_tensors, ctx.length), None), setup_context=save
+        )
+
+        @functools.wraps(plain)
+        def chosen(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
+            opaque = torch.compiler.is_compiling() and not transformed(a, b, c)
+            y: Tensor = (whole if opaque else plain)(a, b, c, length)
+            return y
+
+        return chosen
+
+    return decorate
 
 
 @contextmanager
