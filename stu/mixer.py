@@ -90,7 +90,8 @@ M = TypeVar("M", bound=Mixer)
 
 def reverse_twin(mixer: M) -> M:
     """A causal copy of `mixer` with parameters drawn again, by its `reset_parameters`: to run from the end."""
-    twin: Any = copy.deepcopy(mixer)
+    drawn = {id(parameter): nn.Parameter(torch.empty_like(parameter)) for parameter in mixer.parameters()}
+    twin: Any = copy.deepcopy(mixer, drawn)
     twin.causal = True
     twin.reset_parameters()
     return twin

@@ -39,8 +39,8 @@ def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     with no_autocast(a):
         block = _block_length(length)
         powers, next_power = _powers(a, block)
-        rows, _ = _powers(next_power.conj(), -(-length // block))  # Re xy is the scalar product of x* and y
-        row_parts = _real_and_imaginary(_scaled_powers(2 * c.conj(), rows))
+        rows, _ = _powers(next_power.conj_physical(), -(-length // block))  # Re xy is the scalar product of x* and y
+        row_parts = _real_and_imaginary(_scaled_powers(2 * c.conj_physical(), rows))
         return _kernel_product(row_parts, _real_and_imaginary(_scaled_powers(b, powers)), length)
 
 

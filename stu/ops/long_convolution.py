@@ -184,4 +184,6 @@ def _samples(spectrum: Tensor, n: int) -> Tensor:
 
 def _at(kernel: Tensor, lag: Tensor) -> Tensor:
     """k(lag), zero where the kernel has no such tap: (t, s) → (t, s, D)."""
+    if not len(kernel):
+        return kernel.new_zeros(*lag.shape, kernel.shape[1])
     return kernel[lag.clamp(0, len(kernel) - 1)] * ((lag >= 0) & (lag < len(kernel))).unsqueeze(-1)

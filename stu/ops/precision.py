@@ -1,5 +1,7 @@
 """Precision: float32 at least, or float64, whatever the dtype of the inputs or an enclosing autocast."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,11 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which an enclosing autocast changes no dtype on the device of x."""
-    return torch.autocast(x.device.type, enabled=False)
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()  # of the meta device
 
 
 def to_float64(x: Tensor) -> Tensor:
