@@ -16,6 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
+OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()  # of all operators
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -59,9 +60,14 @@ def compiled_as_one(name: str, shape: Callable[..., tuple[int, ...]]) -> Callabl
             mutates_args=(),
             schema=f"({tensors}, SymInt length) -> Tensor",
         )
+
+        def gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+            with _disable_current_modes(), torch._C._ForceDispatchKeyGuard(*OUTSIDE):  # autograd is off inside
+                return tuple(owned(part) for part in plain_gradients(plain, inputs, grad)[:3])
+
         backward = torch.library.custom_op(
             f"stu::{name}_backward",
-            lambda grad, *inputs: tuple(owned(part) for part in plain_gradients(plain, inputs, grad)[:3]),
+            gradients,
             mutates_args=(),
             schema=f"(Tensor grad, {tensors}, SymInt length) -> (Tensor, Tensor, Tensor)",
         )
