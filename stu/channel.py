@@ -9,16 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stu.errors import require
+from stu.structure import Structured
 
 Gelu = Literal["tanh", "exact"]
 
 
-class GLU(nn.Module):
+class GLU(Structured):
     """GELU → dropout → linear to 2D → gated linear unit: what follows the mixer in S4 and STU blocks.
 
     gelu: the exact function, as in S4, or its tanh form, as in the STU. Sources: Dauphin et al., 1612.08083; the blocks
     of S4 (2111.00396) and of the STU (2312.06837, section 4) and their official codes.
     """
+
+    structure = ("approximate",)
 
     def __init__(self, d_model: int, *, dropout: float = 0.0, gelu: Gelu = "tanh") -> None:
         super().__init__()
@@ -32,11 +35,13 @@ class GLU(nn.Module):
         return F.glu(self.linear(self.dropout(F.gelu(x, approximate=self.approximate))), dim=-1)
 
 
-class HalfGLU(nn.Module):
+class HalfGLU(Structured):
     """z · sigmoid(W z) of z = dropout(GELU(x)): what follows the mixer in S5 blocks (2208.04933).
 
     gated: "activated", the z above, or "input", x · sigmoid(W z); the official code calls them half_glu1 and half_glu2.
     """
+
+    structure = ("gated",)
 
     def __init__(
         self, d_model: int, *, dropout: float = 0.0, gated: Literal["activated", "input"] = "activated"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stu.errors import require
 from stu.ops.padding import masked
 from stu.ops.precision import at_least_float32
+from stu.structure import Structured
 
 Pool = Literal["mean", "first", "last"]
 
@@ -26,8 +27,10 @@ def pooled(x: Tensor, mask: Tensor | None, how: Pool = "mean") -> Tensor:
     return x[torch.arange(len(x), device=x.device), position]
 
 
-class PooledHead(nn.Module):
+class PooledHead(Structured):
     """Linear map of the pooled sequence, (B, L, D) → (B, O)."""
+
+    structure = ("pool",)
 
     def __init__(self, d_model: int, *, d_output: int, pool: Pool = "mean") -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class PooledHead(nn.Module):
         return self.linear(pooled(x, mask, self.pool))
 
 
-class TwoTowerHead(nn.Module):
+class TwoTowerHead(Structured):
     """Compare two sequences encoded by one tower, (2B, L, D) → (B, O): row i with row B + i.
 
     Their pooled forms x₁ and x₂ give the features [x₁, x₂, x₁ ∘ x₂, x₁ − x₂], and these the prediction by two layers,
@@ -49,6 +52,8 @@ class TwoTowerHead(nn.Module):
     Sources: Tay et al., "Long Range Arena" (2011.04006), section 2.2, for the features; Gu et al., "Efficiently
     modeling long sequences with structured state spaces" (2111.00396), the code of which has these layers.
     """
+
+    structure = ("pool",)
 
     def __init__(self, d_model: int, *, d_output: int, pool: Pool = "mean") -> None:
         super().__init__()
@@ -64,8 +69,11 @@ class TwoTowerHead(nn.Module):
         return self.linear(nn.functional.gelu(self.hidden(features)))
 
 
-class StepHead(nn.Module):
+class StepHead(Structured):
     """Linear map of every step, (B, L, D) → (B, L, O)."""
+
+    structure = ("pool",)
+    pool = "none"
 
     def __init__(self, d_model: int, *, d_output: int) -> None:
         super().__init__()

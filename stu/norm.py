@@ -12,6 +12,7 @@ from torch.distributed.nn.functional import all_reduce
 from stu.errors import OptionError
 from stu.ops.padding import masked
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.structure import Structured
 
 Norm = Literal["batch", "layer", "rms", "none"]
 
@@ -42,7 +43,7 @@ class PositionNorm(nn.Module):
         return self.norm(x)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Structured):
     """Batch normalisation over all *real* positions of all sequences, on every device together.
 
     As in Haiku and the official STU code, the moving averages are exponential, of the biased variance, and debiased for
@@ -51,6 +52,8 @@ class BatchNorm(nn.Module):
 
     Source: Ioffe and Szegedy, 1502.03167.
     """
+
+    structure = ("momentum", "eps")
 
     def __init__(self, d_model: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
