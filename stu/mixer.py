@@ -5,6 +5,7 @@ B batch, L length, D model width, K filters
 
 import copy
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,18 +13,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stu.errors import OptionError
+from stu.errors import OptionError, require
 
-State = Any  # each mixer's own NamedTuple of tensors; opaque to everything else
+State = Any  # each mixer's own NamedTuple; opaque to everything else, but see `map_state`
 
 
 class Mixer(nn.Module, ABC):
     """A map along time. Built by `Mixer(d_model, *, …)` with plain keywords.
 
-    `causal` says whether y_t depends on x_1 … x_t alone. A causal mixer also runs one step at a time: `forward`,
-    `prefill` and `step` agree. Others raise `NotImplementedError` from `initial_state`, `prefill` and `step`.
+    `causal` says whether y_t depends on x_1 … x_t alone. A causal mixer also runs in pieces: `forward`, `prefill` and
+    `step` agree, wherever a sequence is cut. Others raise `NotImplementedError` from all methods that have a state.
 
-    These four methods check their inputs in every mixer, see `_checked`; D is checked where a mixer has a `d_model`.
+    Called as `mixer(x, mask)`; in addition every mixer takes
+
+        mixer(x, cu_seqlens=…)   packed sequences: x (1, total, D), sequence i is x[0, cu_seqlens[i] : cu_seqlens[i+1]]
+        mixer(x, mask, state=…)  what follows the steps of a state: the output of `prefill` alone
+
+    Inputs are checked in one place for all mixers, see `_checked`; D is checked where a mixer has a `d_model`.
     """
 
     causal: bool
@@ -49,38 +55,129 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step: x_t (B, D) and the state before it → y_t (B, D) and the state after it."""
+        """One step: x_t (B, D) and the state before it → y_t (B, D) and the state after it, a new one."""
 
     @abstractmethod
-    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
-        """`forward` over a whole prefix (B, L, D), and the state from which `step` continues."""
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        """`forward` over a piece (B, L, D), and the state from which `step`, or the next piece, continues.
+
+        mask: (B, L); the real positions of a sequence stand side by side, and its state is that after the last of them,
+        as if it had been alone. state: that before the first of them; None at the start of a sequence.
+        """
+
+    def step_(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """`step` in place: the tensors of the new state are those of `state`, overwritten. Without gradients.
+
+        For decoding in a loop, or a CUDA graph. Raises `OptionError` where the state would grow: `reserve` first.
+        """
+        with torch.no_grad():
+            y, after = self.step(x, state)
+            return y, map_state(_overwritten, state, after)
+
+    def reserve(self, state: State, max_steps: int) -> State:
+        """The same state with room for `max_steps` more steps: tensors that would grow get their final shape."""
+        return state
+
+    def select(self, state: State, index: Tensor) -> State:
+        """The state of some sequences of the batch, in any order, any number of times: index (B',), integers."""
+        whole = index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool
+        found = f"{index.dtype} {tuple(index.shape)}"
+        require(whole, "index", found, "must be integers (B',)")
+        return map_state(lambda part: part.index_select(0, index.to(part.device)), state)
+
+
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
+    """The state whose tensors are `function` of those of states of one kind.
+
+    A state is a NamedTuple of states, of tensors with the batch first, and of what is no tensor, here taken from the
+    last. What all sequences share, such as a discretised system, is a field `system`, and also taken from the last.
+    """
+    last = states[-1]
+    if isinstance(last, Tensor):
+        return function(*states)
+    if not isinstance(last, tuple):
+        return last
+    names = getattr(last, "_fields", [""] * len(last))
+    parts = [
+        values[-1] if name == "system" else map_state(function, *values)
+        for name, *values in zip(names, *states, strict=True)
+    ]
+    return type(last)(*parts) if hasattr(last, "_fields") else tuple(parts)
+
+
+def _overwritten(before: Tensor, after: Tensor) -> Tensor:
+    if before.shape != after.shape:
+        raise OptionError("state", tuple(before.shape), "has no room for one more step; see `reserve`")
+    return before.copy_(after)
 
 
 def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The method `name` of a mixer, which now refuses other inputs than its own in one line.
 
-    Raises `NotImplementedError` for all but `forward` where the mixer is not causal; `OptionError` unless x is a
-    floating-point (B, L, D) with L ≥ 1, or (B, D) for a step, and the mask a bool (B, L).
+    Raises `NotImplementedError` for all with a state where the mixer is not causal, or does not take one; `OptionError`
+    unless x is a floating-point (B, L, D) with L ≥ 1, or (B, D) for a step, the mask a bool (B, L), in `prefill`
+    without gaps, and the state one of B sequences.
     """
     rank = 2 if name == "step" else 3
+    known = inspect.signature(method).parameters
 
     @functools.wraps(method)
     def checked(self: Mixer, *inputs: Any, **options: Any) -> Any:
-        if name != "forward" and not self.causal:
+        given = dict(zip(list(known)[1:], inputs, strict=False)) | options
+        x, mask, state = given.get("x"), given.get("mask"), given.get("state")
+        if not self.causal and (name != "forward" or state is not None):
             raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
-        x = inputs[0] if inputs else options.get("x")
         if isinstance(x, Tensor):
             width = getattr(self, "d_model", x.shape[-1] if x.ndim else "D")
             if x.ndim != rank or x.shape[-1] != width or x.shape[1] == 0 or not x.is_floating_point():
                 shape = f"(B, {width})" if rank == 2 else f"(B, L ≥ 1, {width})"
                 raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}")
-            mask = options.get("mask", inputs[1] if name == "forward" and len(inputs) > 1 else None)
-            if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-                found = f"{mask.dtype} {tuple(mask.shape)}"
-                raise OptionError("mask", found, f"must be bool {tuple(x.shape[:2])}, as x has it")
+            _check_mask(x, mask, gaps=name == "forward" and state is None)
+            if state is not None:
+                map_state(functools.partial(_check_batch, len(x)), state)
+        if name == "forward":
+            if (bounds := options.pop("cu_seqlens", None)) is not None:
+                return _packed(self, x, bounds, alone=mask is None and state is None)
+            if state is not None:
+                return self.prefill(x, mask, state)[0]
+            options.pop("state", None)
+        elif name == "prefill":
+            for extra in ("mask", "state"):
+                if given.get(extra) is not None and extra not in known:
+                    raise NotImplementedError(f"{type(self).__name__}.prefill takes no {extra}")
+            options = {extra: value for extra, value in options.items() if extra in known or value is not None}
         return method(self, *inputs, **options)
 
     return checked
+
+
+def _check_mask(x: Tensor, mask: Tensor | None, *, gaps: bool) -> None:
+    if mask is None:
+        return
+    found = f"{mask.dtype} {tuple(mask.shape)}"
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise OptionError("mask", found, f"must be bool {tuple(x.shape[:2])}, as x has it")
+    if not gaps and (mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(1) > 1).any():
+        raise OptionError("mask", found, "must have no padding between real positions where a state follows")
+
+
+def _check_batch(batch: int, part: Tensor) -> Tensor:
+    if len(part) != batch:
+        raise OptionError("state", f"of {len(part)} sequences", f"must be of {batch}, as x is")
+    return part
+
+
+def _packed(mixer: Mixer, x: Tensor, bounds: Tensor, *, alone: bool) -> Tensor:
+    """`mixer` on packed sequences (1, total, D), each alone: padded to the longest, and packed again."""
+    allowed = f"must ascend from 0 to {x.shape[1]}, for x of batch 1 and without a mask or a state"
+    edges = torch.stack((bounds[0], bounds[-1])).tolist() if bounds.ndim == 1 and len(bounds) > 1 else None
+    lengths = bounds.diff().to(x.device)
+    fits = alone and len(x) == 1 and edges == [0, x.shape[1]] and bool((lengths >= 0).all())
+    require(fits, "cu_seqlens", bounds.tolist(), allowed)
+    mask = torch.arange(int(lengths.max()), device=x.device) < lengths.unsqueeze(1)  # (sequences, longest)
+    padded = x.new_zeros(*mask.shape, x.shape[2]).masked_scatter(mask.unsqueeze(-1), x[0])
+    y: Tensor = mixer(padded, mask=mask)
+    return y[mask].unsqueeze(0)
 
 
 MixerFactory = Callable[[int], Mixer]
