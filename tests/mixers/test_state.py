@@ -197,3 +197,19 @@ def test_parameters_drawn_again_are_those_of_a_new_mixer(case):
     mixer.reset_parameters()
     for (name, a), b in zip(mixer.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@causal
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["", "autocast"])
+def test_states_keep_their_dtypes(case, dtype, autocast):
+    mixer, x = case.random(seq_len=SEQ_LEN, dtype=dtype), noise(2, 4, D, dtype=dtype)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None), torch.no_grad():
+        state = mixer.initial_state(2)
+        others = [mixer.step(x[:, 0], state)[1], mixer.prefill(x)[1], mixer.prefill(x, state=state)[1]]
+        others.append(mixer.step(x[:, 0], others[1])[1])
+        others.append(mixer.step_(x[:, 0], mixer.reserve(others[1], 2))[1])
+        y, _ = mixer.step(x[:, 0], state)
+    assert autocast is not None or y.dtype == dtype
+    for other in others:
+        assert [part.dtype for part in tensors(other)] == [part.dtype for part in tensors(state)]
