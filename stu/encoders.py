@@ -43,7 +43,7 @@ class LinearEncoder(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """One learned vector per position, (L,) → (L, D)."""
+    """One learned vector per position, (…) → (…, D)."""
 
     def __init__(self, d_model: int, *, seq_len: int) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(L,) int64 → (L, D)."""
+        """(…) int64 → (…, D)."""
         return self.embedding(positions)
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of geometrically spaced frequencies, (L,) → (L, D), float32 in any model; no parameters.
+    """Sines and cosines of geometrically spaced frequencies, (…) → (…, D), float32 in any model; no parameters.
 
     Source: Vaswani et al., "Attention is all you need" (1706.03762), section 3.5.
     """
@@ -66,10 +66,10 @@ class SinusoidalPositions(nn.Module):
         self.d_model = d_model
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(L,) int64 → (L, D)."""
+        """(…) int64 → (…, D)."""
         exponent = torch.arange(0, self.d_model, 2, device=positions.device, dtype=torch.float32) / self.d_model
-        angle = positions[:, None] * torch.exp(-math.log(10_000.0) * exponent)  # (L, ⌈D/2⌉)
-        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[:, : self.d_model]
+        angle = positions.unsqueeze(-1) * torch.exp(-math.log(10_000.0) * exponent)  # (…, ⌈D/2⌉)
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)[..., : self.d_model]
 
 
 class RotaryPositions(nn.Module):
@@ -82,12 +82,12 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """(…, L, E) at positions t = start, start + 1, … → (…, L, E)."""
+    def forward(self, x: Tensor, start: int | Tensor) -> Tensor:
+        """(…, L, E) at positions t = start, start + 1, … → (…, L, E); start: one for all, or integers (…, 1)."""
         length, width = x.shape[-2:]
         pairs = to_float64(torch.arange(0, width, 2, device=x.device))
-        times = to_float64(torch.arange(start, start + length, device=x.device))  # large angles need all their digits
-        angle = times[:, None] * torch.exp(pairs * (-math.log(self.base) / width))  # (L, E/2)
+        times = to_float64(start + torch.arange(length, device=x.device))  # large angles need all their digits
+        angle = times.unsqueeze(-1) * torch.exp(pairs * (-math.log(self.base) / width))  # (L, E/2) or (…, L, E/2)
         cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         first, second = x.chunk(2, -1)
         return torch.cat((first * cosine - second * sine, first * sine + second * cosine), -1)

@@ -36,7 +36,7 @@ class Mixer(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("forward", "initial_state", "step", "prefill"):
+        for name in ("forward", "initial_state", "step", "step_", "prefill"):
             if callable(method := vars(cls).get(name)):
                 setattr(cls, name, _checked(method, name))
 
@@ -118,7 +118,7 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     unless x is a floating-point (B, L, D) with L ≥ 1, or (B, D) for a step, the mask a bool (B, L), in `prefill`
     without gaps, and the state one of B sequences.
     """
-    rank = 2 if name == "step" else 3
+    rank = 2 if name in ("step", "step_") else 3
     known = inspect.signature(method).parameters
 
     @functools.wraps(method)

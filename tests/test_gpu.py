@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from stu.mixer import Mixer
+from stu.mixers.attention import Attention
 from tests import runs
-from tests.models import mixer_cases
+from tests.models import Case, mixer_cases
 
 LENGTH = 130
 WIDTH = 32
@@ -98,6 +99,29 @@ def test_steps_and_prefill_are_those_of_the_cpu(case: Any, autocast: bool, toler
     assert_near(torch.cat(steps, 1), expected, tolerance, "prefill and steps")
     assert_near(first, expected[:, 0], tolerance, "the first step")
     tree_map_only(Tensor, lambda tensor: tensor.is_cuda or pytest.fail("a state that is not on the device"), state)
+
+
+@gpu
+@needs_device
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+@pytest.mark.parametrize("window", [None, 6])
+@torch.no_grad()
+def test_steps_of_attention_replay_as_a_graph(positions: Any, window: int | None):
+    case = Case("", lambda *, seq_len, d_model: Attention(d_model, positions=positions, window=window))
+    on_cpu, on_device = pair(case)
+    x = torch.randn(2, 20, WIDTH)
+    expected, x_t = on_cpu(x), x[:, 4].cuda()
+    mask = torch.arange(4) < torch.tensor([[4], [2]])
+    expected[1] = torch.cat((expected[1, :4], on_cpu(torch.cat((x[1:, :2], x[1:, 4:]), 1))[0, 2:]))
+    state = on_device.reserve(on_device.prefill(x[:, :4].cuda(), mask.cuda())[1], 16)
+    _, state = on_device.step_(x_t, state)  # lets libraries allocate what they need
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = on_device.step_(x_t, state)
+    for t in range(5, 20):
+        x_t.copy_(x[:, t])
+        graph.replay()
+        assert_near(y, expected[:, t], 1e-4, f"step {t}")
 
 
 # --- host synchronisation ---

@@ -1,6 +1,6 @@
 """Padding: positions of a batch that hold no input.
 
-B batch, L length, D model width
+B batch, L length, D model width. Without a mask every position is real.
 """
 
 from torch import Tensor
@@ -15,3 +15,13 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def real_first(mask: Tensor) -> Tensor:
     """The order of positions that puts the real ones first and keeps their order, for `take_along_dim`: (B, L)."""
     return mask.logical_not().int().argsort(stable=True, dim=1)
+
+
+def at_front(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The real positions in their order, then zeros: (B, L, D) → (B, L, D)."""
+    return x if mask is None else masked(x, mask).take_along_dim(real_first(mask).unsqueeze(-1), 1)
+
+
+def put_back(x: Tensor, mask: Tensor | None) -> Tensor:
+    """What `at_front` had moved, where it was; elsewhere what came after it: (B, L, D) → (B, L, D)."""
+    return x if mask is None else x.take_along_dim(real_first(mask).argsort(1).unsqueeze(-1), 1)

@@ -14,6 +14,14 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a product with `weight`: its own, or that of an enclosing autocast, which leaves float64 alone."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which an enclosing autocast changes no dtype on the device of x."""
     if torch.amp.is_autocast_available(x.device.type):

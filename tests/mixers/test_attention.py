@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from stu.encoders import RotaryPositions
 from stu.errors import OptionError
-from stu.mixers.attention import BLOCK, Attention, local_attention
+from stu.mixers.attention import Attention
+from stu.ops.local_attention import BLOCK, local_attention
 from tests.models import randomized
 from tests.sizes import Sizes
 
@@ -117,12 +118,14 @@ def test_a_window_remembers_no_more_than_it_shows(window, dtype, tolerance, posi
     length=st.integers(1, 200),
     before=st.integers(0, 90),
     after=st.integers(0, 90),
+    past=st.integers(0, 90),
     masked=st.booleans(),
 )
-def test_local_attention_is_attention_with_a_band_for_a_mask(batch, heads, length, before, after, masked):
-    query, key, value = (noise(batch, heads, length, 3).requires_grad_() for _ in range(3))
-    mask = torch.rand(batch, length) < 0.5 if masked else None
-    ahead = torch.arange(length) - torch.arange(length)[:, None]
+def test_local_attention_is_attention_with_a_band_for_a_mask(batch, heads, length, before, after, past, masked):
+    total = length + min(past, before)
+    query, key, value = (noise(batch, heads, n, 3).requires_grad_() for n in (length, total, total))
+    mask = torch.rand(batch, total) < 0.5 if masked else None
+    ahead = torch.arange(total) - torch.arange(total - length, total)[:, None]
     band = (ahead >= -before) & (ahead <= after)
     visible = band.expand(batch, -1, -1) if mask is None else band & mask[:, None] | (ahead == 0)
     expected = F.scaled_dot_product_attention(query, key, value, visible[:, None])
@@ -201,6 +204,126 @@ def test_windows_under_autocast_stay_near_float32(causal, masked):
 def test_an_impossible_window_is_named(window):
     with pytest.raises(OptionError, match=f"window={window}: must be at least 1"):
         Attention(D, num_heads=2, window=window)
+
+
+# --- states ---
+
+
+@positions
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 64, 200])
+@torch.no_grad()
+def test_any_walk_through_the_methods_is_forward(window, positions):
+    """Sequences of which each has its own number of inputs; in turn: padded pieces, steps, padded pieces, a piece."""
+    layer = attention(window=window, positions=positions)
+    state = layer.initial_state(3)
+    inputs, outputs = [[], [], []], [[], [], []]
+    for turn in range(24):
+        x = noise(3, int(torch.randint(1, 90, ())), D)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool)
+        if turn % 4 == 1:
+            step = layer.step
+            if turn % 8 == 1:
+                step, state = layer.step_, layer.reserve(state, x.shape[1])
+            steps = []
+            for x_t in x.unbind(1):
+                y_t, state = step(x_t, state)
+                steps.append(y_t)
+            y = torch.stack(steps, 1)
+        elif turn % 4 == 3:
+            y, state = layer.prefill(x, state=state)
+        else:
+            start, count = (torch.rand(2, 3, 1) * x.shape[1]).long()
+            place = torch.arange(x.shape[1])
+            mask = (place >= start) & (place < start + count)
+            y, state = layer.prefill(x, mask, state)
+        for row in range(3):
+            inputs[row].append(x[row, mask[row]])
+            outputs[row].append(y[row, mask[row]])
+    for x, y in zip(inputs, outputs, strict=True):
+        assert_close(torch.cat(y), layer(torch.cat(x)[None])[0], rtol=0, atol=1e-10)
+    assert state.lengths.tolist() == [sum(map(len, x)) for x in inputs]
+    assert state.position == max(state.lengths)
+
+
+def test_a_step_in_place_copies_no_cache_and_reads_nothing_back():
+    layer = attention(dtype=torch.float32)
+    state = layer.reserve(layer.prefill(noise(2, 9, D, dtype=torch.float32))[1], 4000)
+    with Sizes() as sizes:
+        layer.step_(noise(2, D, dtype=torch.float32), state)
+    assert sizes.largest < state.keys.numel() / 2
+    on_meta = attention(dtype=torch.float32, positions="rotary").to("meta")  # where no number can be read
+    state = on_meta.reserve(on_meta.initial_state(2), 3)
+    for _ in range(3):
+        _, state = on_meta.step_(torch.empty(2, D, device="meta"), state)
+    assert state.keys.shape == (2, 2, 3, D // 2)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_steps_in_place_need_room(window):
+    layer, x = attention(window=window), noise(2, D)
+    _, grown = layer.prefill(noise(2, 5, D))
+    state = layer.reserve(grown, 4)
+    for _ in range(4):
+        _, state = layer.step_(x, state)
+    for full, slots in ((state, 9), (grown, 5), (layer.initial_state(2), 0)):
+        with pytest.raises(OptionError, match=rf"state=\(2, 2, {slots}, 4\): has no room for one more step; see"):
+            layer.step_(x, full)
+
+
+def test_a_full_window_has_room_for_ever():
+    layer, x = attention(window=3), noise(2, 20, D)
+    for state in (layer.prefill(x[:, :5])[1], layer.reserve(layer.initial_state(2), 100)):
+        assert state.keys.shape[2] == 3
+        after = state
+        for x_t in x[:, state.position :].unbind(1):
+            y, after = layer.step_(x_t, after)
+        assert_close(y, layer(x)[:, -1], rtol=0, atol=1e-12)
+
+
+def test_the_steps_that_a_graph_took_are_counted_again():
+    """Replays advance tensors alone."""
+    layer, x = attention(), noise(2, 20, D)
+    state = layer.reserve(layer.prefill(x[:, :4])[1], 12)
+    for x_t in x[:, 4:10].unbind(1):
+        layer.step_(x_t, state)
+    assert state.position == 4
+    y, after = layer.prefill(x[:, 10:], state=state)
+    assert_close(y, layer(x)[:, 10:], rtol=0, atol=1e-12)
+    assert after.position == 20
+    assert layer.reserve(state, 8).keys.shape[2] == 18
+
+
+@pytest.mark.slow
+@positions
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_a_piece_in_a_window_takes_memory_linear_in_its_length(positions, masked):
+    length = 2048
+    layer = attention(window=24, positions=positions, dtype=torch.float32)
+    x = noise(2, length, D, dtype=torch.float32).requires_grad_()
+    mask = torch.arange(length) < torch.tensor([[2000], [77]]) if masked else None
+    _, state = layer.prefill(noise(2, 30, D, dtype=torch.float32), torch.ones(2, 30, dtype=torch.bool))
+    with Sizes() as sizes:
+        layer.prefill(x, mask, state)[0].sum().backward()
+    assert sizes.largest <= 2 * length * (BLOCK + 24)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_a_cache_has_the_dtype_of_its_keys(window):
+    layer = attention(window=window, positions="rotary", dtype=torch.float32)
+    x = noise(2, 12, D, dtype=torch.float32)
+    exact = layer(x)
+    outside = layer.reserve(layer.initial_state(2), 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = layer.prefill(x[:, :6])
+        assert state.keys.dtype == layer.initial_state(2).values.dtype == torch.bfloat16
+    for before in (state, outside):  # steps in another precision are as exact as the state
+        after = before
+        for x_t in x[:, before.position :].unbind(1):
+            y, after = layer.step(x_t, after)
+        assert (y.dtype, after.keys.dtype) == (torch.float32, before.keys.dtype)
+        tolerance = 1e-5 if before is outside else 0.02
+        assert (y - exact[:, -1]).norm() < tolerance * exact[:, -1].norm()
 
 
 # --- the plain form ---
@@ -284,6 +407,8 @@ def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
     assert_close(rotate(x, 0).norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-12)
     assert torch.equal(rotate(x, 0)[:, 0], x[:, 0])
     assert_close(rotate(x, 0)[:, 4:], rotate(x[:, 4:], 4), rtol=0, atol=1e-12)
+    each = rotate(x, torch.tensor([[0], [3], [70_000]]))
+    assert all(torch.equal(each[row], rotate(x[row], start)) for row, start in enumerate((0, 3, 70_000)))
     for dtype in (torch.float32, torch.bfloat16):
         assert rotate(x.to(dtype), 0).dtype == dtype
 
@@ -302,3 +427,5 @@ def test_attention_drops_out_in_training_only():
 def test_attention_names_impossible_options(width, options):
     with pytest.raises(OptionError, match=f"num_heads={options['num_heads']}"):
         Attention(width, **options)
+    with pytest.raises(OptionError, match="d_model=0"):
+        Attention(0)

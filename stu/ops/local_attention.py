@@ -1,0 +1,49 @@
+"""Local attention: softmax attention of each position to those near it, in blocks, linear in L.
+
+B batch, H heads, L length, E width of a head, C keys before the first query, T length of a block, K keys of a block
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 64  # fewest queries of a block; smaller ones cost more than they save in keys
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    before: int,
+    after: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention of each position t to t − before … t + after, in time and memory linear in L.
+
+    query: (B, H, L, E), of the last L positions; key, value: (B, H, C + L, E), C ≤ before; mask: (B, C + L), True where
+    a key may be seen. Returns (B, H, L, E).
+
+    Blocks of T queries attend to the K = before + T + after keys around them, so that one mask of T × K serves them
+    all, except at the ends of the sequence and where `mask` is False.
+    """
+    batch, heads, length, width = query.shape
+    block = min(length, max(BLOCK, before + after))
+    blocks = -(-length // block)
+    spare = blocks * block - length
+    strip = before + block + after
+    missing = before - (key.shape[2] - length)
+    real = query.new_ones(1, key.shape[2], dtype=torch.bool) if mask is None else mask
+    real = F.pad(real, (missing, after + spare)).unfold(1, strip, block).transpose(0, 1)  # (blocks, B or 1, K)
+    q = F.pad(query, (0, 0, 0, spare)).unfold(2, block, block)  # (B, H, blocks, E, T)
+    k, v = (F.pad(each, (0, 0, missing, after + spare)).unfold(2, strip, block) for each in (key, value))
+    ahead = torch.arange(strip, device=query.device) - torch.arange(block, device=query.device).unsqueeze(1)
+    seen = (ahead >= 0) & (ahead <= before + after) & real.unsqueeze(2)  # (blocks, B or 1, T, K)
+    seen = seen | (ahead == before)  # always itself: a softmax over nothing is nan
+    # Merge the batch with the heads where all sequences share the mask of a block, and with the blocks otherwise.
+    merge = (1, 2) if mask is None else (0, 1)
+    q, k, v = (each.permute(2, 0, 1, 4, 3).flatten(*merge) for each in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
+    y = y.reshape(blocks, batch, heads, block, width).permute(1, 2, 0, 3, 4)
+    return y.flatten(2, 3)[:, :, :length]
