@@ -12,17 +12,16 @@ Source: Dao, Gu, "Transformers are SSMs", 2405.21060, section 7, and its officia
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from stu.errors import require
 from stu.mixer import Mixer, reverse_twin
-from stu.ops.padding import masked
-from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.padding import at_front, masked, put_back
+from stu.ops.precision import at_least_float32, no_autocast, product_dtype
 from stu.ops.ssd import ssd, ssd_step
 
 
@@ -42,6 +41,7 @@ class Mamba2(Mixer):
     causal: if false, a second unit with parameters of its own (`reverse`) runs from the end and is added, as in the
     STU. num_heads: H, so that a head has width P = expand · d_model / num_heads (64 in the paper). d_state: N.
     num_groups: G. d_conv: taps of the convolution. chunk_size: steps computed as one matrix; it affects speed only.
+    dt_limit: the smallest and the largest Δ.
 
     Initialised as in the official code: Δ log-uniform in dt_min … dt_max but at least dt_init_floor, −A uniform in
     A_init_range, D and the gain of the norm one, the rest by PyTorch. Padding leaves the state unchanged: Δ is zero.
@@ -62,8 +62,10 @@ class Mamba2(Mixer):
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        dt_limit: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         for name, value in {"d_state": d_state, "expand": expand, "d_conv": d_conv, "chunk_size": chunk_size}.items():
             require(value >= 1, name, value, "must be at least 1")
         inner, matrix = expand * d_model, num_groups * d_state
@@ -73,10 +75,12 @@ class Mamba2(Mixer):
         require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "must be above 0")
         slowest, fastest = A_init_range
         require(0 < slowest <= fastest, "A_init_range", A_init_range, "must be two numbers above 0, the smaller first")
+        low, high = dt_limit
+        require(0 <= low < high, "dt_limit", dt_limit, "must be two numbers, the first at least 0 and below the second")
         self.causal, self.num_heads, self.num_groups, self.chunk_size = causal, num_heads, num_groups, chunk_size
         self.d_model, self.widths = d_model, (inner, matrix, matrix)  # widths of x, B and C
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
-        self.A_init_range = slowest, fastest
+        self.A_init_range, self.dt_limit = (slowest, fastest), (low, high)
         signals = sum(self.widths)
         self.project_in = nn.Linear(d_model, inner + signals + num_heads, bias=False)
         # As images of one column: unlike those of sequences, their channels may stay in the last dimension.
@@ -97,6 +101,8 @@ class Mamba2(Mixer):
         self.conv.reset_parameters()
         self._reset_system()
         self.project_out.reset_parameters()
+        if self.reverse is not None:
+            self.reverse.reset_parameters()
 
     def _reset_system(self) -> None:
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp()
@@ -109,17 +115,14 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        y, _ = self._from_start(masked(x, mask), mask)
+        y, *_ = self._run(masked(x, mask), mask, self._zeros(len(x)))
         if self.reverse is None:
             return y
         return y + self.reverse(x.flip(1), None if mask is None else mask.flip(1)).flip(1)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """Zeros."""
-        inner, matrix, _ = self.widths
-        signals = self.conv.weight.new_zeros(batch_size, self.conv.kernel_size[0] - 1, sum(self.widths))
-        shape = batch_size, self.num_heads, matrix // self.num_groups, inner // self.num_heads
-        return Mamba2State(signals, self.A_log.new_zeros(shape, dtype=at_least_float32(self.A_log)))
+        return self._zeros(batch_size)
 
     def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """x_t (B, D), state → y_t (B, D), state."""
@@ -129,33 +132,56 @@ class Mamba2(Mixer):
         y, hidden = ssd_step(inputs, dt, self._rates(), B, C, self.D, state.hidden)
         return self._output(y, gate), Mamba2State(signals[:, 1:], hidden)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Mamba2State]:
+    def prefill(
+        self, x: Tensor, mask: Tensor | None = None, state: Mamba2State | None = None
+    ) -> tuple[Tensor, Mamba2State]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        return self._from_start(x)
+        state = self._zeros(len(x)) if state is None else state
+        if mask is None:
+            y, signals, hidden = self._run(x, None, state)
+            return y, Mamba2State(signals[:, x.shape[1] :].clone(), hidden)
+        count = mask.sum(1, keepdim=True)
+        real = torch.arange(x.shape[1], device=x.device) < count
+        y, signals, hidden = self._run(at_front(x, mask), real, state)
+        newest = count + torch.arange(self.conv.kernel_size[0] - 1, device=x.device)  # (B, d_conv − 1)
+        return put_back(y, mask), Mamba2State(signals.take_along_dim(newest.unsqueeze(-1), 1), hidden)
 
-    def _from_start(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
-        """From the first step to the last: (B, L, D), zero on padding → (B, L, D) and the state after it."""
+    def _zeros(self, batch_size: int) -> Mamba2State:
+        inner, matrix, _ = self.widths
+        weight = self.project_in.weight
+        taken = batch_size, self.conv.kernel_size[0] - 1, sum(self.widths)
+        kept = batch_size, self.num_heads, matrix // self.num_groups, inner // self.num_heads
+        signals = weight.new_zeros(taken, dtype=product_dtype(weight))
+        return Mamba2State(signals, weight.new_zeros(kept, dtype=at_least_float32(weight)))
+
+    def _run(self, x: Tensor, mask: Tensor | None, state: Mamba2State) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D), zero on padding → y, like it, the signals (B, d_conv − 1 + L, S) and the last h (B, H, N, P)."""
         gate, signals, dt = self._project(x)
         if mask is not None:
             dt = dt * mask.unsqueeze(-1)
-        signals = F.pad(signals, (0, 0, self.conv.kernel_size[0] - 1, 0))
+        signals = torch.cat((state.signals, signals), 1)
         inputs, B, C = self._convolve(signals)
-        y, hidden = ssd(inputs, dt, self._rates(), B, C, self.D, chunk_size=self.chunk_size)
-        return self._output(y, gate), Mamba2State(signals[:, x.shape[1] :], hidden)
+        y, hidden = ssd(inputs, dt, self._rates(), B, C, self.D, state.hidden, chunk_size=self.chunk_size)
+        return self._output(y, gate), signals, hidden
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(…, D) → the gate (…, E), the signals x, B, C (…, S) and Δ (…, H), in float32 at least."""
         gate, signals, dt = self.project_in(x).split((self.widths[0], sum(self.widths), self.num_heads), -1)
-        return gate, signals, F.softplus(dt.to(at_least_float32(dt)) + self.dt_bias)
+        dt = F.softplus(dt.to(at_least_float32(dt)) + self.dt_bias)
+        return gate, signals, dt if self.dt_limit == (0.0, math.inf) else dt.clamp(*self.dt_limit)
 
     def _convolve(self, signals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, d_conv − 1 + L, S) → x (B, L, H, P) and B, C (B, L, G, N), in float32 at least."""
         dtype = at_least_float32(signals)
-        columns = signals.to(dtype).unsqueeze(2).permute(0, 3, 1, 2)  # (B, S, L, 1), in memory (B, L, 1, S)
-        weights = {name: weight.to(dtype) for name, weight in self.conv.named_parameters()}
-        with no_autocast(signals):
-            columns = functional_call(self.conv, weights, columns)
-        x, B, C = F.silu(columns.squeeze(-1).transpose(1, 2)).split(self.widths, -1)
+        signals, weight, bias = signals.to(dtype), self.conv.weight.to(dtype), cast(Tensor, self.conv.bias).to(dtype)
+        if signals.shape[1] == self.conv.kernel_size[0]:  # one step
+            convolved = (signals * weight[:, 0, :, 0].T).sum(1, keepdim=True) + bias
+        else:
+            columns = signals.unsqueeze(2).permute(0, 3, 1, 2)  # (B, S, L, 1), in memory (B, L, 1, S)
+            with no_autocast(signals):
+                columns = F.conv2d(columns, weight, bias, groups=len(weight))
+            convolved = columns.squeeze(-1).transpose(1, 2)
+        x, B, C = F.silu(convolved).split(self.widths, -1)
         groups = self.num_groups, -1
         return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 

@@ -1,5 +1,6 @@
 """State space duality against its recurrence and its matrix, and Mamba-2 against its equations."""
 
+import copy
 import math
 
 import pytest
@@ -343,6 +344,36 @@ def test_official_settings_of_the_optimizer():
     assert ssm["initial_lr"] == default["initial_lr"]
 
 
+def test_steps_are_limited():
+    """Δ below the limits is the lower one, above them the upper one, in all three methods; padding is no step."""
+    for limit, bias in (((0.01, 0.1), 0.1), ((0.02, math.inf), 0.02)):
+        layer = randomized(Mamba2(D, d_state=6, dt_limit=limit)).double()
+        torch.nn.init.zeros_(layer.project_in.weight[-layer.num_heads :])
+        same = copy.deepcopy(layer)
+        same.dt_limit = (0.0, math.inf)
+        torch.nn.init.constant_(layer.dt_bias, 5.0 if bias == 0.1 else -20.0)
+        torch.nn.init.constant_(same.dt_bias, math.log(math.expm1(bias)))
+        x, mask = noise(2, 12, D), torch.arange(12) < torch.tensor([[12], [7]])
+        assert_close(layer(x), same(x), rtol=0, atol=1e-12)
+        (y, state), (expected, after) = (each.prefill(x, mask) for each in (layer, same))
+        assert_close(y[mask], expected[mask], rtol=0, atol=1e-12)
+        assert_close(layer.step(x[:, 0], state)[0], same.step(x[:, 0], after)[0], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_state_has_one_dtype_however_it_was_made():
+    layer, x = randomized(Mamba2(D, d_state=6)), noise(2, 20, D, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = layer.initial_state(2), layer.prefill(x)[1], layer.step(x[:, 0], layer.initial_state(2))[1]
+    for state in states:
+        assert (state.signals.dtype, state.hidden.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_state_keeps_nothing_of_a_prefix_alive():
+    _, state = Mamba2(D, d_state=6).prefill(noise(2, 500, D, dtype=torch.float32))
+    assert state.signals.untyped_storage().nbytes() == 4 * state.signals.numel()
+
+
 @pytest.mark.parametrize("extreme", [-100.0, 100.0], ids=["frozen", "forgetful"])
 def test_extreme_steps_stay_finite(extreme):
     layer = Mamba2(D, d_state=6)
@@ -384,10 +415,14 @@ def test_a_model_of_half_precision_keeps_its_state_in_float32():
         ({"dt_init_floor": 0.0}, "dt_init_floor"),
         ({"A_init_range": (0.0, 1.0)}, "A_init_range"),
         ({"A_init_range": (2.0, 1.0)}, "A_init_range"),
+        ({"dt_limit": (-0.1, 1.0)}, "dt_limit"),
+        ({"dt_limit": (0.1, 0.1)}, "dt_limit"),
+        ({"dt_limit": (math.nan, 1.0)}, "dt_limit"),
+        ({"d_model": 0}, "d_model"),
     ],
     ids=str,
 )
 def test_mamba2_names_impossible_options(options, name):
     with pytest.raises(OptionError) as caught:
-        Mamba2(D, **options)
+        Mamba2(**{"d_model": D} | options)
     assert caught.value.name == name
