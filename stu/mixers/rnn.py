@@ -8,21 +8,22 @@ B batch, L length, D model width, N state size; σ the logistic function; produc
           h_t = (1 − z) n + z h_{t−1}
 """
 
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from stu.errors import require
-from stu.mixer import Mixer, reverse_twin
-from stu.ops.padding import masked, real_first
+from stu.mixer import Mixer, map_state, reverse_twin
+from stu.ops.padding import at_front, put_back
 from stu.ops.precision import at_least_float32, no_autocast
 
 Cell = Literal["lstm", "gru"]
 
 
 class RNNState(NamedTuple):
-    """h and, of an LSTM, c after the last step, each (1, B, N)."""
+    """h and, of an LSTM, c after the last step, each (B, N)."""
 
     hidden: Tensor
     cell: Tensor | None
@@ -42,6 +43,7 @@ class RNN(Mixer):
 
     def __init__(self, d_model: int, *, d_state: int, cell: Cell, causal: bool = True) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(d_state >= 1, "d_state", d_state, "must be at least 1")
         require(cell in ("lstm", "gru"), "cell", cell, "must be lstm or gru")
         self.d_model, self.d_state, self.causal = d_model, d_state, causal
@@ -58,10 +60,13 @@ class RNN(Mixer):
         self._open_forget_gate()
         if isinstance(self.project_out, nn.Linear):
             self.project_out.reset_parameters()
+        if self.reverse is not None:
+            self.reverse.reset_parameters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        y = self._from_start(x, mask)
+        y, _ = self._run(at_front(x, mask), self._zeros(len(x)))
+        y = put_back(y, mask)
         if self.reverse is None:
             return y
         return y + self.reverse(x.flip(1), None if mask is None else mask.flip(1)).flip(1)
@@ -75,9 +80,12 @@ class RNN(Mixer):
         y, state = self._run(x.unsqueeze(1), state)
         return y.squeeze(1), state
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, RNNState]:
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: RNNState | None = None) -> tuple[Tensor, RNNState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        return self._run(x, self.initial_state(len(x)))
+        state = self._zeros(len(x)) if state is None else state
+        counts = None if mask is None or len(x) == 0 else mask.sum(1)  # packing needs a sequence
+        y, state = self._run(at_front(x, mask), state, counts)
+        return put_back(y, mask), state
 
     def _open_forget_gate(self) -> None:
         if isinstance(self.rnn, nn.LSTM):
@@ -88,24 +96,25 @@ class RNN(Mixer):
 
     def _zeros(self, batch_size: int) -> RNNState:
         weight = cast(Tensor, self.rnn.weight_hh_l0)  # replicas of `DataParallel` have attributes, no parameters
-        zeros = weight.new_zeros(1, batch_size, self.d_state, dtype=at_least_float32(weight))
-        return RNNState(zeros, zeros if isinstance(self.rnn, nn.LSTM) else None)
+        zeros = weight.new_zeros(batch_size, self.d_state, dtype=at_least_float32(weight))
+        return RNNState(zeros, zeros.clone() if isinstance(self.rnn, nn.LSTM) else None)
 
-    def _from_start(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """From the first to the last real position, (B, L, D) → (B, L, D)."""
-        start = self._zeros(len(x))
-        if mask is None:
-            return self._run(x, start)[0]
-        order = real_first(mask).unsqueeze(-1)  # (B, L, 1)
-        y, _ = self._run(masked(x, mask).take_along_dim(order, 1), start)
-        return y.take_along_dim(order.argsort(1), 1)
+    def _run(self, x: Tensor, state: RNNState, counts: Tensor | None = None) -> tuple[Tensor, RNNState]:
+        """(B, L, D), state → (B, L, D), state; the recurrence in float32 at least, whatever an enclosing autocast.
 
-    def _run(self, x: Tensor, state: RNNState) -> tuple[Tensor, RNNState]:
-        """(B, L, D), state → (B, L, D), state; the recurrence in float32 at least, whatever an enclosing autocast."""
+        counts: how many positions (B,) of each sequence lead to its state; all where None.
+        """
         dtype = state.hidden.dtype
         weights = {name: weight.to(dtype) for name, weight in self.rnn.named_parameters()}
-        before = state.hidden if state.cell is None else (state.hidden, state.cell)
+        hidden, cell = map_state(lambda part: part.unsqueeze(0), state)  # (1, B, N)
+        inputs: Any = x.to(dtype)
+        if counts is not None:
+            inputs = pack_padded_sequence(inputs, counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False)
         with no_autocast(x):
-            y, after = functional_call(self.rnn, weights, (x.to(dtype), before))
-        state = RNNState(after, None) if state.cell is None else RNNState(*after)
-        return self.project_out(y.to(x.dtype)), state
+            y, after = functional_call(self.rnn, weights, (inputs, hidden if cell is None else (hidden, cell)))
+        after = RNNState(after[0], None) if cell is None else RNNState(after[0][0], after[1][0])
+        if counts is not None:
+            y, _ = pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])
+            some = (counts > 0).unsqueeze(1)
+            after = map_state(lambda new, old: new.where(some, old), after, state)
+        return self.project_out(y.to(x.dtype)), after

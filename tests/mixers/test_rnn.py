@@ -97,6 +97,7 @@ def test_forward_step_and_prefill_agree_where_the_state_is_projected(cell, dtype
             y_t, state = layer.step(x[:, t], state)
             outputs.append(y_t.unsqueeze(1))
         assert_close(torch.cat(outputs, 1), y, rtol=0, atol=tolerance)
+        assert state.hidden.shape == (2, N)
         assert (state.cell is None) == (cell == "gru")
 
 
@@ -116,6 +117,14 @@ def test_low_precision_never_reaches_the_recurrence(cell, causal):
     assert (y.float() - exact).norm() < 2**-7 * exact.norm()  # outputs are rounded, and no state
     y, state = layer.bfloat16().prefill(rounded) if causal else (y, None)
     assert state is None or state.hidden.dtype == torch.float32
+
+
+@cells
+def test_an_empty_batch_of_padded_sequences_has_a_state(cell):
+    layer = layer_of(cell)
+    y, state = layer.prefill(noise(0, 4, D), torch.ones(0, 4, dtype=torch.bool))
+    assert y.shape == (0, 4, D)
+    assert state.hidden.shape == (0, N)
 
 
 def test_the_lstm_begins_by_remembering():
@@ -138,9 +147,9 @@ def test_a_layer_stores_its_network_and_a_projection_where_the_sizes_differ():
 
 
 @pytest.mark.parametrize(
-    ("options", "name"), [({"d_state": 0, "cell": "gru"}, "d_state"), ({"d_state": 4, "cell": "rnn"}, "cell")]
+    ("options", "name"), [({"d_state": 0}, "d_state"), ({"cell": "rnn"}, "cell"), ({"d_model": 0}, "d_model")]
 )
 def test_rnn_names_impossible_options(options, name):
     with pytest.raises(OptionError) as caught:
-        RNN(D, **options)
+        RNN(**{"d_model": D, "d_state": N, "cell": "gru"} | options)
     assert caught.value.name == name
