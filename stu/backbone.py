@@ -4,7 +4,7 @@ B batch, L length, D model width
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,14 +47,19 @@ class Block(nn.Module):
         """(B, L, D) → (B, L, D)."""
         return self._after(x, self.mixer(self._before(x, mask), mask), mask)
 
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        """(B, L, D), state → (B, L, D), state."""
+        mixed, state = self.mixer.prefill(self._before(x, mask), mask=mask, state=state)
+        return self._after(x, mixed, mask), state
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, D), state → y_t (B, D), state."""
         mixed, state = self.mixer.step(self._before(x), state)
         return self._after(x, mixed), state
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, State]:
-        """(B, L, D) → (B, L, D), state."""
-        mixed, state = self.mixer.prefill(self._before(x))
+    def step_(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """`step` in place."""
+        mixed, state = self.mixer.step_(self._before(x), state)
         return self._after(x, mixed), state
 
     def _before(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,9 +77,10 @@ class Block(nn.Module):
 
 
 class BackboneState(NamedTuple):
-    """Steps taken so far, and the state of each mixer."""
+    """The positions (B,) of the next inputs, the largest of them as a number, and the state of each mixer."""
 
     position: int
+    positions: Tensor
     mixers: tuple[State, ...]
 
 
@@ -83,7 +89,8 @@ class Backbone(nn.Module):
 
     mixer: one factory `mixer(d_model)`, or several, cycled over depth (hybrids need no class of their own).
     channel_mixer: None where the mixer is a complete block of its own, as in Mamba.
-    positions: absolute positions added to the input; "rotary" ones are applied inside attention.
+    positions: absolute positions added to the input; "rotary" ones are applied inside attention. They count padding:
+    those of a padded piece are its indices, and each sequence continues from the index after its last real position.
     final_norm: one more norm after the last block, as in pre-norm Transformers.
     """
 
@@ -137,43 +144,78 @@ class Backbone(nn.Module):
         """Whether output t depends on inputs 1 … t alone."""
         return all(block.mixer.causal for block in self.blocks)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D)."""
-        x = self._place(x, 0)
+    def forward(self, x: Tensor, mask: Tensor | None = None, state: BackboneState | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D); after the steps of a state, the output of `prefill`."""
+        if state is not None:
+            return self.prefill(x, mask, state)[0]
+        x = self._place(x, None)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x, mask)
 
     def initial_state(self, batch_size: int) -> BackboneState:
         """The state before the first step."""
-        return BackboneState(0, tuple(block.mixer.initial_state(batch_size) for block in self.blocks))
+        positions = torch.zeros(batch_size, dtype=torch.long, device=next(self.parameters()).device)
+        return BackboneState(0, positions, tuple(block.mixer.initial_state(batch_size) for block in self.blocks))
 
     def step(self, x: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
         """x_t (B, D), state → y_t (B, D), state; causal backbones in eval mode only."""
-        x = self._place(x.unsqueeze(1), state.position).squeeze(1)
-        mixers = []
-        for block, before in zip(self.blocks, state.mixers, strict=True):
-            x, after = block.step(x, before)
-            mixers.append(after)
-        return self.norm(x), BackboneState(state.position + 1, tuple(mixers))
+        y, mixers = self._through(self._place(x.unsqueeze(1), state).squeeze(1), state.mixers, Block.step)
+        return self.norm(y), BackboneState(state.position + 1, state.positions + 1, mixers)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, BackboneState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
+    def step_(self, x: Tensor, state: BackboneState) -> tuple[Tensor, BackboneState]:
+        """`step` in place, see `Mixer.step_`; a CUDA graph of it advances `positions`, but not `position`."""
+        with torch.no_grad():
+            y, mixers = self._through(self._place(x.unsqueeze(1), state).squeeze(1), state.mixers, Block.step_)
+            return self.norm(y), BackboneState(state.position + 1, state.positions.add_(1), mixers)
+
+    def prefill(
+        self, x: Tensor, mask: Tensor | None = None, state: BackboneState | None = None
+    ) -> tuple[Tensor, BackboneState]:
+        """(B, L, D), after the steps of a state → (B, L, D) and the state from which `step` continues."""
+
+        def run(block: Block, x: Tensor, state: State) -> tuple[Tensor, State]:
+            return block.prefill(x, mask, state)
+
         length = x.shape[1]
-        x = self._place(x, 0)
-        mixers = []
-        for block in self.blocks:
-            x, state = block.prefill(x)
-            mixers.append(state)
-        return self.norm(x), BackboneState(length, tuple(mixers))
+        y = self._place(x, state)
+        if state is None:
+            state = BackboneState(0, x.new_zeros(len(x), dtype=torch.long), (None,) * len(self.blocks))
+        y, mixers = self._through(y, state.mixers, run)
+        if mask is None:
+            return self.norm(y), BackboneState(state.position + length, state.positions + length, mixers)
+        positions = state.positions + (mask * torch.arange(1, length + 1, device=x.device)).amax(1)
+        return self.norm(y, mask), BackboneState(max(positions.tolist(), default=0), positions, mixers)
 
-    def _place(self, x: Tensor, start: int) -> Tensor:
-        """Add the absolute positions start, start + 1, … to (B, L, D)."""
+    def reserve(self, state: BackboneState, max_steps: int) -> BackboneState:
+        """The same state with room for `max_steps` more steps in place."""
+        mixers = (block.mixer.reserve(part, max_steps) for block, part in zip(self.blocks, state.mixers, strict=True))
+        return BackboneState(state.position, state.positions.clone(), tuple(mixers))
+
+    def select(self, state: BackboneState, index: Tensor) -> BackboneState:
+        """The state of some sequences of the batch, in any order, any number of times: index (B',), integers."""
+        mixers = [block.mixer.select(part, index) for block, part in zip(self.blocks, state.mixers, strict=True)]
+        return BackboneState(state.position, state.positions[index.to(state.positions.device)], tuple(mixers))
+
+    def _through(
+        self, x: Tensor, states: Sequence[State], run: Callable[[Block, Tensor, State], tuple[Tensor, State]]
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Through all blocks, each with its state."""
+        after = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = run(block, x, state)
+            after.append(state)
+        return x, tuple(after)
+
+    def _place(self, x: Tensor, state: BackboneState | None) -> Tensor:
+        """Add the absolute positions from those of a state on, or from 0, to (B, L, D)."""
         if self.positions is None:
             return x
-        stop = start + x.shape[1]
-        require_length(stop, self.longest)
-        return x + self.positions(torch.arange(start, stop, device=x.device)).to(x.dtype)
+        require_length(x.shape[1] + (0 if state is None else state.position), self.longest)
+        positions = torch.arange(x.shape[1], device=x.device)
+        if state is not None:
+            positions = positions + state.positions.unsqueeze(1)  # (B, L)
+        return x + self.positions(positions).to(x.dtype)
 
 
 class SequenceModel(nn.Module):

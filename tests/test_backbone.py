@@ -18,7 +18,7 @@ from stu.channel import GLU, MLP, HalfGLU
 from stu.encoders import LearnedPositions, LinearEncoder, RotaryPositions, SinusoidalPositions, TokenEncoder
 from stu.errors import OptionError
 from stu.heads import PooledHead, StepHead, pooled
-from stu.mixer import Mixer
+from stu.mixer import Mixer, map_state
 from stu.norm import BatchNorm, PositionNorm, make_norm
 from tests.distributed import batch_norm
 from tests.models import MODELS, model_config, randomized, small_backbone
@@ -58,8 +58,10 @@ class Running(Mixer):
     def step(self, x, state):
         return self.scale * (state + x), state + x
 
-    def prefill(self, x):
-        return self(x), x.sum(1)
+    def prefill(self, x, mask=None, state=None):
+        x = x if mask is None else x * mask.unsqueeze(-1)
+        before = torch.zeros_like(x[:, 0]) if state is None else state
+        return self.scale * (before.unsqueeze(1) + x.cumsum(1)), before + x.sum(1)
 
 
 def trained(backbone: Backbone) -> Backbone:
@@ -219,6 +221,90 @@ def test_models_run_step_by_step(model, positions):
             y_t, state = backbone.step(x[:, t], state)
             assert_close(y_t, y[:, t], rtol=0, atol=1e-10)
         assert state.position == SEQ_LEN
+
+
+absolute = pytest.mark.parametrize("positions", ["none", "learned"])
+
+
+def stepped(backbone, x, state):
+    outputs = []
+    for x_t in x.unbind(1):
+        y_t, state = backbone.step(x_t, state)
+        outputs.append(y_t)
+    return torch.stack(outputs, 1)
+
+
+@models
+@absolute
+def test_models_run_in_pieces(model, positions):
+    backbone = trained(small_backbone(model, seq_len=SEQ_LEN, positions=positions))
+    x = noise(2, SEQ_LEN, D)
+    pieces, state = [], None
+    for piece in x.tensor_split((1, 2, 9, 16), 1):
+        y, after = backbone.prefill(piece, state=state)
+        assert_close(backbone(piece, state=state), y, rtol=0, atol=1e-10)
+        pieces.append(y)
+        state = after
+    assert_close(torch.cat(pieces, 1), backbone(x), rtol=0, atol=1e-9)
+    assert state.position == SEQ_LEN
+    assert state.positions.tolist() == [SEQ_LEN, SEQ_LEN]
+
+
+@models
+@absolute
+@pytest.mark.parametrize("reserved", [False, True], ids=["", "reserved"])
+def test_each_sequence_continues_from_its_last_real_position(model, positions, reserved):
+    """Its positions are the indices of a forward pass in which nothing follows them but the rest; gradients, too."""
+    backbone = trained(small_backbone(model, seq_len=SEQ_LEN, positions=positions))
+    x, rest, weight = noise(4, 9, D).requires_grad_(), noise(4, 6, D).requires_grad_(), noise(4, 21, D)
+    rows = ((0, 9), (0, 4), (5, 9), (2, 6))
+    mask = torch.zeros(4, 9, dtype=torch.bool)
+    for row, (first, last) in enumerate(rows):
+        mask[row, first:last] = True
+    y, state = backbone.prefill(x, mask)
+    assert state.position == 9
+    assert state.positions.tolist() == [last for _, last in rows]
+    if reserved:
+        state = backbone.reserve(state, 3)
+    found = torch.cat((y * mask.unsqueeze(-1), stepped(backbone, rest, state), backbone(rest, state=state)), 1)
+    expected = []
+    for row, (first, last) in enumerate(rows):
+        whole = torch.cat((x[row, :last], rest[row]))[None]
+        (prefix, after) = backbone(whole, (torch.arange(last + 6) >= first)[None])[0].tensor_split((last,))
+        prefix = torch.cat((prefix, prefix.new_zeros(9 - last, D))) * mask[row].unsqueeze(-1)
+        expected.append(torch.cat((prefix, after, after)))
+    assert_close(found, torch.stack(expected), rtol=0, atol=1e-9)
+    wanted = [x, rest, *backbone.parameters()]
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), wanted),
+        torch.autograd.grad((torch.stack(expected) * weight).sum(), wanted),
+        strict=True,
+    ):
+        assert_close(a, b, rtol=0, atol=1e-8 * (1 + b.abs().max().item()))
+
+
+@models
+@absolute
+def test_models_step_in_place_and_from_states_of_some_sequences(model, positions):
+    backbone = trained(small_backbone(model, seq_len=SEQ_LEN, positions=positions))
+    x, index = noise(3, SEQ_LEN, D), torch.tensor([2, 0, 0, 1])
+    mask = right_padded([9, 4, 7], 9)
+    _, first = backbone.prefill(x[:, :9], mask)
+    rest = x[index, 9:]
+    expected = stepped(backbone, rest, backbone.select(first, index))
+    state = backbone.reserve(backbone.select(first, index), SEQ_LEN - 9)
+    places = []
+    map_state(lambda part: places.append(part.data_ptr()) or part, state)
+    outputs = []
+    for x_t in rest.unbind(1):
+        y, state = backbone.step_(x_t, state)
+        assert not y.requires_grad
+        outputs.append(y)
+    assert_close(torch.stack(outputs, 1), expected, rtol=0, atol=1e-9)
+    assert state.positions.tolist() == [SEQ_LEN - 2, SEQ_LEN, SEQ_LEN, SEQ_LEN - 5]
+    map_state(lambda part: places.remove(part.data_ptr()) or part, state)
+    assert not places
+    assert first.positions.tolist() == [9, 4, 7]
 
 
 @models
@@ -554,6 +640,7 @@ def test_sinusoidal_positions_are_those_of_the_transformer(width):
         for j in range(width):
             angle = position / 10_000 ** (2 * (j // 2) / width)
             assert found[row, j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=2e-4)
+    assert torch.equal(SinusoidalPositions(width)(torch.tensor([[0, 1], [5, 1000]])).flatten(0, 1), found)
     assert not SinusoidalPositions(width).state_dict()
 
 
@@ -594,9 +681,18 @@ def test_learned_positions_are_small_and_end_somewhere():
     backbone = Backbone(D, depth=1, mixer=Running, channel_mixer=GLU, positions="learned", seq_len=4).eval()
     x = noise(1, 5, D, dtype=torch.float32)
     _, state = backbone.prefill(x[:, :4])
-    for call in (lambda: backbone(x), lambda: backbone.prefill(x), lambda: backbone.step(x[:, 4], state)):
+    calls = (
+        lambda: backbone(x),
+        lambda: backbone.prefill(x),
+        lambda: backbone.step(x[:, 4], state),
+        lambda: backbone.step_(x[:, 4], state),
+        lambda: backbone.prefill(x[:, 4:], state=state),
+    )
+    for call in calls:
         with pytest.raises(OptionError, match="seq_len=4"):
             call()
+    _, state = backbone.prefill(x[:, :4], right_padded([2], 4))
+    assert backbone.prefill(x[:, :2], state=state)[1].position == 4
 
 
 # --- heads ---
