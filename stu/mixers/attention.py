@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from stu.encoders import Positions, RotaryPositions
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.local_attention import local_attention
+from stu.ops.attention import causal_attention, local_attention
 from stu.ops.padding import at_front, masked, put_back, real_first
 from stu.ops.precision import product_dtype
 
@@ -44,8 +44,6 @@ class Attention(Mixer):
     t − window//2 … t + window//2; time is then linear in L, too. positions: "rotary" turns queries and keys by angles
     that grow with the position (RoFormer, 2104.09864); other values concern the backbone alone. dropout: of attention
     weights; on CPUs PyTorch then forms all of them, L × L.
-
-    A piece after a state of C steps has a mask of L × (C + L), but not in a window.
 
     Sources: Vaswani et al., 1706.03762; local windows: Longformer, 2004.05150, and Griffin, 2402.19427.
     """
@@ -179,9 +177,7 @@ class Attention(Mixer):
             if before < total - 1:
                 return local_attention(query, key, value, before=before, after=after, mask=mask, dropout=dropout)
         if total > length:
-            seen = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
-            seen = seen if mask is None else seen & mask[:, None, None]
-            return F.scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout)
+            return causal_attention(query, key, value, mask=mask, dropout=dropout)
         if mask is None:
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.causal)
         if not self.causal:

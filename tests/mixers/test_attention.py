@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from stu.encoders import RotaryPositions
 from stu.errors import OptionError
 from stu.mixers.attention import Attention
-from stu.ops.local_attention import BLOCK, local_attention
+from stu.ops import attention as module
+from stu.ops.attention import BLOCK, causal_attention, local_attention
 from tests.models import randomized
 from tests.sizes import Sizes
 
@@ -112,6 +113,18 @@ def test_a_window_remembers_no_more_than_it_shows(window, dtype, tolerance, posi
         assert_close(torch.cat(outputs, 1), y, rtol=0, atol=tolerance)
 
 
+def assert_same(y, expected, inputs):
+    """Values and gradients."""
+    assert_close(y, expected, rtol=0, atol=1e-12)
+    loss_w = noise(*y.shape)
+    for one, other in zip(
+        torch.autograd.grad((y * loss_w).sum(), inputs),
+        torch.autograd.grad((expected * loss_w).sum(), inputs),
+        strict=True,
+    ):
+        assert_close(one, other, rtol=0, atol=1e-11)
+
+
 @given(
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -130,14 +143,21 @@ def test_local_attention_is_attention_with_a_band_for_a_mask(batch, heads, lengt
     visible = band.expand(batch, -1, -1) if mask is None else band & mask[:, None] | (ahead == 0)
     expected = F.scaled_dot_product_attention(query, key, value, visible[:, None])
     y = local_attention(query, key, value, before=before, after=after, mask=mask)
-    assert_close(y, expected, rtol=0, atol=1e-12)
-    loss_w = noise(*y.shape)
-    for one, other in zip(
-        torch.autograd.grad((y * loss_w).sum(), (query, key, value)),
-        torch.autograd.grad((expected * loss_w).sum(), (query, key, value)),
-        strict=True,
-    ):
-        assert_close(one, other, rtol=0, atol=1e-11)
+    assert_same(y, expected, (query, key, value))
+
+
+@pytest.mark.parametrize("entries", [1, 200, 1 << 20])
+@pytest.mark.parametrize(("length", "past"), [(1, 0), (1, 12), (7, 1), (13, 20), (16, 16)])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_causal_attention_is_attention_with_a_triangle_for_a_mask(length, past, masked, entries, monkeypatch):
+    monkeypatch.setattr(module, "ENTRIES_ON_CPU", entries)
+    query, key, value = (noise(2, 3, n, 4).requires_grad_() for n in (length, past + length, past + length))
+    mask = torch.rand(2, past + length) < 0.5 if masked else torch.ones(2, past + length, dtype=torch.bool)
+    mask[:, past:] = True
+    visible = torch.ones(length, past + length, dtype=torch.bool).tril(past) & mask[:, None]
+    expected = F.scaled_dot_product_attention(query, key, value, visible[:, None])
+    y = causal_attention(query, key, value, mask=mask if masked else None)
+    assert_same(y, expected, (query, key, value))
 
 
 @causality

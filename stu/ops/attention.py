@@ -1,13 +1,36 @@
-"""Local attention: softmax attention of each position to those near it, in blocks, linear in L.
+"""Attention where a mask is needed, in blocks, so that no mask of all queries and keys is formed.
 
-B batch, H heads, L length, E width of a head, C keys before the first query, T length of a block, K keys of a block
+B batch, H heads, L length, E width of a head, C keys before the first query, T queries of a block, K keys of a block
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 64  # fewest queries of a block; smaller ones cost more than they save in keys
+from stu.ops.chunks import budget, chunks
+
+BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than they save in keys
+ENTRIES_ON_CPU = 1 << 20  # of a mask at a time
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention of each of the last L of C + L positions to all up to itself.
+
+    query: (B, H, L, E); key, value: (B, H, C + L, E); mask: (B, C + L), False where the first C keys may not be seen.
+    Returns (B, H, L, E). The masks of all blocks are kept for the backward pass.
+    """
+    length, total = query.shape[2], key.shape[2]
+    outputs = []
+    for block in chunks(length, total if mask is None else mask.numel(), budget(query, ENTRIES_ON_CPU)):
+        start, stop = (total - length + edge for edge in (block.start, block.stop))
+        seen = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)  # (T, K)
+        if mask is not None:
+            seen = seen & mask[:, None, None, :stop]  # (B, 1, T, K)
+        q, k, v = query[:, :, block], key[:, :, :stop], value[:, :, :stop]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout))
+    return torch.cat(outputs, 2)
 
 
 def local_attention(
