@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
+from stu.ops.discretize import is_current
 from stu.ops.padding import masked
 from stu.ops.precision import to_complex128, to_float64
-from stu.ops.scan import diagonal_ssm, diagonal_step
+from stu.ops.scan import diagonal_ssm, diagonal_step, padded_ssm
 
 
 class LRUState(NamedTuple):
-    """The complex state x, (B, N)."""
+    """The complex state x, (B, N), and the system of `LRU._system`, made once for all steps."""
 
     x: Tensor
+    system: tuple[Tensor, Tensor, Tensor]
 
 
 class LRU(Mixer):
@@ -87,24 +89,26 @@ class LRU(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        return self._run(masked(x, mask))[0]
+        x = masked(x, mask)
+        y, _ = diagonal_ssm(x, *self._system())
+        return y + (self.D * x).to(x.dtype)
 
     def initial_state(self, batch_size: int) -> LRUState:
         """Zeros."""
-        return LRUState(to_complex128(self.C).new_zeros(batch_size, len(self.B)))
+        system = self._system()
+        return LRUState(system[0].new_zeros(batch_size, len(self.B)), system)
 
     def step(self, x: Tensor, state: LRUState) -> tuple[Tensor, LRUState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        y, after = diagonal_step(x, *self._system(), state.x)
-        return y + (self.D * x).to(x.dtype), LRUState(after)
+        system = state.system if is_current(state.system, self.parameters()) else self._system()
+        y, after = diagonal_step(x, *system, state.x)
+        return y + (self.D * x).to(x.dtype), LRUState(after, system)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, LRUState]:
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: LRUState | None = None) -> tuple[Tensor, LRUState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> tuple[Tensor, LRUState]:
-        y, last = diagonal_ssm(x, *self._system())
-        return y + (self.D * x).to(x.dtype), LRUState(last)
+        x, system = masked(x, mask), self._system()
+        y, after = padded_ssm(x, mask, *system, None if state is None else state.x)
+        return y + (self.D * x).to(x.dtype), LRUState(after, system)
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """λ (N,), exp(γ^log) B (N, D), C (directions, D, N)."""

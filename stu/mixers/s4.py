@@ -31,23 +31,28 @@ from torch.nn import functional as F
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.discretize import Discretization, discretize
+from stu.ops.discretize import Discretization, discretize, is_current
 from stu.ops.hippo import clipped_input, nplr_legs
 from stu.ops.kernels import dense_kernel, dense_state, diagonal_responses
 from stu.ops.long_convolution import long_convolution
-from stu.ops.padding import masked
+from stu.ops.padding import masked, put_back
 from stu.ops.power_series import closed_loop
 from stu.ops.precision import at_least_float32, to_complex128, to_float64
 
 
-class S4State(NamedTuple):
-    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it.
+class DenseStep(NamedTuple):
+    """One step per channel: Ā_P (D, N, N) and B̄ (D, N), which act on interleaved real and imaginary parts."""
 
-    zoh_system: Ā_P (D, N, N) and B̄ (D, N) of the zero-order hold, made once for all steps; None for bilinear.
-    """
+    A: Tensor
+    B: Tensor
 
-    modes: Tensor
-    zoh_system: tuple[Tensor, Tensor] | None
+    def advance(self, modes: Tensor, u: Tensor) -> Tensor:
+        """x_{t−1} (B, D, N/2), u_t (B, D) → x_t."""
+        return _from_parts(torch.einsum("dmn,bdn->bdm", self.A, _to_parts(modes)) + self.B * u.unsqueeze(-1))
+
+    def dense(self) -> "DenseStep":
+        """Itself."""
+        return self
 
 
 class ClosedLoop(NamedTuple):
@@ -75,13 +80,24 @@ class ClosedLoop(NamedTuple):
         feedback = (feedback + F.pad(feedback[..., :-1], (1, 0))) / 2  # Pᴴ (x_t + x_{t−1})/2
         return closed_loop(torch.cat((outputs, feedback)), len(self.P)).squeeze(1).mT
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Ā_P (D, N, N) and B̄ (D, N), which act on interleaved real and imaginary parts."""
+    def dense(self) -> DenseStep:
+        """The same step with its feedback multiplied out."""
         width, half = self.a.shape
         basis = torch.eye(2 * half, dtype=self.a.real.dtype, device=self.a.device).view(-1, 1, half, 2)
         columns = self.advance(torch.view_as_complex(basis), self.a.real.new_zeros(width))  # (N, D, N/2)
         b = self.advance(torch.zeros_like(self.a), self.a.real.new_ones(width))
-        return torch.view_as_real(columns).flatten(-2).permute(1, 2, 0), torch.view_as_real(b).flatten(-2)
+        return DenseStep(_to_parts(columns).permute(1, 2, 0), _to_parts(b))
+
+
+class S4State(NamedTuple):
+    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it.
+
+    system: the discretised step, made once for all: the closed loop of the bilinear rule, or dense for the zero-order
+    hold.
+    """
+
+    modes: Tensor
+    system: ClosedLoop | DenseStep
 
 
 class S4(Mixer):
@@ -145,7 +161,7 @@ class S4(Mixer):
         if self._by_feedback(length):
             kernel = self._bilinear().kernel(C, length)
         else:
-            kernel = dense_kernel(*self._dense(), 2 * torch.view_as_real(C.conj_physical()).flatten(-2), length)
+            kernel = dense_kernel(*self._system().dense(), _readout(C), length)
         kernel[0, 0] += self.D
         return kernel
 
@@ -156,26 +172,26 @@ class S4(Mixer):
 
     def initial_state(self, batch_size: int) -> S4State:
         """Zeros."""
-        system = self._zoh() if self.discretization == "zoh" else None
-        return S4State(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]), system)
+        return S4State(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]), self._system())
 
     def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """x_t (B, D), state → y_t (B, D), state."""
+        system = state.system if is_current(state.system, self.parameters()) else self._system()
         u = to_float64(x)
-        if state.zoh_system is None:
-            modes = self._bilinear().advance(state.modes, u)
-        else:
-            a, b = state.zoh_system
-            parts = torch.view_as_real(state.modes).flatten(-2)  # (B, D, N)
-            modes = _from_parts(torch.einsum("dmn,bdn->bdm", a, parts) + b * u.unsqueeze(-1))
-        y = 2 * (to_complex128(self.C[0]) * modes).real.sum(-1) + self.D * u
-        return y.to(x.dtype), S4State(modes, state.zoh_system)
+        modes = system.advance(state.modes, u)
+        y = 2 * torch.einsum("dn,bdn->bd", to_complex128(self.C[0]), modes).real + self.D * u
+        return y.to(x.dtype), S4State(modes, system)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, S4State]:
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: S4State | None = None) -> tuple[Tensor, S4State]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        dense = self._dense()
-        modes = _from_parts(dense_state(*dense, x))
-        return self.forward(x), S4State(modes, dense if self.discretization == "zoh" else None)
+        x, system = masked(x, mask), self._system()
+        (A, B), y = system.dense(), self.forward(x)
+        initial = None if state is None else _to_parts(state.modes)
+        if initial is not None:
+            readout = A.mT @ _readout(to_complex128(self.C[0])).unsqueeze(-1)
+            free = dense_kernel(A.mT, readout.squeeze(-1), initial, x.shape[1])  # (B, L, D): C A^{t+1} x_0
+            y = (y + put_back(free, mask)).to(x.dtype)
+        return y, S4State(_from_parts(dense_state(A, B, x, mask, initial)), system)
 
     def _by_feedback(self, length: int) -> bool:
         """Whether the kernel costs less by (1 + R)² power series than by matrices of N² numbers.
@@ -187,11 +203,11 @@ class S4(Mixer):
         short = (1 + rank) ** 2 * length <= 2 * (2 * half) ** 2
         return self.discretization == "bilinear" and short and self.P.device.type == "cpu"
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        """Ā_P (D, N, N) and B̄ (D, N), which act on interleaved real and imaginary parts."""
-        return self._bilinear().dense() if self.discretization == "bilinear" else self._zoh()
+    def _system(self) -> ClosedLoop | DenseStep:
+        """The step of the discretized system."""
+        return self._bilinear() if self.discretization == "bilinear" else self._zoh()
 
-    def _zoh(self) -> tuple[Tensor, Tensor]:
+    def _zoh(self) -> DenseStep:
         """The zero-order hold, both parts of it in one exponential of dt [[A, B], [0, 0]]."""
         dt, A, P, B = self._continuous()
         width, half = A.shape
@@ -199,10 +215,10 @@ class S4(Mixer):
         feedback = 2 * torch.einsum("rdn,jdn->jdr", P.conj(), basis.expand(-1, width, -1)).real.to(P.dtype)
         columns = A * basis - torch.einsum("rdn,jdr->jdn", P, feedback)  # (N, D, N/2)
         generator = dt.new_zeros(width, 2 * half + 1, 2 * half + 1)
-        generator[:, :-1, :-1] = torch.view_as_real(columns).flatten(-2).permute(1, 2, 0)
-        generator[:, :-1, -1] = torch.view_as_real(B).flatten(-2)
+        generator[:, :-1, :-1] = _to_parts(columns).permute(1, 2, 0)
+        generator[:, :-1, -1] = _to_parts(B)
         exponential = torch.linalg.matrix_exp(dt.unsqueeze(-1) * generator)
-        return exponential[:, :-1, :-1], exponential[:, :-1, -1]
+        return DenseStep(exponential[:, :-1, :-1], exponential[:, :-1, -1])
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per channel: dt (D, 1), Λ (D, N/2), P (R, D, N/2) and B (D, N/2)."""
@@ -221,6 +237,16 @@ class S4(Mixer):
         inverse = torch.linalg.inv_ex(eye + loop).inverse  # never singular, as Re G > 0; a check would synchronise
         correction = torch.einsum("sdn,dn,dsr->dnr", P, gain, inverse.to(gain.dtype)) / 2
         return ClosedLoop(a, gain * B, P, gain * P, correction)
+
+
+def _readout(C: Tensor) -> Tensor:
+    """The rows (…, N) that make 2 Re C x of interleaved parts x: complex (…, N/2)."""
+    return 2 * _to_parts(C.conj_physical())
+
+
+def _to_parts(modes: Tensor) -> Tensor:
+    """Complex (…, N/2) → interleaved real and imaginary parts (…, N)."""
+    return torch.view_as_real(modes).flatten(-2)
 
 
 def _from_parts(parts: Tensor) -> Tensor:

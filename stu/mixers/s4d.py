@@ -16,18 +16,22 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.discretize import Discretization, discretize
+from stu.ops.discretize import Discretization, discretize, is_current
 from stu.ops.hippo import DiagonalInit, diagonal_init
 from stu.ops.kernels import diagonal_kernel, diagonal_state
 from stu.ops.long_convolution import long_convolution
-from stu.ops.padding import masked
+from stu.ops.padding import masked, put_back
 from stu.ops.precision import at_least_float32, to_complex128, to_float64
 
 
 class S4DState(NamedTuple):
-    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it."""
+    """The modes of every channel, complex (B, D, N/2), in double precision where the device has it.
+
+    system: that of `S4D._system`, made once for all steps.
+    """
 
     modes: Tensor
+    system: tuple[Tensor, Tensor, Tensor]
 
 
 class S4D(Mixer):
@@ -80,7 +84,7 @@ class S4D(Mixer):
 
     def kernel(self, length: int) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
-        kernel = diagonal_kernel(*self._system(), to_complex128(self.C), length)
+        kernel = diagonal_kernel(*self._system(), length)
         kernel[0, 0] += self.D
         return kernel
 
@@ -91,24 +95,30 @@ class S4D(Mixer):
 
     def initial_state(self, batch_size: int) -> S4DState:
         """Zeros."""
-        return S4DState(to_complex128(self.C).new_zeros(batch_size, *self.C.shape[1:3]))
+        system = self._system()
+        return S4DState(system[0].new_zeros(batch_size, *system[0].shape), system)
 
     def step(self, x: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
         """x_t (B, D), state → y_t (B, D), state."""
-        a, b = self._system()
+        a, b, C = system = state.system if is_current(state.system, self.parameters()) else self._system()
         u = to_float64(x)
         modes = a * state.modes + b * u.unsqueeze(-1)
-        y = 2 * (to_complex128(self.C[0]) * modes).real.sum(-1) + self.D * u
-        return y.to(x.dtype), S4DState(modes)
+        y = 2 * torch.einsum("dn,bdn->bd", C[0], modes).real + self.D * u
+        return y.to(x.dtype), S4DState(modes, system)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, S4DState]:
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: S4DState | None = None) -> tuple[Tensor, S4DState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        return self.forward(x), S4DState(diagonal_state(*self._system(), x))
+        x, (a, b, C) = masked(x, mask), self._system()
+        y, initial = self.forward(x), None if state is None else state.modes
+        if initial is not None:
+            free = diagonal_kernel(a, a * C[0], initial, x.shape[1])  # (B, L, D): C Ā^{t+1} x_0
+            y = (y + put_back(free, mask)).to(x.dtype)
+        return y, S4DState(diagonal_state(a, b, x, mask, initial), (a, b, C))
 
-    def _system(self) -> tuple[Tensor, Tensor]:
-        """Ā and B̄ of every channel, complex (D, N/2)."""
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ā and B̄ of every channel, complex (D, N/2), and C (directions, D, N/2)."""
         dt = to_float64(self.log_dt).exp().unsqueeze(-1)
         A = torch.complex(-to_float64(self.log_A_real).exp(), to_float64(self.A_imag))
         copies = self.d_model // len(A)
         a, gain = discretize(A.repeat(copies, 1), dt, self.discretization)
-        return a, gain * to_complex128(self.B).repeat(copies, 1)
+        return a, gain * to_complex128(self.B).repeat(copies, 1), to_complex128(self.C)

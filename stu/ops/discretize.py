@@ -1,5 +1,6 @@
 """Discretisation of diagonal continuous systems, x'(t) = A x(t) + B u(t), with steps dt."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -22,3 +23,9 @@ def discretize(A: Tensor, dt: Tensor, method: Discretization) -> tuple[Tensor, T
     require(method == "bilinear", "discretization", method, "must be zoh or bilinear")
     gain = dt / (1 - dt * A / 2)
     return 1 + gain * A, gain
+
+
+def is_current(system: Iterable[Tensor], parameters: Iterable[Tensor]) -> bool:
+    """Whether a system discretised before serves a step: not where a gradient is wanted that it would not pass on."""
+    wanted = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    return not wanted or all(part.requires_grad for part in system)

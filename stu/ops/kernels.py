@@ -2,7 +2,7 @@ r"""Linear systems x_t = A x_{t−1} + B u_t, y_t = C x_t without a loop over ti
 
 B batch, L length, D channels, each with a system of its own, N state size, H outputs, M inputs, T block length
 
-    k_l = C A^l B,    x_L = Σ_l A^{L−1−l} B u_l
+    k_l = C A^l B,    x_L = A^L x_0 + Σ_l A^{L−1−l} B u_l
 
 Split at l = iT + j, k_l = (C A^{iT}) (A^j B): two tables of about √L powers each and one matrix product per channel, in
 which no array has L·N entries. A may be dense: then tables grow by doubling, [X, A^m X] after m columns X, then
@@ -12,6 +12,7 @@ and C; k is a product with a Vandermonde matrix, as in S4D.
 The tables are float64 where the device has it: they are small, and A^l magnifies the rounding of A by l.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stu.ops.padding import real_last
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import compiled_as_one, transformed
 
@@ -44,13 +46,24 @@ def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
         return _kernel_product(row_parts, _real_and_imaginary(_scaled_powers(b, powers)), length)
 
 
-def diagonal_state(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """x_L = Σ_l a^{L−1−l} b u_l of each mode: complex (D, N), (D, N) and real u (B, L, D) → complex (B, D, N)."""
+def diagonal_state(
+    a: Tensor, b: Tensor, u: Tensor, mask: Tensor | None = None, initial: Tensor | None = None
+) -> Tensor:
+    """x_L of each mode: complex (D, N), (D, N) and real u (B, L, D), zero in the padding → complex (B, D, N).
+
+    mask: (B, L), True where a step is taken; L is a sequence's number of those. initial: x_0 (B, D, N), or None: zeros.
+    """
     with no_autocast(a):
         powers, next_power = _powers(a, _block_length(u.shape[1]))
         columns = _real_and_imaginary(_scaled_powers(b.unsqueeze(0), powers)).squeeze(2)
-        ends = torch.complex(*_block_ends(columns, u).chunk(2, 1))
-        return _final_state(torch.mul, _squares(torch.mul, next_power.unsqueeze(-1)), ends)
+        ends = torch.complex(*_block_ends(columns, real_last(u, mask)).chunk(2, 1))
+        forced = _final_state(torch.mul, _squares(torch.mul, next_power.unsqueeze(-1)), ends)
+        return forced if initial is None else forced + diagonal_advance(a, initial, u.shape[1], mask)
+
+
+def diagonal_advance(a: Tensor, x: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """a^L x: complex (…, N), (B, …, N) → (B, …, N); a sequence's own L where there is a mask (B, L)."""
+    return _advanced(torch.mul, _squares(torch.mul, a.unsqueeze(-1)), x, length, mask)
 
 
 @compiled_as_one("dense_kernel", lambda A, B, C, length: (len(C), length, len(A)))
@@ -67,12 +80,13 @@ def dense_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
         return _kernel_product(rows.mT, columns.unsqueeze(2), length).squeeze(1).mT
 
 
-def dense_state(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
-    """x_L = Σ_l A^{L−1−l} B u_l: real (D, N, N), (D, N) and u (B, L, D) → (B, D, N)."""
+def dense_state(A: Tensor, B: Tensor, u: Tensor, mask: Tensor | None = None, initial: Tensor | None = None) -> Tensor:
+    """x_L: real (D, N, N), (D, N), u (B, L, D) and x_0 (B, D, N) → (B, D, N); otherwise as `diagonal_state`."""
     with no_autocast(A):
-        powers = _squares(torch.matmul, A)
+        powers, again = itertools.tee(_squares(torch.matmul, A))
         columns = _table(powers, B.unsqueeze(-1), _block_length(u.shape[1]))
-        return _final_state(torch.matmul, powers, _block_ends(columns, u))
+        forced = _final_state(torch.matmul, powers, _block_ends(columns, real_last(u, mask)))
+        return forced if initial is None else forced + _advanced(torch.matmul, again, initial, u.shape[1], mask)
 
 
 def kernel_reference(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
@@ -84,9 +98,9 @@ def kernel_reference(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     return torch.stack(kernel, 1)
 
 
-def state_reference(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+def state_reference(A: Tensor, B: Tensor, u: Tensor, initial: Tensor | None = None) -> Tensor:
     """x_L for dense A, real or complex, one step after the other; shapes as in `dense_state`."""
-    x = B.new_zeros(len(u), *B.shape)
+    x = B.new_zeros(len(u), *B.shape) if initial is None else initial
     for u_t in u.unbind(1):
         x = (A @ x.unsqueeze(-1)).squeeze(-1) + B * u_t.unsqueeze(-1)
     return x
@@ -155,6 +169,15 @@ def _final_state(product: Product, powers: Iterator[Tensor], ends: Tensor) -> Te
         early, late = ends[:, :, 0::2], ends[:, :, 1::2]
         ends = product(next(powers), early.flatten(2)).view_as(late) + late
     return ends.squeeze(2).movedim(-1, 0)
+
+
+def _advanced(product: Product, powers: Iterator[Tensor], x: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """A^n x by the binary digits of n, `length` or the number of steps in the mask (B, L); powers start at A."""
+    steps = torch.full((len(x),), length, device=x.device) if mask is None else mask.sum(1)
+    x = x.movedim(0, -1)  # (…, N, B)
+    for digit in range(length.bit_length()):
+        x = torch.where((steps >> digit & 1).bool(), product(next(powers), x), x)
+    return x.movedim(-1, 0)
 
 
 # --- the table of powers, with a gradient of one pass ---

@@ -25,3 +25,13 @@ def at_front(x: Tensor, mask: Tensor | None) -> Tensor:
 def put_back(x: Tensor, mask: Tensor | None) -> Tensor:
     """What `at_front` had moved, where it was; elsewhere what came after it: (B, L, D) → (B, L, D)."""
     return x if mask is None else x.take_along_dim(real_first(mask).argsort(1).unsqueeze(-1), 1)
+
+
+def between_real(mask: Tensor) -> Tensor:
+    """True from the first to the last real position of each row: (B, L)."""
+    return (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+
+
+def real_last(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The padding of each sequence before its real positions: (B, L, D) → (B, L, D)."""
+    return x if mask is None else x.take_along_dim(real_first(mask.logical_not()).unsqueeze(-1), 1)

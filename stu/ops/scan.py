@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from stu.ops.chunks import budget, chunks
 from stu.ops.flops import flops_of
+from stu.ops.kernels import diagonal_advance
+from stu.ops.padding import put_back, real_first
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
 
@@ -80,6 +82,25 @@ def diagonal_ssm(
     )
     y, last = (_plain_ssm if transformed(*inputs) else _diagonal_ssm)(*inputs)
     return y.to(u.dtype), last.to(decay.dtype)
+
+
+def padded_ssm(
+    u: Tensor, mask: Tensor | None, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`diagonal_ssm` of sequences with padding, where u is zero, before or after their real steps; without z.
+
+    mask: (batch, L), or None: no padding. `initial` is the x before the first real step of each sequence, and the last
+    x that after its last one.
+    """
+    if mask is None:
+        return diagonal_ssm(u, decay, B, C, initial)
+    order = real_first(mask.logical_not()).unsqueeze(-1)  # padding first: zeros that lead to zeros
+    y, last = diagonal_ssm(u.take_along_dim(order, 1), decay, B, C)
+    y = y.take_along_dim(order.argsort(1), 1)
+    if initial is None:
+        return y, last
+    free, _ = diagonal_ssm(torch.zeros_like(u), decay, B, C, initial)
+    return y + put_back(free, mask), last + diagonal_advance(decay, initial, u.shape[1], mask)
 
 
 def diagonal_step(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -205,7 +205,7 @@ def test_s4_takes_the_kernel_that_costs_less():
 @pytest.mark.parametrize("dt", [1e-5, 1e-3, 0.1, 1.0])
 def test_a_step_of_s4_never_lengthens_a_vector(dt, discretization):
     layer = S4(2, dt_min=dt, dt_max=dt, discretization=discretization).double()
-    A, _ = randomized(layer, 1.0)._dense()
+    A, _ = randomized(layer, 1.0)._system().dense()
     assert torch.linalg.matrix_norm(A, 2).max() <= 1 + 1e-12
 
 
@@ -564,6 +564,24 @@ def test_states_are_their_references(length, batch):
     assert_close(dense_state(A, B, u), state_reference(A, B, u), rtol=0, atol=1e-12)
 
 
+@given(start=st.integers(0, 40), steps=st.integers(0, 40), end=st.integers(0, 40))
+def test_states_of_padded_sequences_are_their_references(start, steps, end):
+    mask = torch.arange(start + steps + end + 1) >= start  # the second sequence has one step or more, and no end
+    mask = torch.stack((mask & (torch.arange(len(mask)) < start + steps), mask))
+    u = noise(*mask.shape, WIDTH).masked_fill(~mask.unsqueeze(-1), 0)
+    alone = [u[row : row + 1, mask[row]] for row in range(2)]
+    a, b, x = decaying(WIDTH, STATES), complex_noise(WIDTH, STATES), complex_noise(2, WIDTH, STATES)
+    A, B = contraction(), noise(WIDTH, STATES)
+    for initial in (None, x):
+        first = [None if initial is None else initial[row : row + 1] for row in range(2)]
+        expected = [state_reference(torch.diag_embed(a), b, *row) for row in zip(alone, first, strict=True)]
+        assert_close(diagonal_state(a, b, u, mask, initial), torch.cat(expected), rtol=0, atol=1e-12)
+        first = [None if initial is None else part.real for part in first]
+        expected = [state_reference(A, B, *row) for row in zip(alone, first, strict=True)]
+        real = None if initial is None else initial.real
+        assert_close(dense_state(A, B, u, mask, real), torch.cat(expected), rtol=0, atol=1e-12)
+
+
 def test_gradients_of_kernels_and_states():
     a, b, c = decaying(WIDTH, STATES), complex_noise(WIDTH, STATES), complex_noise(2, WIDTH, STATES)
     A, B, C = contraction(), noise(WIDTH, STATES), noise(2, WIDTH, STATES)
@@ -576,6 +594,10 @@ def test_gradients_of_kernels_and_states():
     assert torch.autograd.gradcheck(lambda *x: dense_kernel(*x, 7), dense)
     assert torch.autograd.gradcheck(diagonal_state, (a, b, u))
     assert torch.autograd.gradcheck(dense_state, (A, B, u))
+    mask = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
+    x, real = complex_noise(2, WIDTH, STATES).requires_grad_(), noise(2, WIDTH, STATES).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *inputs: diagonal_state(*inputs[:3], mask, x), (a, b, u, x))
+    assert torch.autograd.gradcheck(lambda *inputs: dense_state(*inputs[:3], mask, real), (A, B, u, real))
 
 
 def test_modes_that_die_at_once_have_gradients():

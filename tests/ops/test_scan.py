@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from stu.ops import scan
-from stu.ops.scan import diagonal_ssm, diagonal_step, linear_scan, linear_scan_reference
+from stu.ops.scan import diagonal_ssm, diagonal_step, linear_scan, linear_scan_reference, padded_ssm
 from stu.reference.common import associative_scan
 
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 31, 32, 33, 64, 67]
@@ -198,6 +198,18 @@ def test_ssm_goes_on_from_its_last_state_and_steps_alike():
         outputs.append(y_t)
     assert_close(torch.stack(outputs, 1), y, rtol=0, atol=1e-12)
     assert_close(state, last, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["zeros", "initial"])
+def test_padded_sequences_are_each_alone(initial):
+    rows = ((0, 13), (0, 4), (9, 13), (3, 8), (6, 6))
+    u, decay, B, C, *start = inputs = ssm_problem(13, initial=initial, batch=len(rows))
+    mask = torch.stack([(torch.arange(13) >= a) & (torch.arange(13) < b) for a, b in rows])
+    y, last = padded_ssm(u.where(mask.unsqueeze(-1), 0), mask, decay, B, C, *start)
+    first = start[0] if initial else torch.zeros(len(rows), len(decay), dtype=decay.dtype)
+    alone = [literal_ssm(u[i : i + 1, a:b], decay, B, C, first[i : i + 1]) for i, (a, b) in enumerate(rows) if a < b]
+    expected = torch.cat([y[0] for y, _ in alone]), torch.cat([*(x for _, x in alone), first[-1:]])
+    assert_same((y[mask], last), expected, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
