@@ -124,7 +124,8 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked(self: Mixer, *inputs: Any, **options: Any) -> Any:
         given = dict(zip(list(known)[1:], inputs, strict=False)) | options
-        x, mask, state = given.get("x"), given.get("mask"), given.get("state")
+        x: Any = given.get("x")
+        mask, state = given.get("mask"), given.get("state")
         if not self.causal and (name != "forward" or state is not None):
             raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
         if isinstance(x, Tensor):
@@ -136,10 +137,12 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             if state is not None:
                 map_state(functools.partial(_check_batch, len(x)), state)
         if name == "forward":
-            if (bounds := options.pop("cu_seqlens", None)) is not None:
-                return _packed(self, x, bounds, alone=mask is None and state is None)
+            bounds = options.pop("cu_seqlens", None)
+            more = {option: value for option, value in options.items() if option not in ("x", "mask", "state")}
+            if bounds is not None:
+                return _packed(self, x, bounds, more, alone=mask is None and state is None)
             if state is not None:
-                return self.prefill(x, mask, state)[0]
+                return self.prefill(x, mask, state, **more)[0]
             options.pop("state", None)
         elif name == "prefill":
             for extra in ("mask", "state"):
@@ -167,16 +170,25 @@ def _check_batch(batch: int, part: Tensor) -> Tensor:
     return part
 
 
-def _packed(mixer: Mixer, x: Tensor, bounds: Tensor, *, alone: bool) -> Tensor:
-    """`mixer` on packed sequences (1, total, D), each alone: padded to the longest, and packed again."""
+def _packed(mixer: Mixer, x: Tensor, bounds: Tensor, options: dict[str, Any], *, alone: bool) -> Tensor:
+    """`mixer` on packed sequences (1, total, D), each alone: padded to the longest, and packed again.
+
+    Options (1, total, …) are packed as x is.
+    """
     allowed = f"must ascend from 0 to {x.shape[1]}, for x of batch 1 and without a mask or a state"
     edges = torch.stack((bounds[0], bounds[-1])).tolist() if bounds.ndim == 1 and len(bounds) > 1 else None
     lengths = bounds.diff().to(x.device)
     fits = alone and len(x) == 1 and edges == [0, x.shape[1]] and bool((lengths >= 0).all())
     require(fits, "cu_seqlens", bounds.tolist(), allowed)
     mask = torch.arange(int(lengths.max()), device=x.device) < lengths.unsqueeze(1)  # (sequences, longest)
-    padded = x.new_zeros(*mask.shape, x.shape[2]).masked_scatter(mask.unsqueeze(-1), x[0])
-    y: Tensor = mixer(padded, mask=mask)
+
+    def padded(option: Any) -> Any:
+        if not isinstance(option, Tensor) or option.shape[:2] != x.shape[:2]:
+            return option
+        places = mask.view(*mask.shape, *[1] * (option.ndim - 2))
+        return option.new_zeros(*mask.shape, *option.shape[2:]).masked_scatter(places, option[0])
+
+    y: Tensor = mixer(padded(x), mask=mask, **{name: padded(option) for name, option in options.items()})
     return y[mask].unsqueeze(0)
 
 

@@ -14,13 +14,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from stu.errors import require
+from stu.errors import OptionError, require
 from stu.mixer import Mixer
-from stu.ops.discretize import Discretization, discretize
+from stu.ops.discretize import Discretization, discretize, is_current
 from stu.ops.hippo import nplr_legs
-from stu.ops.padding import masked
+from stu.ops.irregular import ContinuousSystem, irregular_ssm
+from stu.ops.padding import between_real, masked
 from stu.ops.precision import to_complex128, to_float64
-from stu.ops.scan import diagonal_ssm, diagonal_step
+from stu.ops.scan import diagonal_ssm, diagonal_step, padded_ssm
 
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 LARGEST_REAL_PART = -1e-4  # of eigenvalues with clip_eigs
@@ -28,9 +29,11 @@ TRUNCATED_STD = 0.87962566103423978  # of a standard normal distribution truncat
 
 
 class S5State(NamedTuple):
-    """The modes, complex (B, P)."""
+    """The modes, complex (B, P), and the system of `S5._system`, made once for all steps with this factor of dt."""
 
     modes: Tensor
+    system: tuple[Tensor, Tensor, Tensor]
+    step_rescale: float
 
 
 class S5(Mixer):
@@ -43,6 +46,12 @@ class S5(Mixer):
     (lecun_normal); complex_normal draws C in the basis of the modes, of variance 1. clip_eigs: Re Λ is clipped to at
     most −1e−4, so that the system is stable. dt_min, dt_max: dt is initialised log-uniform between them. step_rescale:
     a factor of dt, for inputs sampled at another rate than in training.
+
+    Every call takes a further `step_rescale`, which multiplies it: a number, or the factors of all steps (B, L), for
+    sequences sampled irregularly, like the pendulum of the paper. Factor t is that of the interval which ends at sample
+    t, in both directions: over it the state goes from x_{t−1} to x_t, and from the end from z_{t+1} to z_t. Padding
+    before the first and after the last real position takes no time. Factors in a tensor should be positive; their
+    values are not checked.
 
     Complex parameters are real pairs (…, 2). B is initialised in the basis of HiPPO, like C, of variance 1/N; D normal
     of variance 1.
@@ -72,7 +81,7 @@ class S5(Mixer):
         require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
         require(C_init in get_args(OutputInit), "C_init", C_init, f"must be one of {', '.join(get_args(OutputInit))}")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
-        require(step_rescale > 0, "step_rescale", step_rescale, "must be above 0")
+        require(0 < step_rescale < math.inf, "step_rescale", step_rescale, "must be above 0 and finite")
         self.d_model, self.causal, self.num_blocks, self.conj_sym = d_model, causal, num_blocks, conj_sym
         self.discretization, self.C_init, self.clip_eigs = discretization, C_init, clip_eigs
         self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
@@ -101,36 +110,82 @@ class S5(Mixer):
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.normal_(self.D)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D)."""
-        return self._run(masked(x, mask))[0]
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, step_rescale: float | Tensor = 1.0) -> Tensor:
+        """(B, L, D) → (B, L, D). step_rescale: a factor of dt, or those of all steps (B, L)."""
+        _check_step_rescale(step_rescale, x)
+        x = masked(x, mask)
+        if isinstance(step_rescale, Tensor):
+            y, _ = self._irregular(x, mask, step_rescale)
+        else:
+            y, _ = diagonal_ssm(x, *self._system(step_rescale))
+        return y + (self.D * x).to(x.dtype)
 
     def initial_state(self, batch_size: int) -> S5State:
         """Zeros."""
-        return S5State(to_complex128(self.C).new_zeros(batch_size, len(self.Lambda)))
+        system = self._system()
+        return S5State(system[0].new_zeros(batch_size, len(system[0])), system, 1.0)
 
-    def step(self, x: Tensor, state: S5State) -> tuple[Tensor, S5State]:
-        """x_t (B, D), state → y_t (B, D), state."""
-        y, modes = diagonal_step(x, *self._system(), state.modes)
-        return y + (self.D * x).to(x.dtype), S5State(modes)
+    def step(self, x: Tensor, state: S5State, *, step_rescale: float | Tensor = 1.0) -> tuple[Tensor, S5State]:
+        """x_t (B, D), state → y_t (B, D), state. step_rescale: a factor of dt, or those of all sequences (B,)."""
+        _check_step_rescale(step_rescale, x)
+        if isinstance(step_rescale, Tensor):
+            y, modes = self._irregular(x.unsqueeze(1), None, step_rescale.unsqueeze(1), state.modes)
+            return y.squeeze(1) + (self.D * x).to(x.dtype), state._replace(modes=modes)
+        current = step_rescale == state.step_rescale and is_current(state.system, self.parameters())
+        system = state.system if current else self._system(step_rescale)
+        y, modes = diagonal_step(x, *system, state.modes)
+        return y + (self.D * x).to(x.dtype), S5State(modes, system, step_rescale)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, S5State]:
-        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        return self._run(x)
+    def prefill(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        state: S5State | None = None,
+        *,
+        step_rescale: float | Tensor = 1.0,
+    ) -> tuple[Tensor, S5State]:
+        """(B, L, D) → (B, L, D) and the state from which `step` continues. step_rescale: as in `forward`."""
+        _check_step_rescale(step_rescale, x)
+        x, initial = masked(x, mask), None if state is None else state.modes
+        if isinstance(step_rescale, Tensor):
+            y, modes = self._irregular(x, mask, step_rescale, initial)
+            system, step_rescale = self._system(), 1.0
+        else:
+            system = self._system(step_rescale)
+            y, modes = padded_ssm(x, mask, *system, initial)
+        return y + (self.D * x).to(x.dtype), S5State(modes, system, step_rescale)
 
-    def _run(self, x: Tensor) -> tuple[Tensor, S5State]:
-        y, modes = diagonal_ssm(x, *self._system())
-        return y + (self.D * x).to(x.dtype), S5State(modes)
+    def _irregular(
+        self, x: Tensor, mask: Tensor | None, factors: Tensor, initial: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            factors = factors.where(between_real(mask), factors.new_zeros(()))
+        return irregular_ssm(x, factors, self._continuous(), initial)
 
-    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _system(self, step_rescale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Λ̄ (P,), B̄ (P, D), and C for Re C x (directions, D, P)."""
+        A, dt, B, C, method = self._continuous()
+        decay, gain = discretize(A, step_rescale * dt, method)
+        return decay, gain.unsqueeze(-1) * B, C
+
+    def _continuous(self) -> ContinuousSystem:
         real, imaginary = to_float64(self.Lambda).unbind(-1)
         if self.clip_eigs:
             real = real.clamp(max=LARGEST_REAL_PART)
         dt = self.step_rescale * to_float64(self.log_dt).exp()
-        decay, gain = discretize(torch.complex(real, imaginary), dt, self.discretization)
-        C = to_complex128(self.C)
-        return decay, gain.unsqueeze(-1) * to_complex128(self.B), 2 * C if self.conj_sym else C
+        B, C = to_complex128(self.B), to_complex128(self.C)
+        return ContinuousSystem(
+            torch.complex(real, imaginary), dt, B, 2 * C if self.conj_sym else C, self.discretization
+        )
+
+
+def _check_step_rescale(step_rescale: float | Tensor, x: Tensor) -> None:
+    """Raise `OptionError` unless it is a finite number above 0, or has one real number for each step of x (…, D)."""
+    if not isinstance(step_rescale, Tensor):
+        require(0 < step_rescale < math.inf, "step_rescale", step_rescale, "must be above 0 and finite")
+    elif step_rescale.shape != x.shape[:-1] or not step_rescale.is_floating_point():
+        found = f"{step_rescale.dtype} {tuple(step_rescale.shape)}"
+        raise OptionError("step_rescale", found, f"must be a number, or floating-point {tuple(x.shape[:-1])}")
 
 
 def hippo_modes(d_state: int, conj_sym: bool) -> tuple[Tensor, Tensor]:
