@@ -14,15 +14,18 @@ from stu.encoders import LearnedPositions, Positions, RotaryPositions, Sinusoida
 from stu.errors import require, require_length
 from stu.mixer import ChannelMixerFactory, MixerFactory, State
 from stu.norm import Norm, make_norm
+from stu.structure import Structured
 
 
-class Block(nn.Module):
+class Block(Structured):
     """One residual block: a mixer over time, a mixer over channels, norms and dropout around them.
 
     With `channel_residual=False` both stand in one residual branch, as in S4 and the STU:
     x + dropout(channel(mixer(norm(x)))). With True each has its own norm and branch, as in a Transformer.
     `prenorm=False` normalises after the addition instead of before the mixer.
     """
+
+    structure = ("prenorm", "channel_residual")
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class BackboneState(NamedTuple):
     mixers: tuple[State, ...]
 
 
-class Backbone(nn.Module):
+class Backbone(Structured):
     """`depth` blocks over sequences of width `d_model`; the same code whichever mixer it holds.
 
     mixer: one factory `mixer(d_model)`, or several, cycled over depth (hybrids need no class of their own).
@@ -93,6 +96,8 @@ class Backbone(nn.Module):
     those of a padded piece are its indices, and each sequence continues from the index after its last real position.
     final_norm: one more norm after the last block, as in pre-norm Transformers.
     """
+
+    structure = ("position_kind",)
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class Backbone(nn.Module):
         alone = channel_mixer is None and channel_residual
         require(not alone, "channel_residual", channel_residual, "must be false without a channel mixer")
         self.d_model = d_model
-        self.positions = _make_positions(positions, d_model, seq_len)
+        self.positions, self.position_kind = _make_positions(positions, d_model, seq_len), positions
         self.longest = seq_len if positions == "learned" else math.inf
         # nn.ModuleList does not type its elements
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]

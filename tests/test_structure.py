@@ -26,7 +26,8 @@ stu = partial(STU, D, seq_len=16, num_filters=4)
 stu_t = partial(STUT, D, seq_len=16, num_filters=4)
 selective = partial(Mamba2, D, d_state=4, num_heads=2)
 attention = partial(Attention, D, num_heads=2)
-backbone = partial(Backbone, D, depth=1, mixer=stu, channel_mixer=GLU, seq_len=16)
+mixer = partial(STU, seq_len=16, num_filters=4)
+backbone = partial(Backbone, D, depth=1, mixer=mixer, channel_mixer=GLU, seq_len=16)
 
 # Modules whose parameters have the same names and shapes, but that compute something else, and what tells them apart.
 PAIRS = {
@@ -91,10 +92,14 @@ PAIRS = {
     ),
     "batch norm": (partial(BatchNorm, D), partial(BatchNorm, D, eps=1e-3), "eps=0.001: what was saved is of eps=1e-05"),
     "norm before or after": (backbone, partial(backbone, prenorm=False), "blocks.0.prenorm=False: what was saved"),
-    "positions": (backbone, partial(backbone, positions="sinusoidal"), "positions=sinusoidal: what was saved is of"),
+    "positions": (
+        backbone,
+        partial(backbone, positions="sinusoidal"),
+        "position_kind=sinusoidal: what was saved",
+    ),
     "inside a backbone": (
         backbone,
-        partial(backbone, mixer=partial(stu, delay=1)),
+        partial(backbone, mixer=partial(mixer, delay=1)),
         "blocks.0.mixer.delay=1: what was saved is of delay=2",
     ),
 }

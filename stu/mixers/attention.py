@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from stu.encoders import Positions, RotaryPositions
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.attention import causal_attention, local_attention
+from stu.ops.attention import causal_attention, local_attention, softmax_attention
 from stu.ops.padding import at_front, masked, put_back, real_first
 from stu.ops.precision import product_dtype
 
@@ -43,10 +43,13 @@ class Attention(Mixer):
     causal: position t attends to 1 … t only. window: to the last `window` of them, t included, or without causal to
     t − window//2 … t + window//2; time is then linear in L, too. positions: "rotary" turns queries and keys by angles
     that grow with the position (RoFormer, 2104.09864); other values concern the backbone alone. dropout: of attention
-    weights; on CPUs PyTorch then forms all of them, L × L.
+    weights; on CPUs PyTorch then forms all of them, L × L. Second derivatives exist within PyTorch's
+    `sdpa_kernel(SDPBackend.MATH)`.
 
     Sources: Vaswani et al., 1706.03762; local windows: Longformer, 2004.05150, and Griffin, 2402.19427.
     """
+
+    structure = ("causal", "num_heads", "window", "positions")
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class Attention(Mixer):
         even = f"must leave heads of even width for rotary positions (d_model {d_model})"
         require(self.rotary is None or d_model // num_heads % 2 == 0, "num_heads", num_heads, even)
         self.d_model, self.num_heads, self.causal, self.window = d_model, num_heads, causal, window
-        self.dropout = dropout
+        self.dropout, self.positions = dropout, positions
         self.project_in = nn.Linear(d_model, 3 * d_model)
         self.project_out = nn.Linear(d_model, d_model)
 
@@ -146,7 +149,7 @@ class Attention(Mixer):
         seen = None
         if state.lengths is not None:
             seen = torch.arange(slots, device=x.device) <= steps[:, None, None, None]  # (B, 1, 1, S)
-        y = F.scaled_dot_product_attention(query, keys, values, seen, dropout_p=self._dropout())
+        y = softmax_attention(query, keys, values, seen, dropout_p=self._dropout())
         return self._output(y).squeeze(1)
 
     def _continue(self, x: Tensor, state: AttentionState, after: Tensor | None) -> tuple[Tensor, AttentionState]:
@@ -179,14 +182,14 @@ class Attention(Mixer):
         if total > length:
             return causal_attention(query, key, value, mask=mask, dropout=dropout)
         if mask is None:
-            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.causal)
+            return softmax_attention(query, key, value, dropout_p=dropout, is_causal=self.causal)
         if not self.causal:
-            return F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout_p=dropout)
+            return softmax_attention(query, key, value, mask[:, None, None], dropout_p=dropout)
         # Causality and padding together would need a mask of L × L per sequence. But with all real positions first, in
         # their order, none of them has padding in its past.
         order = real_first(mask)[:, None, :, None]  # (B, 1, L, 1)
         query, key, value = (heads.take_along_dim(order, 2) for heads in (query, key, value))
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        y = softmax_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return y.take_along_dim(order.argsort(2), 2)
 
     def _heads(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:

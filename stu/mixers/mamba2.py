@@ -47,6 +47,8 @@ class Mamba2(Mixer):
     A_init_range, D and the gain of the norm one, the rest by PyTorch. Padding leaves the state unchanged: Δ is zero.
     """
 
+    structure = ("causal", "num_heads", "num_groups", "dt_limit")
+
     def __init__(
         self,
         d_model: int,

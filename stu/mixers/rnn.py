@@ -10,6 +10,7 @@ B batch, L length, D model width, N state size; σ the logistic function; produc
 
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -18,6 +19,7 @@ from stu.errors import require
 from stu.mixer import Mixer, map_state, reverse_twin
 from stu.ops.padding import at_front, put_back
 from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.transforms import transformed
 
 Cell = Literal["lstm", "gru"]
 
@@ -111,6 +113,9 @@ class RNN(Mixer):
         if counts is not None:
             inputs = pack_padded_sequence(inputs, counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False)
         with no_autocast(x):
+            if transformed(inputs, *weights.values(), *state):
+                y, after = _step_by_step(x.to(dtype), state, counts, *weights.values())
+                return self.project_out(y.to(x.dtype)), after
             y, after = functional_call(self.rnn, weights, (inputs, hidden if cell is None else (hidden, cell)))
         after = RNNState(after[0], None) if cell is None else RNNState(after[0][0], after[1][0])
         if counts is not None:
@@ -118,3 +123,33 @@ class RNN(Mixer):
             some = (counts > 0).unsqueeze(1)
             after = map_state(lambda new, old: new.where(some, old), after, state)
         return self.project_out(y.to(x.dtype)), after
+
+
+def _step_by_step(
+    x: Tensor,
+    state: RNNState,
+    counts: Tensor | None,
+    w_input: Tensor,
+    w_hidden: Tensor,
+    b_input: Tensor,
+    b_hidden: Tensor,
+) -> tuple[Tensor, RNNState]:
+    """The equations themselves, for function transforms, which PyTorch's kernels do not bear; arguments as `_run` has.
+
+    The weights of all gates are together, in PyTorch's order: i, f, g, o or r, z, n.
+    """
+    outputs = []
+    for t, drive in enumerate((x @ w_input.T + b_input).unbind(1)):
+        fed_back = state.hidden @ w_hidden.T + b_hidden
+        if state.cell is None:
+            (r, z, n), (r_fed, z_fed, n_fed) = drive.chunk(3, -1), fed_back.chunk(3, -1)
+            z, n = (z + z_fed).sigmoid(), (n + (r + r_fed).sigmoid() * n_fed).tanh()
+            after = RNNState((1 - z) * n + z * state.hidden, None)
+        else:
+            i, f, g, o = (drive + fed_back).chunk(4, -1)
+            cell = f.sigmoid() * state.cell + i.sigmoid() * g.tanh()
+            after = RNNState(o.sigmoid() * cell.tanh(), cell)
+        outputs.append(after.hidden)
+        real = None if counts is None else (counts > t).unsqueeze(1)
+        state = after if real is None else map_state(lambda new, old, real=real: new.where(real, old), after, state)
+    return torch.stack(outputs, 1), state

@@ -112,6 +112,8 @@ class S4(Mixer):
     Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
 
+    structure = ("causal", "discretization")
+
     def __init__(
         self,
         d_model: int,

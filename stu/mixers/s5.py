@@ -57,6 +57,8 @@ class S5(Mixer):
     of variance 1.
     """
 
+    structure = ("causal", "conj_sym", "discretization", "clip_eigs")
+
     def __init__(
         self,
         d_model: int,

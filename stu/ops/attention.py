@@ -3,14 +3,25 @@
 B batch, H heads, L length, E width of a head, C keys before the first query, T queries of a block, K keys of a block
 """
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stu.ops.chunks import budget, chunks
+from stu.ops.transforms import transformed
 
 BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than they save in keys
 ENTRIES_ON_CPU = 1 << 20  # of a mask at a time
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """`scaled_dot_product_attention`, and in forward mode by the one of its kernels that has such derivatives."""
+    with sdpa_kernel(SDPBackend.MATH) if transformed(query, key, value) else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
 def causal_attention(
@@ -29,7 +40,7 @@ def causal_attention(
         if mask is not None:
             seen = seen & mask[:, None, None, :stop]  # (B, 1, T, K)
         q, k, v = query[:, :, block], key[:, :, :stop], value[:, :, :stop]
-        outputs.append(F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout))
+        outputs.append(softmax_attention(q, k, v, seen, dropout_p=dropout))
     return torch.cat(outputs, 2)
 
 
@@ -67,6 +78,6 @@ def local_attention(
     # Merge the batch with the heads where all sequences share the mask of a block, and with the blocks otherwise.
     merge = (1, 2) if mask is None else (0, 1)
     q, k, v = (each.permute(2, 0, 1, 4, 3).flatten(*merge) for each in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
+    y = softmax_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
     y = y.reshape(blocks, batch, heads, block, width).permute(1, 2, 0, 3, 4)
     return y.flatten(2, 3)[:, :, :length]

@@ -396,6 +396,10 @@ COLUMNS = {
 
 # What is refused, and by which line.
 REFUSED = {(name, "L = 0"): "must be floating-point (B, L ≥ 1, 4)" for name in MIXERS}
+REFUSED |= {
+    (name, "double backward"): "_scaled_dot_product_flash_attention_for_cpu_backward is not implemented"
+    for name in ("attention", "attention, local")
+}
 
 
 def row(name):
