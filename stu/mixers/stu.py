@@ -23,11 +23,11 @@ from stu.mixer import Mixer, reverse_twin
 from stu.ops.bank import spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel
-from stu.ops.padding import masked
+from stu.ops.padding import at_end, at_front, longest, masked, put_back
 from stu.ops.precision import at_least_float32, no_autocast, to_float64
 from stu.ops.realization import STREAMING, Streaming
-from stu.ops.recurrence import linear_recurrence
-from stu.ops.streaming import Memory, MemoryState, newest, streaming_memory
+from stu.ops.recurrence import fixed_recurrence, linear_recurrence
+from stu.ops.streaming import Memory, MemoryState, Past, last_outputs, mix, newest, streaming_memory
 
 Recurrence = Literal["learned", "fixed"]
 
@@ -79,6 +79,7 @@ class STU(Mixer):
         streaming: Streaming = "auto",
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         for name, lag in {"k_u": k_u, "k_y": k_y, "delay": delay}.items():
             require(lag >= 0, name, lag, "must be at least 0")
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
@@ -96,13 +97,13 @@ class STU(Mixer):
         self.m_phi = nn.Parameter(torch.empty(num_filters * (1 + two_sided), d_model, d_model))  # [filter, in, out]
         self.m_u = nn.Parameter(torch.empty(k_u, d_model, d_model)) if k_u else None  # [lag, in, out]
         self.m_y = nn.Parameter(torch.empty(learned, d_model, d_model)) if learned else None  # [lag, in, out]
-        self.reset_parameters()
         self.reverse: STU | None = None
+        self.reset_parameters()
         if not causal:
             self.reverse = reverse_twin(self)
 
     def reset_parameters(self) -> None:
-        """Draw the initial parameters."""
+        """Draw the initial parameters, also those of `reverse`."""
         std = self.d_model**-0.5
         if self.m_u is None:
             nn.init.normal_(self.m_phi, std=std * len(self.m_phi) ** -0.5)
@@ -111,6 +112,8 @@ class STU(Mixer):
             nn.init.trunc_normal_(self.m_u, std=std, a=-2 * std, b=2 * std)
         if self.m_y is not None:
             nn.init.zeros_(self.m_y)
+        if self.reverse is not None:
+            self.reverse.reset_parameters()
 
     @property
     def filters(self) -> Tensor:
@@ -146,25 +149,43 @@ class STU(Mixer):
         outputs = torch.cat((y.unsqueeze(1).to(state.outputs.dtype), state.outputs), 1)[:, : state.outputs.shape[1]]
         return y.to(x.dtype), STUState(inputs, outputs, state.position + 1)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, STUState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        y = self.forward(x)
+    def prefill(self, x: Tensor, mask: Tensor | None = None, state: STUState | None = None) -> tuple[Tensor, STUState]:
+        """(B, L, D) → (B, L, D) and the state from which `step` continues; at most seq_len steps in all."""
+        position, past, before = longest(x, mask), None, None
+        if state is None:
+            y = self.forward(x, mask)
+        else:
+            position += state.position
+            steps = f"is below the {position} steps of state and input"
+            require(position <= self.seq_len, "seq_len", self.seq_len, steps)
+            past, before = self._memory(x).past(state.inputs, state.position), state.outputs.flip(1)
+            with no_autocast(x):
+                y = put_back(self._resumed(at_front(x, mask), past, state.outputs), mask)
         with no_autocast(x):
-            return y, STUState(self._memory(x).after(x), self._kept(y), x.shape[1])
+            inputs, outputs = self._memory(x).after(x, mask, past), self._kept(y, mask, before)
+            return y.to(x.dtype), STUState(inputs, outputs, position)
+
+    def _resumed(self, x: Tensor, past: Past, outputs: Tensor) -> Tensor:
+        """What follows a past and the outputs before, newest first: (B, L, D) → (B, L, D), in float32 at least."""
+        memory, dtype = self._memory(x), at_least_float32(x, self.m_phi)
+        whole = torch.cat((past.inputs.to(dtype), x.to(dtype)), 1)
+        drive = last_outputs(whole, memory.unfolded or self.bank, self._weight(), x.shape[1], self.algorithm)
+        drive = memory.with_sums(drive, past, self.m_phi)
+        return fixed_recurrence(drive, outputs) if self.m_y is None else linear_recurrence(drive, self.m_y, outputs)
 
     def _mixed(self, spectral: Tensor, lagged: Tensor, outputs: Tensor) -> Tensor:
         """One step of the equation: features (B, K, D), lagged inputs (B, k_u, D), the outputs before → (B, D)."""
-        y = _mix(spectral, self.m_phi)
+        y = mix(spectral, self.m_phi)
         if self.m_u is not None:
-            y = y + _mix(lagged, self.m_u)
+            y = y + mix(lagged, self.m_u)
         if self.m_y is not None:
-            return y + _mix(outputs.to(y.dtype), self.m_y)
+            return y + mix(outputs.to(y.dtype), self.m_y)
         return y + outputs[:, -1] if outputs.shape[1] else y
 
-    def _kept(self, outputs: Tensor) -> Tensor:
+    def _kept(self, y: Tensor, mask: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """The newest outputs that a recurrence needs; in float64, since its rounding errors accumulate."""
-        lags = self._memory(outputs).feedback if self.m_y is None else len(self.m_y)
-        return to_float64(newest(outputs, lags))
+        lags = self._memory(self.m_phi).feedback if self.m_y is None else len(self.m_y)
+        return to_float64(newest(at_end(y, mask, before), lags) if lags else y[:, :0])
 
     def _weight(self) -> Tensor:
         """The matrices of all columns of the bank, (K + k_u, D, D)."""
@@ -173,8 +194,3 @@ class STU(Mixer):
     def _memory(self, x: Tensor) -> Memory:
         """What streaming keeps of the inputs, for inputs like x."""
         return streaming_memory(self.bank, self.streaming, self.m_phi.device, at_least_float32(x, self.m_phi))
-
-
-def _mix(features: Tensor, weight: Tensor) -> Tensor:
-    """Σ_k f_k M_k: (B, K, D), (K, D, D) → (B, D)."""
-    return features.flatten(1) @ weight.to(features.dtype).flatten(0, 1)

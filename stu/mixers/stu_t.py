@@ -22,21 +22,21 @@ from stu.mixer import Mixer
 from stu.ops.bank import FilterBank, spectral_bank
 from stu.ops.filters import Hankel
 from stu.ops.long_convolution import long_convolution
-from stu.ops.padding import masked
+from stu.ops.padding import at_front, longest, masked, put_back
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.realization import STREAMING, Streaming
-from stu.ops.streaming import Memory, MemoryState, streaming_memory
+from stu.ops.streaming import Memory, MemoryState, Past, streaming_memory
 
 
 class STUTState(NamedTuple):
     """The memory of a streaming STU-T.
 
-    inputs: what the filters need of the projected inputs v (`stu.ops.streaming`). readout: the kernel of every channel
+    inputs: what the filters need of the projected inputs v (`stu.ops.streaming`). system: the kernel of every channel
     in terms of that memory. position: steps taken.
     """
 
     inputs: MemoryState
-    readout: Tensor
+    system: Tensor
     position: int
 
 
@@ -67,6 +67,7 @@ class STUT(Mixer):
         streaming: Streaming = "auto",
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(delay >= 0, "delay", delay, "must be at least 0")
         one_branch = "must be false with hankel=L (one branch)"
         require(not (two_sided and hankel == "L"), "two_sided", two_sided, one_branch)
@@ -99,6 +100,7 @@ class STUT(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D), L ≤ seq_len."""
+        require_length(x.shape[1], self.seq_len)
         return self._convolved(masked(x, mask) @ self.m_inputs)
 
     def initial_state(self, batch_size: int) -> STUTState:
@@ -110,19 +112,36 @@ class STUT(Mixer):
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
         v = x @ self.m_inputs
         inputs = self._memory().advance(v, state.inputs)
-        y = self._memory().read(inputs, state.readout).to(v.dtype)
-        return y, STUTState(inputs, state.readout, state.position + 1)
+        y = self._memory().read(inputs, state.system).to(v.dtype)
+        return y, STUTState(inputs, state.system, state.position + 1)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, STUTState]:
-        """(B, L, D) → (B, L, D) and the state from which `step` continues."""
-        v = x @ self.m_inputs
-        y = self._convolved(v)
+    def prefill(
+        self, x: Tensor, mask: Tensor | None = None, state: STUTState | None = None
+    ) -> tuple[Tensor, STUTState]:
+        """(B, L, D) → (B, L, D) and the state from which `step` continues; at most seq_len steps in all."""
+        memory, position, past = self._memory(), longest(x, mask), None
+        v = masked(x, mask) @ self.m_inputs
+        if state is None:
+            require_length(x.shape[1], self.seq_len)
+            y = self._convolved(v)
+        else:
+            position += state.position
+            steps = f"is below the {position} steps of state and input"
+            require(position <= self.seq_len, "seq_len", self.seq_len, steps)
+            past = memory.past(state.inputs, state.position)
+            with no_autocast(v):
+                y = put_back(self._resumed(at_front(v, mask), past), mask)
         with no_autocast(v):
-            return y, STUTState(self._memory().after(v), self._readout(), v.shape[1])
+            return y, STUTState(memory.after(v, mask, past), self._readout(), position)
+
+    def _resumed(self, v: Tensor, past: Past) -> Tensor:
+        """What follows a past, (B, L, D) → (B, L, D)."""
+        whole = torch.cat((past.inputs, v), 1).to(at_least_float32(v, self.m_filters))
+        y = self._convolved(whole)[:, -v.shape[1] :]
+        return self._memory().with_sums(y, past, self.m_filters).to(v.dtype)
 
     def _convolved(self, v: Tensor) -> Tensor:
         """Every channel with its kernel, (B, L, D) → (B, L, D)."""
-        require_length(v.shape[1], self.seq_len)
         filters = self.bank.on(v.device, v.dtype)[: v.shape[1]]
         with no_autocast(v):
             kernel = filters @ self.m_filters.to(filters.dtype)  # (L, D)

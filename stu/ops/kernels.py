@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stu.ops.padding import real_last
+from stu.ops.padding import at_end
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import compiled_as_one, transformed
 
@@ -56,7 +56,7 @@ def diagonal_state(
     with no_autocast(a):
         powers, next_power = _powers(a, _block_length(u.shape[1]))
         columns = _real_and_imaginary(_scaled_powers(b.unsqueeze(0), powers)).squeeze(2)
-        ends = torch.complex(*_block_ends(columns, real_last(u, mask)).chunk(2, 1))
+        ends = torch.complex(*_block_ends(columns, at_end(u, mask)).chunk(2, 1))
         forced = _final_state(torch.mul, _squares(torch.mul, next_power.unsqueeze(-1)), ends)
         return forced if initial is None else forced + diagonal_advance(a, initial, u.shape[1], mask)
 
@@ -85,7 +85,7 @@ def dense_state(A: Tensor, B: Tensor, u: Tensor, mask: Tensor | None = None, ini
     with no_autocast(A):
         powers, again = itertools.tee(_squares(torch.matmul, A))
         columns = _table(powers, B.unsqueeze(-1), _block_length(u.shape[1]))
-        forced = _final_state(torch.matmul, powers, _block_ends(columns, real_last(u, mask)))
+        forced = _final_state(torch.matmul, powers, _block_ends(columns, at_end(u, mask)))
         return forced if initial is None else forced + _advanced(torch.matmul, again, initial, u.shape[1], mask)
 
 

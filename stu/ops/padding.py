@@ -3,7 +3,9 @@
 B batch, L length, D model width. Without a mask every position is real.
 """
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -17,9 +19,22 @@ def real_first(mask: Tensor) -> Tensor:
     return mask.logical_not().int().argsort(stable=True, dim=1)
 
 
+def longest(x: Tensor, mask: Tensor | None) -> int:
+    """The largest number of real positions of a sequence of (B, L, D)."""
+    return x.shape[1] if mask is None else max(mask.sum(1).tolist(), default=0)
+
+
 def at_front(x: Tensor, mask: Tensor | None) -> Tensor:
     """The real positions in their order, then zeros: (B, L, D) → (B, L, D)."""
     return x if mask is None else masked(x, mask).take_along_dim(real_first(mask).unsqueeze(-1), 1)
+
+
+def at_end(x: Tensor, mask: Tensor | None, before: Tensor | None = None) -> Tensor:
+    """Zeros, then the steps `before` (B, W, D), then the real positions in their order: (B, L, D) → (B, W + L, D)."""
+    if before is not None:
+        x = torch.cat((before, x), 1)
+        mask = None if mask is None else F.pad(mask, (before.shape[1], 0), value=True)
+    return x if mask is None else masked(x, mask).take_along_dim(real_first(~mask).unsqueeze(-1), 1)
 
 
 def put_back(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -30,8 +45,3 @@ def put_back(x: Tensor, mask: Tensor | None) -> Tensor:
 def between_real(mask: Tensor) -> Tensor:
     """True from the first to the last real position of each row: (B, L)."""
     return (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
-
-
-def real_last(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The padding of each sequence before its real positions: (B, L, D) → (B, L, D)."""
-    return x if mask is None else x.take_along_dim(real_first(mask.logical_not()).unsqueeze(-1), 1)

@@ -38,6 +38,19 @@ def linear_recurrence(drive: Tensor, weight: Tensor, initial: Tensor | None = No
     return y.to(drive.dtype)
 
 
+def fixed_recurrence(drive: Tensor, initial: Tensor) -> Tensor:
+    """y_t = drive_t + y_{t−p}: (B, L, D), and the p outputs before it, newest first, (B, p, D), in whose dtype it runs.
+
+    A running sum of stride p; without outputs before it, the drive itself.
+    """
+    stride, length = initial.shape[1], drive.shape[1]
+    if not stride:
+        return drive
+    terms = torch.cat((initial.flip(1), drive.to(initial.dtype)), 1)
+    phases = F.pad(terms, (0, 0, 0, -length % stride)).unflatten(1, (-1, stride))
+    return phases.cumsum(1).flatten(1, 2)[:, stride : stride + length]
+
+
 def choose_block(batch: int, width: int, device: str) -> int:
     """The block length T that balances a step's Toeplitz product, 2·B·T·D² flops, with its share of a seam, 1/T.
 

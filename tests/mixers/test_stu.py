@@ -201,6 +201,7 @@ def test_filter_bank_is_a_list_of_impulse_responses():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
+        ({"d_model": 0}, "d_model"),
         ({"k_u": -1}, "k_u"),
         ({"k_y": -1}, "k_y"),
         ({"delay": -1}, "delay"),
@@ -214,7 +215,7 @@ def test_filter_bank_is_a_list_of_impulse_responses():
 )
 def test_stu_names_impossible_options(options, name):
     with pytest.raises(OptionError) as caught:
-        STU(D, **({"seq_len": 16, "num_filters": 4} | options))
+        STU(**({"d_model": D, "seq_len": 16, "num_filters": 4} | options))
     assert caught.value.name == name
 
 

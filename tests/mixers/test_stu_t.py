@@ -304,6 +304,7 @@ def test_begins_as_in_the_published_code(two_sided):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
+        ({"d_model": 0}, "d_model"),
         ({"delay": -1}, "delay"),
         ({"hankel": "L"}, "two_sided"),
         ({"hankel": "M"}, "hankel"),
@@ -316,5 +317,5 @@ def test_begins_as_in_the_published_code(two_sided):
 )
 def test_names_impossible_options(options, name):
     with pytest.raises(OptionError) as caught:
-        STUT(D, **({"seq_len": 16, "num_filters": 4} | options))
+        STUT(**({"d_model": D, "seq_len": 16, "num_filters": 4} | options))
     assert caught.value.name == name

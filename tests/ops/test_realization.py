@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stu.errors import OptionError
 from stu.ops import realization
 from stu.ops.filters import hankel_matrix, spectral_filters
-from stu.ops.realization import exponential_sums, exponential_sums_reference, realize_filters
+from stu.ops.realization import exponential_sums, exponential_sums_reference, free_response, realize_filters
 from tests.sizes import Sizes
 
 KINDS = ("standard", "L")
@@ -158,6 +158,20 @@ def test_sums_are_those_of_the_recurrence(length, monkeypatch):
     assert sums.shape == (2, 6, 3)
     low = u.to(torch.float32)
     assert torch.equal(exponential_sums(low, poles), exponential_sums(low.double(), poles))
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 30])
+def test_a_free_response_is_the_recurrence_without_inputs(length, monkeypatch):
+    monkeypatch.setattr(realization, "CHUNK", 7)
+    poles = torch.tensor([0.999, 0.5, 0.0025, 0.0, -0.3, -0.99], dtype=torch.float64)
+    states = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    outputs, state = [], states
+    for _ in range(length):
+        state = poles[:, None] * state
+        outputs.append(state.sum(1))
+    found = free_response(states, poles, length)
+    torch.testing.assert_close(found, torch.stack(outputs, 1), rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda states: free_response(states, poles, length), states)
 
 
 def test_gradients_of_sums(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from stu.ops import recurrence
-from stu.ops.recurrence import choose_block, linear_recurrence, linear_recurrence_reference
+from stu.ops.recurrence import choose_block, fixed_recurrence, linear_recurrence, linear_recurrence_reference
 
 BLOCK = 5
 
@@ -90,6 +90,19 @@ def test_goes_on_from_what_came_before():
         initial = whole[:, cut - 3 : cut].flip(1)
         rest = linear_recurrence(drive[:, cut:], weight, initial)
         assert_close(rest, whole[:, cut:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("length", [1, 2, 6, 7, 20])
+def test_a_fixed_recurrence_is_one_with_an_identity(length, stride):
+    drive, initial = torch.randn(2, length, 3, dtype=torch.float64), torch.randn(2, stride, 3, dtype=torch.float64)
+    weight = torch.zeros(stride, 3, 3, dtype=torch.float64)
+    weight[-1:] = torch.eye(3)
+    expected = linear_recurrence_reference(drive, weight, initial) if stride else drive
+    assert_close(fixed_recurrence(drive, initial), expected, rtol=0, atol=1e-13)
+    found = fixed_recurrence(drive.float(), initial)
+    assert found.dtype == (torch.float64 if stride else torch.float32)
+    assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_weights_of_zero_give_back_the_drive_and_have_a_gradient():
