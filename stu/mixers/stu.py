@@ -13,6 +13,7 @@ Source: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", 2312.06837, se
 (google-deepmind/spectral_ssm).
 """
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer, reverse_twin
-from stu.ops.bank import spectral_bank
+from stu.ops.bank import extended_bank, spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel
 from stu.ops.padding import at_end, at_front, longest, masked, put_back
@@ -47,8 +48,8 @@ class STUState(NamedTuple):
 class STU(Mixer):
     """Spectral Transform Unit: fixed spectral filters, learned matrices.
 
-    seq_len: the longest input, for which the filters are built. causal: if false, a second unit with parameters of
-    its own (`reverse`) runs from the end and is added. num_filters: filters per branch.
+    seq_len: the longest input, for which the filters are built; `extended` goes on past it. causal: if false, a second
+    unit with parameters of its own (`reverse`) runs from the end and is added. num_filters: filters per branch.
     two_sided: the second branch with alternating signs, which systems with negative eigenvalues need; Hankel-L
     covers them with its single branch. k_u: input lags with matrices M^u of their own. k_y: output lags;
     `recurrence="learned"` gives each a matrix M^y (AR-STU), "fixed" is the paper's y_{t−k_y} with coefficient I.
@@ -119,6 +120,22 @@ class STU(Mixer):
     def filters(self) -> Tensor:
         """(L, K) every impulse response that the matrices mix."""
         return self.bank.filters
+
+    def extended(self, seq_len: int) -> "STU":
+        """A copy with the same parameters for sequences of up to `seq_len` steps, no fewer than now.
+
+        Its filters are exactly those of this layer, and go on as the exponentials that realise them: the first outputs
+        stay the same, and the sums of `streaming="states"` run on as they are. How accurate that is says
+        `Realization.response`; also, that the last of many filters grow past their length. Parameters do not say for
+        which length the filters were built: load a checkpoint into a layer of that seq_len, then extend it.
+
+        Raises `OptionError` for fewer steps than now, and for a bank of other than spectral filters.
+        """
+        bank, longer = extended_bank(self.bank, seq_len), copy.deepcopy(self)
+        for unit in (longer, longer.reverse):
+            if unit is not None:
+                unit.seq_len, unit.bank = seq_len, bank
+        return longer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D), L ≤ seq_len."""

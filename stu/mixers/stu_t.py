@@ -12,6 +12,7 @@ Source: Liu, Nguyen, Devre, Dogariu, Majumdar, Hazan, "Flash STU: Fast Spectral 
 code (hazan-lab/flash-stu-2).
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer
-from stu.ops.bank import FilterBank, spectral_bank
+from stu.ops.bank import FilterBank, extended_bank, spectral_bank
 from stu.ops.filters import Hankel
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import at_front, longest, masked, put_back
@@ -74,11 +75,10 @@ class STUT(Mixer):
         require(two_sided or not shared_branches, "shared_branches", shared_branches, "needs two_sided=true")
         require(streaming in STREAMING, "streaming", streaming, f"must be one of {', '.join(STREAMING)}")
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
-        self.num_filters, self.streaming = num_filters, streaming
+        self.num_filters, self.shared_branches, self.streaming = num_filters, shared_branches, streaming
         # not a buffer: the filters must stay exact in a model of half precision
-        self.bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, delay=delay)
-        if shared_branches:
-            self.bank = FilterBank(self.bank.filters.unflatten(1, (2, -1)).sum(1), self.bank.spectral)
+        bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, delay=delay)
+        self.bank = _shared(bank) if shared_branches else bank
         self.m_inputs = nn.Parameter(torch.empty(d_model, d_model))  # [in, out]
         self.m_filters = nn.Parameter(torch.empty(self.bank.filters.shape[1], d_model))  # [filter, channel]
         self.m_reverse = None if causal else nn.Parameter(torch.empty_like(self.m_filters))
@@ -97,6 +97,12 @@ class STUT(Mixer):
     def filters(self) -> Tensor:
         """(L, K) every filter that the kernels mix."""
         return self.bank.filters
+
+    def extended(self, seq_len: int) -> "STUT":
+        """A copy with the same parameters for sequences of up to `seq_len` steps; see `STU.extended`."""
+        bank, longer = extended_bank(self.bank, seq_len), copy.deepcopy(self)
+        longer.seq_len, longer.bank = seq_len, _shared(bank) if self.shared_branches else bank
+        return longer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D), L ≤ seq_len."""
@@ -157,3 +163,8 @@ class STUT(Mixer):
 
     def _memory(self) -> Memory:
         return streaming_memory(self.bank, self.streaming, self.m_inputs.device, at_least_float32(self.m_inputs))
+
+
+def _shared(bank: FilterBank) -> FilterBank:
+    """Filters that share one weight per channel in both branches: their sums."""
+    return FilterBank(bank.filters.unflatten(1, (2, -1)).sum(1), bank.spectral)

@@ -22,7 +22,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from stu.ops.filters import Hankel, spectral_filters
+from stu.errors import OptionError, require
+from stu.ops.filters import Hankel
+from stu.ops.realization import continued_filters
 from stu.ops.transforms import lasting, outside
 
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
@@ -45,7 +47,11 @@ class Band(NamedTuple):
 
 
 class SpectralFilters(NamedTuple):
-    """Which spectral filters the columns of a bank are; see `spectral_bank`."""
+    """Which spectral filters the columns of a bank are; see `spectral_bank`.
+
+    built_for: the L of the Hankel matrix, where the filters go on past it (`stu.ops.realization.continued_filters`);
+    0 where that is seq_len.
+    """
 
     seq_len: int
     num_filters: int
@@ -54,6 +60,7 @@ class SpectralFilters(NamedTuple):
     delay: int
     k_u: int
     recurrence: int
+    built_for: int = 0
 
 
 class FilterBank:
@@ -145,21 +152,40 @@ def _bands(count: int) -> list[slice]:
 
 
 def spectral_bank(
-    seq_len: int, num_filters: int, hankel: Hankel, *, two_sided: bool, delay: int, k_u: int = 0, recurrence: int = 0
+    seq_len: int,
+    num_filters: int,
+    hankel: Hankel,
+    *,
+    two_sided: bool,
+    delay: int,
+    k_u: int = 0,
+    recurrence: int = 0,
+    built_for: int = 0,
 ) -> FilterBank:
     """The `filter_bank` of the `num_filters` spectral filters of a Hankel matrix, seq_len × seq_len: (L, K) columns.
 
-    Layers with the same options share one. Raises `OptionError` for more filters than float64 can tell apart.
+    built_for: the size of the matrix if it is smaller; the filters then go on as `continued_filters`. Layers with the
+    same options share a bank. Raises `OptionError` for more filters than float64 can tell apart.
     """
-    found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence)
+    found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence, built_for)
     name = json.dumps(found, default=int)
     if (bank := FilterBank._living.get(name)) is not None:
         return bank
     with outside():
-        eigenvalues, filters = spectral_filters(seq_len, num_filters, hankel)
-        scaled = eigenvalues**0.25 * filters
+        scaled = continued_filters(seq_len, num_filters, hankel, built_for or seq_len)
         columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
         return FilterBank(columns, found, name)
+
+
+def extended_bank(bank: FilterBank, seq_len: int) -> FilterBank:
+    """The `spectral_bank` of the same filters, which go on up to seq_len; raises `OptionError` for other banks."""
+    filters = bank.spectral
+    if filters is None:
+        raise OptionError("seq_len", seq_len, "needs spectral filters; others end where they end")
+    require(seq_len >= filters.seq_len, "seq_len", seq_len, f"must be at least {filters.seq_len}, that of the layer")
+    if seq_len > filters.seq_len:
+        filters = filters._replace(seq_len=seq_len, built_for=filters.built_for or filters.seq_len)
+    return spectral_bank(**filters._asdict())
 
 
 @lru_cache(maxsize=32)

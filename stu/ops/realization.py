@@ -38,6 +38,7 @@ STREAMING: tuple[Streaming, ...] = get_args(Streaming)
 STATES_FROM = 512
 STATES_ERROR = 1e-6
 
+TOLERANCE = 1e-11  # of the exponentials that stand for the filters in a layer
 CHUNK = 1 << 12  # rows of powers of the poles in memory at a time
 
 
@@ -54,7 +55,13 @@ class Realization(NamedTuple):
     def response(self, length: int) -> Tensor:
         """The first `length` entries of the filters, (length, K).
 
-        They go on past L, where φ_k(i) = Σ_j Z_ij φ_k(j) / σ_k defines them, with errors of a few percent by 2L.
+        They go on past L, where φ_k(i) = Σ_j Z_ij φ_k(j) / σ_k defines them. Measured for 24 filters and a tolerance of
+        1e-11: on L … 2L the 2-norm of a filter's error is at most 0.4% of that of the filter there for L = 1024, 1.4%
+        for 256, 12% for 64, and a tenth of that for most filters; on 2L … 4L at most 17%, 30% and 60%. (The first
+        filters have ended by then, and are below 1e-4 of their maximum, with errors below 2e-6 of it.)
+
+        By that definition the last of many filters grow: on L … 2L the 24th reaches 0.8 times its maximum for L = 4096,
+        15 times for 1024, 850 times for 256 and half a million times for 64; the 16th of L = 256 five times.
         """
         return torch.cat([rows for _, rows in self.chunks(length)])
 
@@ -67,18 +74,34 @@ class Realization(NamedTuple):
 
 
 def realize_for_streaming(
-    seq_len: int, num_filters: int, hankel: Hankel, streaming: Streaming, device: torch.device
+    seq_len: int,
+    num_filters: int,
+    hankel: Hankel,
+    streaming: Streaming,
+    device: torch.device,
+    built_for: int = 0,
 ) -> Realization | None:
     """The exponentials whose sums a streaming layer keeps; None where it keeps a window of its inputs.
 
-    "states" or "window" force either; "auto" takes the sums where they are faster and as exact.
+    "states" or "window" force either; "auto" takes the sums where they are faster and as exact. built_for: the length
+    of the filters themselves where they go on up to seq_len.
     """
     automatic = streaming == "auto"
     # MPS has no float64, which the states need
     if streaming == "window" or (automatic and (seq_len < STATES_FROM or device.type == "mps")):
         return None
-    found = realize_filters(seq_len, num_filters, hankel, tolerance=1e-11)
+    found = realize_filters(built_for or seq_len, num_filters, hankel, tolerance=TOLERANCE)
     return None if automatic and found.error.max() > STATES_ERROR else found
+
+
+def continued_filters(seq_len: int, num_filters: int, hankel: Hankel, built_for: int) -> Tensor:
+    """The weighted filters σ_k^{1/4} φ_k of length built_for ≤ seq_len, which go on as their `Realization`: (L, K)."""
+    eigenvalues, filters = spectral_filters(built_for, num_filters, hankel)
+    weighted = eigenvalues**0.25 * filters
+    if built_for == seq_len:
+        return weighted
+    response = realize_filters(built_for, num_filters, hankel, tolerance=TOLERANCE).response(seq_len)
+    return torch.cat((weighted, response[built_for:]))
 
 
 def realize_filters(

@@ -213,7 +213,9 @@ def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.devic
 def _build(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:
     filters = bank.spectral
     if filters is not None:
-        realization = realize_for_streaming(filters.seq_len, filters.num_filters, filters.hankel, streaming, device)
+        realization = realize_for_streaming(
+            filters.seq_len, filters.num_filters, filters.hankel, streaming, device, filters.built_for
+        )
         if realization is not None:
             return ExponentialSums(filters, realization, device)
     return Window(bank.on(device, dtype))
