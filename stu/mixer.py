@@ -8,18 +8,17 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stu.errors import OptionError, require
-from stu.structure import Structured
 
 State = Any  # each mixer's own NamedTuple; opaque to everything else, but see `map_state`
 
 
-class Mixer(Structured, ABC):
+class Mixer(nn.Module, ABC):
     """A map along time. Built by `Mixer(d_model, *, …)` with plain keywords.
 
     `causal` says whether y_t depends on x_1 … x_t alone. A causal mixer also runs in pieces: `forward`, `prefill` and
@@ -33,7 +32,6 @@ class Mixer(Structured, ABC):
     Inputs are checked in one place for all mixers, see `_checked`; D is checked where a mixer has a `d_model`.
     """
 
-    structure: ClassVar[tuple[str, ...]] = ("causal",)
     causal: bool
 
     def __init_subclass__(cls, **options: Any) -> None:

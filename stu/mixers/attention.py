@@ -15,6 +15,7 @@ from stu.mixer import Mixer
 from stu.ops.attention import causal_attention, local_attention, softmax_attention
 from stu.ops.padding import at_front, masked, put_back, real_first
 from stu.ops.precision import product_dtype
+from stu.structure import Structured
 
 
 class AttentionState(NamedTuple):
@@ -37,7 +38,7 @@ class AttentionState(NamedTuple):
         return self.lengths
 
 
-class Attention(Mixer):
+class Attention(Structured, Mixer):
     """Softmax attention through `scaled_dot_product_attention`, whose memory is linear in L.
 
     causal: position t attends to 1 … t only. window: to the last `window` of them, t included, or without causal to

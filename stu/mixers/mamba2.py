@@ -23,6 +23,7 @@ from stu.mixer import Mixer, reverse_twin
 from stu.ops.padding import at_front, masked, put_back
 from stu.ops.precision import at_least_float32, no_autocast, product_dtype
 from stu.ops.ssd import ssd, ssd_step
+from stu.structure import Structured
 
 
 class Mamba2State(NamedTuple):
@@ -35,7 +36,7 @@ class Mamba2State(NamedTuple):
     hidden: Tensor
 
 
-class Mamba2(Mixer):
+class Mamba2(Structured, Mixer):
     """The block of Mamba-2: projections, convolution, recurrence, gate and norm.
 
     causal: if false, a second unit with parameters of its own (`reverse`) runs from the end and is added, as in the
@@ -47,7 +48,7 @@ class Mamba2(Mixer):
     A_init_range, D and the gain of the norm one, the rest by PyTorch. Padding leaves the state unchanged: Δ is zero.
     """
 
-    structure = ("causal", "num_heads", "num_groups", "dt_limit")
+    structure = ("num_heads", "num_groups", "dt_limit")
 
     def __init__(
         self,

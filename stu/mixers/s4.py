@@ -38,6 +38,7 @@ from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import masked, put_back
 from stu.ops.power_series import closed_loop
 from stu.ops.precision import at_least_float32, to_complex128, to_float64
+from stu.structure import Structured
 
 
 class DenseStep(NamedTuple):
@@ -100,7 +101,7 @@ class S4State(NamedTuple):
     system: ClosedLoop | DenseStep
 
 
-class S4(Mixer):
+class S4(Structured, Mixer):
     """A diagonal plus low-rank state space per channel, run as a long convolution; initialised as HiPPO-LegS.
 
     causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
@@ -112,7 +113,7 @@ class S4(Mixer):
     Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
 
-    structure = ("causal", "discretization")
+    structure = ("discretization",)
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from stu.ops.kernels import diagonal_kernel, diagonal_state
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import masked, put_back
 from stu.ops.precision import at_least_float32, to_complex128, to_float64
+from stu.structure import Structured
 
 
 class S4DState(NamedTuple):
@@ -34,7 +35,7 @@ class S4DState(NamedTuple):
     system: tuple[Tensor, Tensor, Tensor]
 
 
-class S4D(Mixer):
+class S4D(Structured, Mixer):
     """A diagonal state space per channel, run as a long convolution.
 
     causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
@@ -44,7 +45,7 @@ class S4D(Mixer):
     Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
 
-    structure = ("causal", "discretization")
+    structure = ("discretization",)
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from stu.ops.irregular import ContinuousSystem, irregular_ssm
 from stu.ops.padding import between_real, masked
 from stu.ops.precision import to_complex128, to_float64
 from stu.ops.scan import diagonal_ssm, diagonal_step, padded_ssm
+from stu.structure import Structured
 
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 LARGEST_REAL_PART = -1e-4  # of eigenvalues with clip_eigs
@@ -36,7 +37,7 @@ class S5State(NamedTuple):
     step_rescale: float
 
 
-class S5(Mixer):
+class S5(Structured, Mixer):
     """One diagonal state space for all channels together, run as a scan.
 
     causal: if false, a second state with the same Λ, dt and B runs from the end, and has a C of its own.
@@ -57,7 +58,7 @@ class S5(Mixer):
     of variance 1.
     """
 
-    structure = ("causal", "conj_sym", "discretization", "clip_eigs")
+    structure = ("conj_sym", "discretization", "clip_eigs")
 
     def __init__(
         self,

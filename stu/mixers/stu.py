@@ -29,6 +29,7 @@ from stu.ops.precision import at_least_float32, no_autocast, to_float64
 from stu.ops.realization import STREAMING, Streaming
 from stu.ops.recurrence import fixed_recurrence, linear_recurrence
 from stu.ops.streaming import Memory, MemoryState, Past, last_outputs, mix, newest, streaming_memory
+from stu.structure import Structured
 
 Recurrence = Literal["learned", "fixed"]
 
@@ -45,7 +46,7 @@ class STUState(NamedTuple):
     position: int
 
 
-class STU(Mixer):
+class STU(Structured, Mixer):
     """Spectral Transform Unit: fixed spectral filters, learned matrices.
 
     seq_len: the longest input, for which the filters are built; `extended` goes on past it. causal: if false, a second
@@ -62,6 +63,8 @@ class STU(Mixer):
     Initialised as in the official code: M^φ and M^y zero, M^u normal of standard deviation D^{−1/2}, truncated at twice
     that. Without M^u the layer would start as zero, so M^φ is then normal of variance 1/(K·D).
     """
+
+    structure = ("bank.spectral",)
 
     def __init__(
         self,
@@ -126,8 +129,8 @@ class STU(Mixer):
 
         Its filters are exactly those of this layer, and go on as the exponentials that realise them: the first outputs
         stay the same, and the sums of `streaming="states"` run on as they are. How accurate that is says
-        `Realization.response`; also, that the last of many filters grow past their length. Parameters do not say for
-        which length the filters were built: load a checkpoint into a layer of that seq_len, then extend it.
+        `Realization.response`; also, that the last of many filters grow past their length. A checkpoint of it
+        is loaded into a layer extended alike.
 
         Raises `OptionError` for fewer steps than now, and for a bank of other than spectral filters.
         """
@@ -206,7 +209,8 @@ class STU(Mixer):
 
     def _weight(self) -> Tensor:
         """The matrices of all columns of the bank, (K + k_u, D, D)."""
-        return self.m_phi if self.m_u is None else torch.cat((self.m_phi, self.m_u))
+        with no_autocast(self.m_phi):
+            return self.m_phi if self.m_u is None else torch.cat((self.m_phi, self.m_u))
 
     def _memory(self, x: Tensor) -> Memory:
         """What streaming keeps of the inputs, for inputs like x."""

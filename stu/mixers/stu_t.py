@@ -27,6 +27,7 @@ from stu.ops.padding import at_front, longest, masked, put_back
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.realization import STREAMING, Streaming
 from stu.ops.streaming import Memory, MemoryState, Past, streaming_memory
+from stu.structure import Structured
 
 
 class STUTState(NamedTuple):
@@ -41,7 +42,7 @@ class STUTState(NamedTuple):
     position: int
 
 
-class STUT(Mixer):
+class STUT(Structured, Mixer):
     """STU-T: one input projection, then a mixture of fixed spectral filters for every channel.
 
     seq_len: the longest input, for which the filters are built. causal: if false, every channel has a second mixture
@@ -53,6 +54,8 @@ class STUT(Mixer):
 
     Initialised as in that code: normal, of variance 2 / (rows + columns) for M and for the weights of each branch.
     """
+
+    structure = ("bank.spectral", "shared_branches")
 
     def __init__(
         self,

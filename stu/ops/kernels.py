@@ -41,8 +41,8 @@ def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     with no_autocast(a):
         block = _block_length(length)
         powers, next_power = _powers(a, block)
-        rows, _ = _powers(next_power.conj_physical(), -(-length // block))  # Re xy is the scalar product of x* and y
-        row_parts = _real_and_imaginary(_scaled_powers(2 * c.conj_physical(), rows))
+        rows, _ = _powers(_conjugate(next_power), -(-length // block))  # Re xy is the scalar product of x* and y
+        row_parts = _real_and_imaginary(_scaled_powers(2 * _conjugate(c), rows))
         return _kernel_product(row_parts, _real_and_imaginary(_scaled_powers(b, powers)), length)
 
 
@@ -104,6 +104,11 @@ def state_reference(A: Tensor, B: Tensor, u: Tensor, initial: Tensor | None = No
     for u_t in u.unbind(1):
         x = (A @ x.unsqueeze(-1)).squeeze(-1) + B * u_t.unsqueeze(-1)
     return x
+
+
+def _conjugate(x: Tensor) -> Tensor:
+    """No lazy one, which is lost inside an operator, and none that `vmap` does not know."""
+    return torch.complex(x.real, -x.imag)
 
 
 def _block_length(length: int) -> int:

@@ -124,8 +124,7 @@ def realize_filters(
         require(num_states >= 1, "num_states", num_states, "must be at least 1")
         require(num_states % branches == 0, "num_states", num_states, "must be even for hankel=L, whose poles are ±p")
     with outside():
-        found = _realize(seq_len, num_filters, hankel, tolerance, num_states)
-    return Realization(*(part.clone() for part in found))
+        return Realization(*(part.clone() for part in _realize(seq_len, num_filters, hankel, tolerance, num_states)))
 
 
 def exponential_sums(u: Tensor, poles: Tensor) -> Tensor:
