@@ -15,7 +15,7 @@ class Structured(nn.Module):
 
     `structure` names the attributes that say the rest. They are part of the `state_dict`, and `load_state_dict` raises
     its `RuntimeError` where they differ, as for parameters of another shape: the shapes alone often fit. States saved
-    without them are loaded unseen.
+    without them are loaded unseen. The name of an attribute that is a dict stands for all its items.
     """
 
     structure: ClassVar[tuple[str, ...]] = ()
@@ -31,7 +31,7 @@ class Structured(nn.Module):
         found: dict[str, Any] = {}
         for name in self.structure:
             value = attrgetter(name)(self)
-            found |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+            found |= value if isinstance(value, dict) else {name: value}
         return found
 
     def _load_from_state_dict(

@@ -64,7 +64,7 @@ class STU(Structured, Mixer):
     that. Without M^u the layer would start as zero, so M^φ is then normal of variance 1/(K·D).
     """
 
-    structure = ("bank.spectral",)
+    structure = ("bank.structure",)
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class STU(Structured, Mixer):
 
         Its filters are exactly those of this layer, and go on as the exponentials that realise them: the first outputs
         stay the same, and the sums of `streaming="states"` run on as they are. How accurate that is says
-        `Realization.response`; also, that the last of many filters grow past their length. A checkpoint of it
-        is loaded into a layer extended alike.
+        `Realization.response`; also, that the last of many filters grow past their length.
+        Parameters may be exchanged between both.
 
         Raises `OptionError` for fewer steps than now, and for a bank of other than spectral filters.
         """

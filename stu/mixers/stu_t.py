@@ -55,7 +55,7 @@ class STUT(Structured, Mixer):
     Initialised as in that code: normal, of variance 2 / (rows + columns) for M and for the weights of each branch.
     """
 
-    structure = ("bank.spectral", "shared_branches")
+    structure = ("bank.structure", "shared_branches")
 
     def __init__(
         self,

@@ -84,6 +84,15 @@ class FilterBank:
         self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._living.setdefault(self.name, self)
 
+    @property
+    def structure(self) -> dict[str, Any]:
+        """What the filters are, but for how far they are continued."""
+        if self.spectral is None:
+            return {}
+        found = self.spectral._asdict()
+        built_for = found.pop("built_for")
+        return found | {"seq_len": built_for or self.spectral.seq_len}
+
     @classmethod
     def of(cls, name: str) -> "FilterBank":
         """The bank of that name; raises `KeyError` for a name of another process, or of a bank that is gone."""

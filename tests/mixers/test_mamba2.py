@@ -313,7 +313,7 @@ def test_mamba2_begins_as_in_the_official_code():
     assert layer.conv.weight.abs().max() <= 4**-0.5
     floor = Mamba2(64, num_heads=64, d_state=4, dt_min=1e-6, dt_max=1e-5, dt_init_floor=2e-3)
     assert_close(F.softplus(floor.dt_bias), torch.full((64,), 2e-3), rtol=1e-4, atol=0)
-    shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in layer.named_parameters()}
     assert shapes == {
         "dt_bias": (64,),
         "A_log": (64,),

@@ -396,7 +396,7 @@ def golden_layer(layer, arrays, case, *, A, B, C):
     values |= {"log_dt": arrays[f"{case}__dt"].log(), "D": arrays[f"{case}__D"]}
     if isinstance(layer, S4):
         values["P"] = torch.view_as_real(arrays[f"{case}__P"])[None]
-    assert values.keys() == layer.state_dict().keys()
+    assert values.keys() == dict(layer.named_parameters()).keys()
     layer.load_state_dict(values)
     return layer.requires_grad_(False)
 

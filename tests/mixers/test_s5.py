@@ -133,7 +133,7 @@ def test_half_the_modes_are_the_whole_with_their_conjugates(causal):
     half = small(causal=causal)
     whole = S5(D, d_state=8, num_blocks=2, conj_sym=False, causal=causal).double()
     mirror = torch.tensor([1.0, -1.0]).double()
-    values = half.state_dict()
+    values = dict(half.named_parameters())
     values |= {name: torch.cat((values[name], values[name] * mirror)) for name in ("Lambda", "B")}
     values |= {"C": torch.cat((values["C"], values["C"] * mirror), 2), "log_dt": values["log_dt"].repeat(2)}
     whole.load_state_dict(values)

@@ -12,6 +12,7 @@ from stu.errors import OptionError
 from stu.mixers.stu import STU
 from stu.ops.bank import filter_bank
 from stu.ops.filters import hankel_matrix
+from stu.structure import KEY
 from tests.mixers.test_contract import SEQ_LEN, D, noise, stepped
 from tests.models import randomized, stu_cases
 
@@ -168,7 +169,8 @@ def test_filters_stay_exact_in_a_model_of_half_precision(case):
 
 def test_stu_stores_nothing_but_its_matrices():
     layer = STU(D, seq_len=16, num_filters=4, k_u=3, k_y=2, recurrence="learned")
-    shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in layer.named_parameters()}
+    assert {*layer.state_dict()} == {*shapes, KEY}
     assert shapes == {"m_phi": (8, D, D), "m_u": (3, D, D), "m_y": (2, D, D)}
 
 

@@ -283,7 +283,7 @@ def test_compiled_in_one_graph(causal):
 def test_stores_one_matrix_and_one_weight_for_every_filter_and_channel():
     def shapes(**options):
         layer = STUT(D, seq_len=16, num_filters=4, **options)
-        return {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+        return {name: tuple(value.shape) for name, value in layer.named_parameters()}
 
     assert shapes() == {"m_inputs": (D, D), "m_filters": (8, D)}
     assert shapes(shared_branches=True) == {"m_inputs": (D, D), "m_filters": (4, D)}

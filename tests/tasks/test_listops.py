@@ -443,7 +443,7 @@ def test_bad_task_options_are_named(name, least):
 def test_the_pool_reaches_the_head():
     x = torch.arange(6.0).reshape(1, 3, 2)
     heads = {pool: make_task(ListOpsData(dir="unused"), pool=pool).head(2) for pool in ("mean", "last")}
-    heads["mean"].load_state_dict(heads["last"].state_dict())
+    heads["mean"].linear.load_state_dict(heads["last"].linear.state_dict())
     mask = torch.tensor([[True, True, False]])
     torch.testing.assert_close(heads["last"](x, mask), heads["last"].linear(x[:, 1]))
     torch.testing.assert_close(heads["mean"](x, mask), heads["mean"].linear(x[:, :2].mean(1)))
