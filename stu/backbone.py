@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stu.encoders import LearnedPositions, Positions, RotaryPositions, SinusoidalPositions
 from stu.errors import require, require_length
-from stu.mixer import ChannelMixerFactory, MixerFactory, State
+from stu.mixer import ChannelMixerFactory, MixerFactory, State, packed
 from stu.norm import Norm, make_norm
 from stu.structure import Structured
 
@@ -149,8 +149,19 @@ class Backbone(Structured):
         """Whether output t depends on inputs 1 … t alone."""
         return all(block.mixer.causal for block in self.blocks)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, state: BackboneState | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D); after the steps of a state, the output of `prefill`."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        state: BackboneState | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D) → (B, L, D); after the steps of a state, the output of `prefill`.
+
+        cu_seqlens: x (1, total, D) is of packed sequences, as for a mixer.
+        """
+        if cu_seqlens is not None:
+            return packed(self, x, cu_seqlens, mask=mask, state=state)
         if state is not None:
             return self.prefill(x, mask, state)[0]
         x = self._place(x, None)

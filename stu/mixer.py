@@ -118,40 +118,39 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     unless x is a floating-point (B, L, D) with L ≥ 1, or (B, D) for a step, the mask a bool (B, L), in `prefill`
     without gaps, and the state one of B sequences.
     """
+    known = list(inspect.signature(method).parameters)
     rank = 2 if name in ("step", "step_") else 3
-    known = inspect.signature(method).parameters
 
     @functools.wraps(method)
     def checked(self: Mixer, *inputs: Any, **options: Any) -> Any:
-        given = dict(zip(list(known)[1:], inputs, strict=False)) | options
-        x: Any = given.get("x")
+        cu_seqlens = options.pop("cu_seqlens", None)
+        given = dict(zip(known[1:], inputs, strict=False)) | options
+        x: Any = given.pop("x", None)
         mask, state = given.get("mask"), given.get("state")
         if not self.causal and (name != "forward" or state is not None):
             raise NotImplementedError(f"{type(self).__name__} runs step by step only with causal=true")
         if isinstance(x, Tensor):
-            width = getattr(self, "d_model", x.shape[-1] if x.ndim else "D")
-            if x.ndim != rank or x.shape[-1] != width or x.shape[1] == 0 or not x.is_floating_point():
-                shape = f"(B, {width})" if rank == 2 else f"(B, L ≥ 1, {width})"
-                raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}")
+            _check_input(x, rank, getattr(self, "d_model", None))
             _check_mask(x, mask, gaps=name == "forward" and state is None)
-            if state is not None:
-                map_state(functools.partial(_check_batch, len(x)), state)
-        if name == "forward":
-            bounds = options.pop("cu_seqlens", None)
-            more = {option: value for option, value in options.items() if option not in ("x", "mask", "state")}
-            if bounds is not None:
-                return _packed(self, x, bounds, more, alone=mask is None and state is None)
-            if state is not None:
-                return self.prefill(x, mask, state, **more)[0]
-            options.pop("state", None)
-        elif name == "prefill":
-            for extra in ("mask", "state"):
-                if given.get(extra) is not None and extra not in known:
-                    raise NotImplementedError(f"{type(self).__name__}.prefill takes no {extra}")
-            options = {extra: value for extra, value in options.items() if extra in known or value is not None}
+            map_state(functools.partial(_check_batch, len(x)), state)
+        if cu_seqlens is not None:
+            return packed(self, x, cu_seqlens, **given)
+        if name == "forward" and state is not None:
+            return self.prefill(x, **given)[0]
+        for extra in ("mask", "state"):
+            if extra not in known and options.pop(extra, None) is not None:
+                raise NotImplementedError(f"{type(self).__name__}.{name} takes no {extra}")
         return method(self, *inputs, **options)
 
     return checked
+
+
+def _check_input(x: Tensor, rank: int, width: int | None) -> None:
+    if width is None:
+        width = x.shape[-1] if x.ndim else 0
+    if x.ndim != rank or x.shape[-1] != width or x.shape[1] == 0 or not x.is_floating_point():
+        shape = f"(B, {width})" if rank == 2 else f"(B, L ≥ 1, {width})"
+        raise OptionError("x", f"{x.dtype} {tuple(x.shape)}", f"must be floating-point {shape}")
 
 
 def _check_mask(x: Tensor, mask: Tensor | None, *, gaps: bool) -> None:
@@ -170,16 +169,18 @@ def _check_batch(batch: int, part: Tensor) -> Tensor:
     return part
 
 
-def _packed(mixer: Mixer, x: Tensor, bounds: Tensor, options: dict[str, Any], *, alone: bool) -> Tensor:
-    """`mixer` on packed sequences (1, total, D), each alone: padded to the longest, and packed again.
+def packed(module: nn.Module, x: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+    """A module (x, mask) → y on packed sequences (1, total, D), each alone: padded to the longest, and packed again.
 
-    Options (1, total, …) are packed as x is.
+    Options (1, total, …) are padded as x is. Raises `OptionError` unless `cu_seqlens` ascends from 0 to total, and with
+    a mask or a state.
     """
     allowed = f"must ascend from 0 to {x.shape[1]}, for x of batch 1 and without a mask or a state"
-    edges = torch.stack((bounds[0], bounds[-1])).tolist() if bounds.ndim == 1 and len(bounds) > 1 else None
-    lengths = bounds.diff().to(x.device)
-    fits = alone and len(x) == 1 and edges == [0, x.shape[1]] and bool((lengths >= 0).all())
-    require(fits, "cu_seqlens", bounds.tolist(), allowed)
+    alone = len(x) == 1 and options.pop("mask", None) is None and options.pop("state", None) is None
+    edges = cu_seqlens[[0, -1]].tolist() if cu_seqlens.ndim == 1 and len(cu_seqlens) > 1 else None
+    lengths = cu_seqlens.diff().to(x.device)
+    fits = alone and edges == [0, x.shape[1]] and bool((lengths >= 0).all())
+    require(fits, "cu_seqlens", cu_seqlens.tolist(), allowed)
     mask = torch.arange(int(lengths.max()), device=x.device) < lengths.unsqueeze(1)  # (sequences, longest)
 
     def padded(option: Any) -> Any:
@@ -188,7 +189,7 @@ def _packed(mixer: Mixer, x: Tensor, bounds: Tensor, options: dict[str, Any], *,
         places = mask.view(*mask.shape, *[1] * (option.ndim - 2))
         return option.new_zeros(*mask.shape, *option.shape[2:]).masked_scatter(places, option[0])
 
-    y: Tensor = mixer(padded(x), mask=mask, **{name: padded(option) for name, option in options.items()})
+    y: Tensor = module(padded(x), mask=mask, **{name: padded(option) for name, option in options.items()})
     return y[mask].unsqueeze(0)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from stu.backbone import SequenceModel
 from stu.cli.usage import CONF, options_of
 from stu.errors import OptionError, require
+from stu.mixer import map_state
 from stu.training import report
 from tests.models import composed, model_config
 from tests.runs import ROOT, Training
@@ -114,8 +114,10 @@ def state(name: str) -> str:
 
 
 def size(state: Any) -> float:
-    """The size of all tensors of a state, in KiB."""
-    return sum(x.numel() * x.element_size() for x in tree_leaves(state) if isinstance(x, Tensor)) / 1024
+    """The size of all tensors of a state, but for a system that all sequences share, in KiB."""
+    found: list[Tensor] = []
+    map_state(lambda part: found.append(part) or part, state)
+    return sum(part.numel() * part.element_size() for part in found) / 1024
 
 
 if __name__ == "__main__":

@@ -252,6 +252,17 @@ def test_models_run_in_pieces(model, positions):
 
 @models
 @absolute
+def test_packed_sequences_are_each_alone(model, positions):
+    backbone = trained(small_backbone(model, seq_len=SEQ_LEN, positions=positions))
+    x = noise(1, 30, D)
+    alone = torch.cat([backbone(x[:, start:stop]) for start, stop in ((0, 12), (12, 13), (13, 30))], 1)
+    assert_close(backbone(x, cu_seqlens=torch.tensor([0, 12, 13, 13, 30])), alone, rtol=0, atol=1e-10)
+    with pytest.raises(OptionError, match="cu_seqlens="):
+        backbone(x, cu_seqlens=torch.tensor([0, 12]))
+
+
+@models
+@absolute
 @pytest.mark.parametrize("reserved", [False, True], ids=["", "reserved"])
 def test_each_sequence_continues_from_its_last_real_position(model, positions, reserved):
     """Its positions are the indices of a forward pass in which nothing follows them but the rest; gradients, too."""

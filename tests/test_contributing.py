@@ -71,8 +71,14 @@ def test_the_examples_pass_the_checks(copy: Path):
 
 
 def test_the_contract_finds_a_new_mixer(copy: Path):
-    selected = "ema and (contract or golden_trajectory or built_for_every_task or padding_changes)"
-    files = ("tests/mixers/test_contract.py", "tests/training/test_training.py", "tests/conf", "tests/test_backbone.py")
+    selected = "ema and (contract or test_state or golden_trajectory or built_for_every_task or padding_changes)"
+    files = (
+        "tests/mixers/test_contract.py",
+        "tests/mixers/test_state.py",
+        "tests/training/test_training.py",
+        "tests/conf",
+        "tests/test_backbone.py",
+    )
     printed = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files)
     passed = int(re.findall(r"(\d+) passed", printed)[0])
     assert passed > 60, printed

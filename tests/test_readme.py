@@ -23,7 +23,8 @@ def test_its_python_runs():
     names: dict[str, object] = {}
     exec(code, names)
     assert names["filters"].shape == (4096, 24)
-    assert names["y_t"].shape == (8, 128)
+    assert names["y_t"].shape == (3, 128)
+    assert names["y"].shape == (1, 4800, 128)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ PAIRS = {
     "attention, window": (attention, partial(attention, window=3), "window=3: what was saved is of window=None"),
     "attention, positions": (attention, partial(attention, positions="rotary"), "positions=rotary: what was"),
     "gelu": (partial(GLU, D), partial(GLU, D, gelu="exact"), "approximate=none: what was saved is of approximate=tanh"),
-    "gate": (partial(HalfGLU, D), partial(HalfGLU, D, gated="input"), "gated=input: what was saved is of gated=activ"),
+    "gate": (partial(HalfGLU, D), partial(HalfGLU, D, gated="input"), "gated=input: what was saved"),
     "pool": (partial(PooledHead, D, d_output=2), partial(PooledHead, D, d_output=2, pool="last"), "pool=last"),
     "pool of two towers": (
         partial(TwoTowerHead, D, d_output=2),

@@ -209,8 +209,7 @@ class STU(Structured, Mixer):
 
     def _weight(self) -> Tensor:
         """The matrices of all columns of the bank, (K + k_u, D, D)."""
-        with no_autocast(self.m_phi):
-            return self.m_phi if self.m_u is None else torch.cat((self.m_phi, self.m_u))
+        return self.m_phi if self.m_u is None else torch.cat((self.m_phi, self.m_u))
 
     def _memory(self, x: Tensor) -> Memory:
         """What streaming keeps of the inputs, for inputs like x."""

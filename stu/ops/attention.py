@@ -70,8 +70,8 @@ def local_attention(
     missing = before - (key.shape[2] - length)
     real = query.new_ones(1, key.shape[2], dtype=torch.bool) if mask is None else mask
     real = F.pad(real, (missing, after + spare)).unfold(1, strip, block).transpose(0, 1)  # (blocks, B or 1, K)
-    q = F.pad(query, (0, 0, 0, spare)).unfold(2, block, block)  # (B, H, blocks, E, T)
-    k, v = (F.pad(each, (0, 0, missing, after + spare)).unfold(2, strip, block) for each in (key, value))
+    q = _padded(query, 0, spare).unfold(2, block, block)  # (B, H, blocks, E, T)
+    k, v = (_padded(each, missing, after + spare).unfold(2, strip, block) for each in (key, value))
     ahead = torch.arange(strip, device=query.device) - torch.arange(block, device=query.device).unsqueeze(1)
     seen = (ahead >= 0) & (ahead <= before + after) & real.unsqueeze(2)  # (blocks, B or 1, T, K)
     seen = seen | (ahead == before)  # always itself: a softmax over nothing is nan
@@ -81,3 +81,8 @@ def local_attention(
     y = softmax_attention(q, k, v, seen.unsqueeze(2).flatten(*merge), dropout_p=dropout)
     y = y.reshape(blocks, batch, heads, block, width).permute(1, 2, 0, 3, 4)
     return y.flatten(2, 3)[:, :, :length]
+
+
+def _padded(x: Tensor, before: int, after: int) -> Tensor:
+    """Zeros before and after (B, H, L, E) in time; torch.compile expects another layout of a pad by none."""
+    return F.pad(x, (0, 0, before, after)) if before or after else x

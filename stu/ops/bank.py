@@ -25,7 +25,7 @@ from torch import Tensor
 from stu.errors import OptionError, require
 from stu.ops.filters import Hankel
 from stu.ops.realization import continued_filters
-from stu.ops.transforms import lasting, outside
+from stu.ops.transforms import outside
 
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
 CACHED_LENGTHS = 64  # FFT lengths whose bands a bank keeps
@@ -81,7 +81,7 @@ class FilterBank:
         self.name = name or f"{next(self._numbers)} of process {os.getpid()}"
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
-        self._placed: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._living.setdefault(self.name, self)
 
     @property
@@ -104,14 +104,9 @@ class FilterBank:
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The filters (L, K) themselves, on a device and in float32 at least."""
-        key = torch.promote_types(dtype, torch.float32), device
-        if key not in self._placed:
-            with torch.inference_mode(False):  # training could not use what an evaluation had placed
-                placed = self.filters.to(key[0]).to(device)
-            if not lasting(placed):
-                return placed
-            self._placed[key] = placed
-        return self._placed[key]
+        dtype = torch.promote_types(dtype, torch.float32)
+        _place(self.name, device, dtype)
+        return self._placed[device, dtype]
 
     def bands(self, n: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
         """The spectra under FFTs of length n; every filter's relative error is at most the rounding of `dtype`.
@@ -128,6 +123,15 @@ class FilterBank:
                     self._bands.popitem(last=False)
             self._bands.move_to_end(key)
             return self._bands[key]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _place(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Make what `FilterBank.on` returns, once; `torch.compile` does so while it traces."""
+    bank = FilterBank.of(name)
+    if (device, dtype) not in bank._placed:
+        with outside():
+            bank._placed[device, dtype] = bank.filters.to(dtype).to(device)
 
 
 def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:

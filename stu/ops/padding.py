@@ -19,6 +19,11 @@ def real_first(mask: Tensor) -> Tensor:
     return mask.logical_not().int().argsort(stable=True, dim=1)
 
 
+def steps(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The number of real positions of each sequence of (B, L, D): (B,)."""
+    return x.new_full((len(x),), x.shape[1], dtype=torch.long) if mask is None else mask.sum(1)
+
+
 def longest(x: Tensor, mask: Tensor | None) -> int:
     """The largest number of real positions of a sequence of (B, L, D)."""
     return x.shape[1] if mask is None else max(mask.sum(1).tolist(), default=0)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
@@ -429,6 +430,26 @@ def test_right_or_refused(name):
 def test_nine_in_ten_are_right():
     assert set(REFUSED) <= {(name, column) for name in MIXERS for column in COLUMNS}
     assert len(REFUSED) <= len(MIXERS) * len(COLUMNS) / 10
+
+
+# PyTorch does not compile its own LSTM and GRU. Local attention has other blocks below 64 steps.
+COMPILED = set(MIXERS) - {"LSTM", "GRU, bidirectional", "attention, local"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(COMPILED))
+def test_one_program_serves_all_lengths_and_layers(name):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    first, *layers = (MIXERS[name]().double() for _ in range(3))
+    for layer in (first, *layers):
+        layer.compile(backend=counter, dynamic=True, fullgraph=True)
+    first(noise(2, 12, D).requires_grad_())
+    one = counter.frame_count  # PyTorch may have begun twice
+    for length in (12, 11, 7, 16, 9, 5):
+        nn.Sequential(first, *layers)(noise(2, length, D).requires_grad_())
+    other_algorithm = name == "S4"  # where L is large compared with N²
+    assert counter.frame_count == one + other_algorithm
 
 
 if __name__ == "__main__":
