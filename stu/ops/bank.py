@@ -99,8 +99,14 @@ class FilterBank:
         return cls._living.get(name) or _rebuilt(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        named = self.name.startswith("[")  # all copies are one
-        return (FilterBank.of, (self.name,)) if named else (FilterBank, (self.filters, self.spectral))
+        if self.named:  # all copies are one
+            return FilterBank.of, (self.name,)
+        return FilterBank, (self.filters, self.spectral)
+
+    @property
+    def named(self) -> bool:
+        """Whether the name holds in other processes, too."""
+        return self.name.startswith("[")
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The filters (L, K) themselves, on a device and in float32 at least."""

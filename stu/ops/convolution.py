@@ -23,7 +23,7 @@ from stu.ops.chunks import budget, chunks
 from stu.ops.flops import fft_flops, flops_of
 from stu.ops.long_convolution import fft_length
 from stu.ops.precision import at_least_float32, no_autocast
-from stu.ops.transforms import plain_gradients, transformed
+from stu.ops.transforms import exporting, plain_gradients, transformed
 
 # What is computed first: with "transfer" the matrices H(f), which the whole batch shares, with "features" the filtered
 # inputs a_r(f) U(f), which one large matrix product then mixes.
@@ -82,7 +82,7 @@ def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> 
 
 
 def _convolved(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: FilterBank, algorithm: str) -> Tensor:
-    if transformed(u, weight, reverse):
+    if transformed(u, weight, reverse) or (exporting() and not bank.named):  # so filters are in the program itself
         return _plain(bank, u, weight, reverse)
     y: Tensor = _convolution(u, weight, reverse, bank.name, algorithm)
     return y

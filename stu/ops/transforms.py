@@ -29,6 +29,11 @@ def transformed(*inputs: Any) -> bool:
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
+def exporting() -> bool:
+    """Whether `torch.export` is making a program that may run in another process; never before PyTorch 2.7."""
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+
+
 def plain_gradients(plain: Callable[..., Any], inputs: tuple[Any, ...], grads: Any) -> tuple[Any, ...]:
     """The gradients of a plain form's inputs, differentiable themselves; None for what is no tensor.
 

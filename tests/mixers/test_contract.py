@@ -12,6 +12,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from stu.errors import OptionError
+from stu.mixers.stu import STU
+from stu.ops.bank import FilterBank
 from tests.models import mixer_cases
 from tests.runs import ROOT
 
@@ -350,9 +352,11 @@ for file in sys.argv[1:]:
 @pytest.mark.filterwarnings("ignore:.*_flat_weights.*were assigned during export")  # of torch.nn.RNN
 def test_an_exported_program_is_the_same_in_another_process(tmp_path):
     files = []
-    for case in mixer_cases():
-        mixer, x = case.random(seq_len=SEQ_LEN), noise(2, 21, D)
-        file = str(tmp_path / case.name)
+    other = STU(D, seq_len=SEQ_LEN, num_filters=2, k_u=1).double()
+    other.bank = FilterBank(noise(SEQ_LEN, 5))  # of no name that another process could understand
+    mixers = {case.name: case.random(seq_len=SEQ_LEN) for case in mixer_cases()} | {"other filters": other}
+    for name, mixer in mixers.items():
+        x, file = noise(2, 21, D), str(tmp_path / name)
         torch.export.save(torch.export.export(mixer, (x,)), f"{file}.pt2")
         torch.save((x, mixer(x).detach()), f"{file}.pt")
         files.append(file)
