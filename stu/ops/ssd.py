@@ -298,12 +298,17 @@ def _pair_decays(sums: Tensor, groups: int) -> Tensor:
     high, low = sums.transpose(2, 3).contiguous()  # (F, H, Q)
     between = high.unsqueeze(-1) - high.unsqueeze(-2)
     between.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
-    return between.tril().exp_().unflatten(1, (groups, -1))
+    return _lower(between).exp_().unflatten(1, (groups, -1))
 
 
 def _scores(B: Tensor, C: Tensor) -> Tensor:
     """C_tᵀ B_s of all s ≤ t of a chunk, zero above the diagonal: two (F, G, Q, N) → (F, G, 1, Q, Q)."""
-    return (C @ B.mT).tril().unsqueeze(2)
+    return _lower(C @ B.mT).unsqueeze(2)
+
+
+def _lower(matrices: Tensor) -> Tensor:
+    """Zeros above the diagonal, in place where `vmap` does not have to go through the batch for that."""
+    return matrices.tril() if transformed(matrices) else matrices.tril_()
 
 
 def _carried(added: Tensor, through: Tensor, start: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
