@@ -5,21 +5,23 @@
 
 PYTHON ?= python3
 ARGS ?= model=stu task=lra_listops experiment=quick
-BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+VENV = .venv
+CONSTRAINTS = constraints.txt
+BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train test test-fast check types format generate clean
+.PHONY: help setup train test test-fast test-lowest check types format generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-setup: .venv/installed  ## create .venv with everything, as pinned in constraints.txt
+setup: $(VENV)/installed  ## create .venv with everything, as pinned in constraints.txt
 
-.venv/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(f"error: Python {sys.version.split()[0]}: must be 3.11 or newer; name one with make PYTHON=...") if sys.version_info < (3, 11) else None'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "Installing into .venv (once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@
 
 train: setup  ## train; ARGS="..." are the arguments of train.py
@@ -30,6 +32,15 @@ test: setup  ## run the tests
 
 test-fast: setup  ## run the tests that are not marked slow
 	@$(PYTEST) -m "not slow"
+
+# Not the golden trajectories: other releases of PyTorch draw other random numbers.
+test-lowest: VENV = .venv-lowest
+test-lowest:  ## lint, and the tests that are fast or run train.py, with the lowest versions of pyproject.toml
+	@$(MAKE) --no-print-directory setup VENV=$(VENV) CONSTRAINTS=constraints-lowest.txt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	@$(PYTEST) -m "not slow or e2e" --deselect tests/training/test_training.py::test_golden_trajectory
 
 check: setup types  ## lint, format, types, spelling
 	$(BIN)/ruff check .
@@ -47,5 +58,5 @@ format: setup  ## fix what lint and format can fix themselves
 generate: setup  ## write what is generated for a new model: its golden trajectory and its row in README.md
 	@$(BIN)/python -m tests.generate
 
-clean:  ## remove .venv and caches; runs and data stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+clean:  ## remove environments and caches; runs and data stay
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the files that CONTRIBUTING shows."""
     folder = tmp_path_factory.mktemp("contributing") / "copy"
-    unwanted = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "runs", "*.egg-info")
+    unwanted = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "runs", "*.egg-info")
     shutil.copytree(ROOT, folder, ignore=unwanted)
     for name, content in FILES.items():
         assert not (folder / name).exists()

@@ -21,6 +21,7 @@ TRAINING_ONLY = {
     "wandb",
     "datasets",
     "filelock",
+    "pyarrow",
     "yaml",
     "rich",
     "PIL",
@@ -251,4 +252,4 @@ def test_the_training_extra_is_what_the_test_above_does_without():
     third_party = {name for name in roots if name not in sys.stdlib_module_names}
     base = {requirement.split(">=")[0] for requirement in project["dependencies"]}
     plots = {"matplotlib"}  # in an extra of its own; imported where something is drawn
-    assert third_party - TRAINING_ONLY - plots - {"pyarrow"} <= base  # pyarrow comes with datasets
+    assert third_party - TRAINING_ONLY - plots <= base

@@ -1,0 +1,35 @@
+"""The lowest versions that pyproject.toml declares are those that `make test-lowest` installs."""
+
+import re
+import tomllib
+
+from tests.runs import ROOT
+
+
+def declared() -> dict[str, tuple[int, ...]]:
+    """The lowest version of everything that pyproject.toml requires, in any extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = project["dependencies"], *project["optional-dependencies"].values()
+    requirements = [requirement for group in groups for requirement in group if not requirement.startswith("stu[")]
+    return {name.lower(): numbers(lowest) for name, lowest in (one.split(">=") for one in requirements)}
+
+
+def pinned(file: str) -> dict[str, tuple[int, ...]]:
+    """The versions of a file of constraints, of what pyproject.toml requires."""
+    pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    return {name.lower(): numbers(version) for name, version in pins if name.lower() in declared()}
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """1.26.0 → (1, 26), as 1.26."""
+    return tuple(int(part) for part in re.sub(r"(\.0)+$", "", version).split("."))
+
+
+def test_the_lowest_versions_are_those_declared():
+    assert pinned("constraints-lowest.txt") == declared()
+
+
+def test_the_tested_versions_are_allowed():
+    tested, lowest = pinned("constraints.txt"), declared()
+    assert tested.keys() == lowest.keys()
+    assert {name for name in lowest if tested[name] < lowest[name]} == set()
