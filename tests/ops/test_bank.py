@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from stu.mixers.stu import STU
@@ -140,12 +140,30 @@ def test_a_name_of_another_process_is_not_taken_for_one_of_this():
 def test_a_traced_program_leaves_no_fake_filters_behind():
     plain = FilterBank(spectral_bank(20, 3))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert isinstance(plain.on(CPU, torch.float32), FakeTensor)
+        assert plain.on(CPU, torch.float32).shape == (20, 3)
         built = bank.spectral_bank(21, 3, "standard", two_sided=True, delay=2)
         streaming_memory(built, "window", CPU, torch.float32)
     assert type(plain.on(CPU, torch.float32)) is torch.Tensor
     assert type(built.filters) is torch.Tensor
     assert type(streaming_memory(built, "window", CPU, torch.float32).filters) is torch.Tensor
+
+
+@pytest.mark.parametrize("streaming", ["window", "states"])
+def test_a_transform_leaves_nothing_of_its_own_behind(streaming):
+    """What is made once in a process is first made within one."""
+    layer, x = STUT(4, seq_len=513, num_filters=3, streaming=streaming), torch.randn(3, 2, 5, 4)
+
+    def last(x: torch.Tensor) -> torch.Tensor:
+        _, state = layer.prefill(x)
+        return layer.step(x[:, 0], state)[0].sum()
+
+    found = torch.func.vmap(torch.func.grad(last))(x)
+    expected = torch.stack([torch.func.grad(last)(each) for each in x])
+    torch.testing.assert_close(found, expected)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(layer.bank.on(CPU, torch.float32))
+    x.requires_grad_()
+    (plain,) = torch.autograd.grad(sum(last(each) for each in x), x)
+    torch.testing.assert_close(plain, expected)
 
 
 def test_a_bank_of_an_evaluation_can_be_trained_with():
