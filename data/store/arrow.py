@@ -43,5 +43,5 @@ def _column(array: np.ndarray) -> pa.Array:
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:
     [chunk] = column.chunks
-    nested = pa.types.is_nested(chunk.type)
+    nested = pa.types.is_fixed_size_list(chunk.type)
     return chunk.flatten().to_numpy().reshape(len(chunk), -1) if nested else chunk.to_numpy()

@@ -96,7 +96,8 @@ def lagged(x: np.ndarray, lags: int) -> np.ndarray:
 def least_squares(regressors: np.ndarray, outputs: np.ndarray) -> Reals:
     """The solution of smallest norm, (S, L, …) and (S, L, O) → (features, O)."""
     rows = outputs.shape[0] * outputs.shape[1]
-    solution, *_ = np.linalg.lstsq(regressors.reshape(rows, -1).astype(np.float64), outputs.reshape(rows, -1))
+    features = regressors.reshape(rows, -1).astype(np.float64)
+    solution, *_ = np.linalg.lstsq(features, outputs.reshape(rows, -1), rcond=None)
     return np.asarray(solution)
 
 

@@ -143,7 +143,7 @@ class LDS(Regression):
         start = min(self.seq_len, 2 * LAGS)
         predicted = {
             "zero": np.zeros_like(targets),
-            "static": (flat[2] @ np.linalg.lstsq(flat[0], flat[1])[0]).reshape(targets.shape),
+            "static": (flat[2] @ np.linalg.lstsq(flat[0], flat[1], rcond=None)[0]).reshape(targets.shape),
             "fir": linear.respond(fit_fir(*train, lags=min(self.seq_len, LAGS)), inputs),
             "arx": fit_arx(*train, output_lags=self.data.d_state, input_lags=self.data.d_state + 1).respond(inputs),
         }

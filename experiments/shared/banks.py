@@ -95,5 +95,5 @@ def best_error(bank: Tensor, truth: np.ndarray) -> float:
     features = weight * bank.numpy()
     features = features / np.linalg.norm(features, axis=0)  # those of small eigenvalues count as the others do
     target = weight * truth.reshape(length, -1)
-    solution, *_ = np.linalg.lstsq(features, target)
+    solution, *_ = np.linalg.lstsq(features, target, rcond=None)
     return float(np.square(features @ solution - target).sum() / np.square(target).sum())

@@ -71,7 +71,7 @@ def plot(results: Results, file: Path) -> None:
             axis.set_title(_title(rows[0], length=False), fontsize="medium")
             lengths = sorted({row.length for row in rows})
             axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-            axis.xaxis.minorticks_off()
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
         memory.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.suptitle(f"forward and backward: {describe(results)}", fontsize="medium")

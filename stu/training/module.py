@@ -125,4 +125,4 @@ def _persist(module: nn.Module) -> None:
 
 def _mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers, different for different numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

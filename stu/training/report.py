@@ -86,7 +86,7 @@ def quiet() -> None:
         ".*is smaller than the logging interval.*",
         ".*treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
         ".*Checkpoint directory.*exists and is not empty.*",
-        ".*functional.all_reduce is deprecated.*",  # torch 2.13; its replacement is not in 2.6
+        ".*functional.all_reduce is deprecated.*",  # torch 2.13; its replacement is not in 2.7
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -357,7 +357,8 @@ def test_an_exported_program_is_the_same_in_another_process(tmp_path):
     mixers = {case.name: case.random(seq_len=SEQ_LEN) for case in mixer_cases()} | {"other filters": other}
     for name, mixer in mixers.items():
         x, file = noise(2, 21, D), str(tmp_path / name)
-        torch.export.save(torch.export.export(mixer, (x,)), f"{file}.pt2")
+        program = torch.export.export(mixer, (x,), strict=False)  # the default of newer releases
+        torch.export.save(program, f"{file}.pt2")
         torch.save((x, mixer(x).detach()), f"{file}.pt")
         files.append(file)
     done = subprocess.run(

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,7 @@ class TestTrainPy:
         ).stdout.strip()
         assert start["git"]["commit"] == commit
         assert isinstance(start["git"]["dirty"], bool)
-        assert start["packages"]["torch"] == torch.__version__
+        assert start["packages"]["torch"] == version("torch")
         assert start["packages"].keys() >= {"lightning", "torchmetrics", "hydra-core", "numpy"}
         assert start["command"].endswith(" ".join([*COMMAND, "name=run"]))
         assert (start["resumed"], "CPU" in start["device"]) == (False, True)
