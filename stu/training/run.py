@@ -1,6 +1,7 @@
 """A run is a directory: its configuration, manifest, metrics, checkpoints and, written last, its summary."""
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -118,13 +120,19 @@ class Run:
             raise OptionError("name", self.path, f"holds a run with other settings: {difference}; {advice}")
 
     def changes(self, config: Mapping[str, Any], within: tuple[str, ...] = ()) -> list[str]:
-        """Settings of this run that differ in `config`, as "key (then → now)"; only below `within`, if given."""
+        """Settings of this run that differ in `config`, as "key (then → now)"; only below `within`, if given.
+
+        An option that the run was made without differs unless it has its default: earlier versions may not have had it.
+        """
         before = relocated(flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
         now = flatten(config)
         return [
             f"{key} ({_show(before, key)} → {_show(now, key)})"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not is_free(key) and (not within or key.split(".")[0] in within)
+            if before.get(key) != now.get(key)
+            and not is_free(key)
+            and (not within or key.split(".")[0] in within)
+            and (key in before or not is_default(now, key))
         ]
 
     @property
@@ -187,6 +195,17 @@ class Run:
 def is_free(key: str) -> bool:
     """Whether a configuration key may change between the starts of one run."""
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def is_default(flat: Mapping[str, Any], key: str) -> bool:
+    """Whether an option of a flat configuration has the default of the constructor that takes it."""
+    node, _, option = key.rpartition(".")
+    constructor = locate(flat.get(f"{node}._target_", ""))
+    if not callable(constructor):
+        return False
+    parameter = inspect.signature(constructor).parameters.get(option)
+    default = None if parameter is None else parameter.default
+    return parameter is not None and flat[key] == (list(default) if isinstance(default, tuple) else default)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -73,6 +73,20 @@ class TestOpening:
         assert torch.equal(run.weights(run.last)["w"], torch.ones(2))
         run.close()
 
+    def test_options_that_a_run_was_made_before_are_no_other_settings_at_their_defaults(self, tmp_path: Path):
+        mixer = {"_target_": "stu.mixers.mamba2.Mamba2", "num_heads": 2}
+        run = Run(tmp_path / "run")
+        run.open({"model": {"mixer": mixer}}, overwrite=False)
+
+        def changes(**options: Any) -> list[str]:
+            return run.changes({"model": {"mixer": mixer | options}})
+
+        assert changes(dt_limit=[0.0, math.inf], chunk_size=64) == []
+        assert changes(dt_limit=[0.0, 0.5]) == ["model.mixer.dt_limit (absent → [0.0, 0.5])"]
+        assert changes(no_option=None) == []  # what a configuration without it says, too
+        assert changes(no_option=1) == ["model.mixer.no_option (absent → 1)"]
+        run.close()
+
     @pytest.mark.parametrize("finished", [False, True])
     def test_other_settings_are_refused_by_their_keys(self, tmp_path: Path, finished: bool):
         started(tmp_path / "run", finished=finished)
