@@ -75,11 +75,14 @@ class Mixer(nn.Module, ABC):
             return y, map_state(_overwritten, state, after)
 
     def reserve(self, state: State, max_steps: int) -> State:
-        """The same state with room for `max_steps` more steps: tensors that would grow get their final shape."""
-        return state
+        """A copy of the state with room for `max_steps` more steps: tensors that would grow have their final shape."""
+        return map_state(torch.clone, state)
 
     def select(self, state: State, index: Tensor) -> State:
-        """The state of some sequences of the batch, in any order, any number of times: index (B',), integers."""
+        """The state of some sequences of the batch, in any order, any number of times: index (B',), integers.
+
+        How many steps it has taken stays the number of the longest sequence of the batch.
+        """
         whole = index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool
         found = f"{index.dtype} {tuple(index.shape)}"
         require(whole, "index", found, "must be integers (B',)")
@@ -123,7 +126,7 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def checked(self: Mixer, *inputs: Any, **options: Any) -> Any:
-        cu_seqlens = options.pop("cu_seqlens", None)
+        cu_seqlens = options.pop("cu_seqlens", None) if name == "forward" else None
         given = dict(zip(known[1:], inputs, strict=False)) | options
         x: Any = given.pop("x", None)
         mask, state = given.get("mask"), given.get("state")

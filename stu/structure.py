@@ -47,12 +47,18 @@ class Structured(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if (saved := state_dict.get(prefix + KEY)) is None:
-            missing_keys[:] = [key for key in missing_keys if key != prefix + KEY]
-            return
-        theirs, ours = json.loads(bytes(saved.tolist())), json.loads(json.dumps(self._structure()))
+        missing_keys[:] = [key for key in missing_keys if key != prefix + KEY]
+        theirs, ours = _read(state_dict.get(prefix + KEY)), json.loads(json.dumps(self._structure()))
         error_msgs.extend(
             f"{prefix}{name}={ours[name]}: what was saved is of {name}={theirs[name]}"
             for name in ours
             if name in theirs and theirs[name] != ours[name]
         )
+
+
+def _read(saved: Tensor | None) -> dict[str, Any]:
+    """A structure; nothing where there is none, or what was done to all entries of a `state_dict` has damaged it."""
+    try:
+        return dict(json.loads(bytes(int(byte) for byte in saved.tolist()))) if saved is not None else {}
+    except Exception:  # of many kinds: of the meta device, cast to half precision, averaged with others
+        return {}

@@ -155,3 +155,11 @@ def test_what_may_differ_is_no_structure():
         S5(D, d_state=4, num_blocks=1).state_dict()
     )
     partial(LRU, D, d_state=4, r_min=0.5)().load_state_dict(LRU(D, d_state=4).state_dict())
+
+
+def test_a_structure_that_arithmetic_has_damaged_is_none():
+    states = backbone().state_dict()
+    for change in (lambda v: v.to(torch.bfloat16), lambda v: 0.9 * v + 0.1 * v, torch.zeros_like):
+        backbone().load_state_dict({key: change(value) for key, value in states.items()})
+    with pytest.raises(RuntimeError, match="delay=1: what was saved is of delay=2"):
+        partial(backbone, mixer=partial(mixer, delay=1))().load_state_dict({k: (v + v) / 2 for k, v in states.items()})

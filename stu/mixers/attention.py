@@ -15,6 +15,7 @@ from stu.mixer import Mixer
 from stu.ops.attention import causal_attention, local_attention, softmax_attention
 from stu.ops.padding import at_front, masked, put_back, real_first
 from stu.ops.precision import product_dtype
+from stu.ops.transforms import transformed
 from stu.structure import Structured
 
 
@@ -34,7 +35,7 @@ class AttentionState(NamedTuple):
     def steps(self) -> Tensor:
         """The steps of each sequence (B,), or of all (1,)."""
         if self.lengths is None:
-            return self.keys.new_full((1,), self.position, dtype=torch.long)
+            return torch.full((1,), self.position, device=self.keys.device)
         return self.lengths
 
 
@@ -97,7 +98,8 @@ class Attention(Structured, Mixer):
         """x_t (B, D), state → y_t (B, D), state; without a window the state grows by one key and value per step."""
         state = self._copied(state, 1)
         lengths = None if state.lengths is None else state.lengths + 1
-        return self._advance(x, state), state._replace(position=state.position + 1, lengths=lengths)
+        y, state = self._advance(x, state)
+        return y, state._replace(position=state.position + 1, lengths=lengths)
 
     def step_(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """`step` in place: writes one key and one value of each head, into an empty slot or over the oldest.
@@ -108,7 +110,7 @@ class Attention(Structured, Mixer):
         room = state.position < slots or slots == self.window
         require(room, "state", tuple(state.keys.shape), "has no room for one more step; see `reserve`")
         with torch.no_grad():
-            y = self._advance(x, state)
+            y, state = self._advance(x, state)
         if state.lengths is not None:
             state.lengths.add_(1)
         return y, state._replace(position=state.position + 1)
@@ -139,19 +141,21 @@ class Attention(Structured, Mixer):
         """How many of so many steps are remembered."""
         return steps if self.window is None else min(steps, self.window)
 
-    def _advance(self, x: Tensor, state: AttentionState) -> Tensor:
+    def _advance(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """x_t (B, D) → y_t (B, D); writes its keys and values into the state, but does not count it."""
         steps, slots = state.steps(), state.keys.shape[2]
         query, key, value = self._heads(x.unsqueeze(1), steps[:, None, None])
         slot = steps if self.window is None else steps % self.window
         slot = slot[:, None, None, None].expand_as(key)
-        keys = state.keys.scatter_(2, slot, key.to(state.keys.dtype)).to(query.dtype)
-        values = state.values.scatter_(2, slot, value.to(state.values.dtype)).to(query.dtype)
+        write = Tensor.scatter if transformed(query) else Tensor.scatter_  # of a batch into no batch
+        keys, values = (
+            write(cache, 2, slot, new.to(cache.dtype)) for cache, new in ((state.keys, key), (state.values, value))
+        )
         seen = None
         if state.lengths is not None:
             seen = torch.arange(slots, device=x.device) <= steps[:, None, None, None]  # (B, 1, 1, S)
-        y = softmax_attention(query, keys, values, seen, dropout_p=self._dropout())
-        return self._output(y).squeeze(1)
+        y = softmax_attention(query, keys.to(query.dtype), values.to(query.dtype), seen, dropout_p=self._dropout())
+        return self._output(y).squeeze(1), state._replace(keys=keys, values=values)
 
     def _continue(self, x: Tensor, state: AttentionState, after: Tensor | None) -> tuple[Tensor, AttentionState]:
         """A piece (B, L, D), its real positions first → (B, L, D) and the state of lengths `after` it."""

@@ -110,12 +110,13 @@ class RNN(Mixer):
         weights = {name: weight.to(dtype) for name, weight in self.rnn.named_parameters()}
         hidden, cell = map_state(lambda part: part.unsqueeze(0), state)  # (1, B, N)
         inputs: Any = x.to(dtype)
+        if transformed(inputs, *weights.values(), *state):
+            with no_autocast(x):
+                y, after = _step_by_step(inputs, state, counts, *weights.values())
+            return self.project_out(y.to(x.dtype)), after
         if counts is not None:
             inputs = pack_padded_sequence(inputs, counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False)
         with no_autocast(x):
-            if transformed(inputs, *weights.values(), *state):
-                y, after = _step_by_step(x.to(dtype), state, counts, *weights.values())
-                return self.project_out(y.to(x.dtype)), after
             y, after = functional_call(self.rnn, weights, (inputs, hidden if cell is None else (hidden, cell)))
         after = RNNState(after[0], None) if cell is None else RNNState(after[0][0], after[1][0])
         if counts is not None:

@@ -189,7 +189,7 @@ class S4(Structured, Mixer):
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
         x, system = masked(x, mask), self._system()
         (A, B), y = system.dense(), self.forward(x)
-        initial = None if state is None else _to_parts(state.modes)
+        initial = None if state is None or not len(x) else _to_parts(state.modes)
         if initial is not None:
             readout = A.mT @ _readout(to_complex128(self.C[0])).unsqueeze(-1)
             free = dense_kernel(A.mT, readout.squeeze(-1), initial, x.shape[1])  # (B, L, D): C A^{t+1} x_0

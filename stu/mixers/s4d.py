@@ -112,7 +112,7 @@ class S4D(Structured, Mixer):
     def prefill(self, x: Tensor, mask: Tensor | None = None, state: S4DState | None = None) -> tuple[Tensor, S4DState]:
         """(B, L, D) → (B, L, D) and the state from which `step` continues."""
         x, (a, b, C) = masked(x, mask), self._system()
-        y, initial = self.forward(x), None if state is None else state.modes
+        y, initial = self.forward(x), None if state is None or not len(x) else state.modes
         if initial is not None:
             free = diagonal_kernel(a, a * C[0], initial, x.shape[1])  # (B, L, D): C Ā^{t+1} x_0
             y = (y + put_back(free, mask)).to(x.dtype)

@@ -82,6 +82,7 @@ class FilterBank:
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
         self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.memories: dict[Any, Any] = {}  # of `stu.ops.streaming`, by how they stream
         self._living.setdefault(self.name, self)
 
     @property

@@ -16,7 +16,6 @@ the piece, and to the sums of all inputs before, which decay: Σ_n c_kn p_n^j s_
 
 from functools import cached_property
 from typing import NamedTuple, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from stu.ops.chunks import budget, chunks
 from stu.ops.convolution import Algorithm, filter_convolution
 from stu.ops.padding import at_end
 from stu.ops.realization import Realization, Streaming, exponential_sums, free_response, realize_for_streaming
-from stu.ops.transforms import lasting
+from stu.ops.transforms import outside
 
 FEW = 64  # steps, of all sequences together, whose features take less time than matrices for every frequency or pole
 MATRICES_CHUNK, TOEPLITZ_CHUNK = 1 << 20, 1 << 22  # numbers at a time on a CPU: matrices for the poles, of filters
@@ -189,10 +188,6 @@ class ExponentialSums:
 
 Memory = Window | ExponentialSums
 
-_MEMORIES: WeakKeyDictionary[FilterBank, dict[tuple[Streaming, torch.device, torch.dtype], Memory]] = (
-    WeakKeyDictionary()
-)
-
 
 def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:
     """The memory of a layer with these filters, a window in the given dtype.
@@ -200,14 +195,18 @@ def streaming_memory(bank: FilterBank, streaming: Streaming, device: torch.devic
     streaming: "window", "states" (exponential sums), or "auto": sums where they are faster and as exact. Banks of other
     than spectral filters have a window.
     """
-    memories = _MEMORIES.setdefault(bank, {})
-    memory = memories.get((streaming, device, dtype))
-    if memory is None:
-        with torch.inference_mode(False):  # training could not use what an evaluation had built
-            memory = _build(bank, streaming, device, dtype)
-        if all(map(lasting, filter(torch.is_tensor, vars(memory).values()))):
-            memories[streaming, device, dtype] = memory
+    _make(bank.name, streaming, device, dtype)
+    memory: Memory = bank.memories[streaming, device, dtype]
     return memory
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _make(bank: str, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> None:
+    """Make what `streaming_memory` returns, once; `torch.compile` does so while it traces."""
+    found = FilterBank.of(bank)
+    if (streaming, device, dtype) not in found.memories:
+        with outside():
+            found.memories[streaming, device, dtype] = _build(found, streaming, device, dtype)
 
 
 def _build(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:

@@ -110,11 +110,6 @@ def outside() -> Iterator[None]:
         yield
 
 
-def lasting(x: Tensor) -> bool:
-    """Whether a tensor that was just made may be kept: it is none of a transform or of a program being traced."""
-    return type(x) is Tensor and not torch._C._are_functorch_transforms_active()
-
-
 def owned(x: Tensor) -> Tensor:
     """The same contiguous and as no view: an operator may not return one, which could not be changed in place."""
     y: Tensor = torch.ops.aten._unsafe_view(x.contiguous(), x.shape)

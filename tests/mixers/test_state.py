@@ -1,5 +1,8 @@
 """Mixers in pieces: states of prefixes, padding, packed sequences, beams, decoding in place; for every causal mixer."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,6 +11,7 @@ from stu.errors import OptionError
 from stu.mixer import map_state
 from tests.mixers.test_contract import SEQ_LEN, D, noise, stepped
 from tests.models import mixer_cases
+from tests.runs import ROOT
 
 TOLERANCE = {"rtol": 0, "atol": 1e-9}
 CASES = {case: case.build(seq_len=8).causal for case in mixer_cases()}
@@ -223,3 +227,58 @@ def check_dtypes(case, dtype, autocast):
         for each in (state, *others)
     ]
     assert all(dtypes == expected for dtypes in found)
+
+
+@causal
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of PyTorch itself, in forward mode
+def test_states_under_function_transforms(case):
+    mixer, x, rest = case.random(seq_len=SEQ_LEN), noise(3, 2, 9, D), noise(3, 2, 4, D)
+    mask = ragged(((0, 9), (0, 4)))[:, :9]
+
+    def continued(x, rest):
+        _, state = mixer.prefill(x, mask)
+        y, state = mixer.step(rest[:, 0], state)
+        return torch.cat((y.unsqueeze(1), mixer.prefill(rest[:, 1:], state=state)[0]), 1)
+
+    expected = torch.stack([continued(*each) for each in zip(x, rest, strict=True)])
+    assert_close(torch.func.vmap(continued)(x, rest), expected, **TOLERANCE)
+    initial = mixer.prefill(x[0])[1]  # of no transform
+    stepped_after = torch.func.vmap(lambda rest: mixer.step(rest[:, 0], initial)[0])(rest)
+    assert_close(stepped_after, torch.stack([mixer.step(each[:, 0], initial)[0] for each in rest]), **TOLERANCE)
+    tangent = noise(2, 9, D)
+    _, found = torch.func.jvp(lambda x: continued(x, rest[0]), (x[0],), (tangent,))
+    step = 1e-6
+    ahead, behind = (continued(x[0] + sign * step * tangent, rest[0]) for sign in (1, -1))
+    assert_close(found, (ahead - behind) / (2 * step), rtol=0, atol=1e-6 * (1 + found.abs().max().item()))
+
+
+@causal
+def test_states_of_no_sequence(case):
+    mixer, x = case.random(seq_len=SEQ_LEN), noise(2, 5, D)
+    none = mixer.select(mixer.prefill(x)[1], torch.tensor([], dtype=torch.long))
+    y, state = mixer.prefill(x[:0], state=none)
+    assert y.shape == (0, 5, D)
+    assert mixer.prefill(x[:0], torch.ones(0, 5, dtype=torch.bool), state)[0].shape == (0, 5, D)
+    assert mixer.step_(x[:0, 0], mixer.reserve(state, 1))[0].shape == (0, D)
+
+
+COLD = """
+import sys, torch
+from stu import STU
+from stu.mixers.stu_t import STUT
+layer = (STU if sys.argv[1] == "STU" else STUT)(4, seq_len=600, num_filters=4).double()
+x = torch.randn(2, 9, 4, dtype=torch.float64)
+def run(x):
+    y, state = layer.prefill(x)
+    return layer.step(x[:, 0], state)[0]
+with torch.no_grad():
+    found = torch.compile(run, backend="aot_eager")(x)  # the first call of all in this process
+    assert torch.allclose(found, run(x), rtol=0, atol=1e-9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["STU", "STUT"])
+def test_what_is_made_once_may_be_made_while_a_program_is_compiled(unit):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COLD, unit], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
