@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stu.encoders import LearnedPositions, Positions, RotaryPositions, SinusoidalPositions
 from stu.errors import require, require_length
-from stu.mixer import ChannelMixerFactory, MixerFactory, State, packed
+from stu.mixer import ChannelMixerFactory, MixerFactory, State, packed, select
 from stu.norm import Norm, make_norm
 from stu.structure import Structured
 
@@ -204,14 +204,14 @@ class Backbone(Structured):
         return self.norm(y, mask), BackboneState(max(positions.tolist(), default=0), positions, mixers)
 
     def reserve(self, state: BackboneState, max_steps: int) -> BackboneState:
-        """The same state with room for `max_steps` more steps in place."""
+        """A copy of the state with room for `max_steps` more steps in place."""
         mixers = (block.mixer.reserve(part, max_steps) for block, part in zip(self.blocks, state.mixers, strict=True))
         return BackboneState(state.position, state.positions.clone(), tuple(mixers))
 
     def select(self, state: BackboneState, index: Tensor) -> BackboneState:
-        """The state of some sequences of the batch, in any order, any number of times: index (B',), integers."""
-        mixers = [block.mixer.select(part, index) for block, part in zip(self.blocks, state.mixers, strict=True)]
-        return BackboneState(state.position, state.positions[index.to(state.positions.device)], tuple(mixers))
+        """The state of some sequences of the batch, as `Mixer.select` gives it."""
+        selected: BackboneState = select(state, index)
+        return selected
 
     def _through(
         self, x: Tensor, states: Sequence[State], run: Callable[[Block, Tensor, State], tuple[Tensor, State]]

@@ -66,7 +66,7 @@ class Mixer(nn.Module, ABC):
         """
 
     def step_(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """`step` in place: the tensors of the new state are those of `state`, overwritten. Without gradients.
+        """`step` in place: the new state's tensors, but for its `system`, are those of `state`. Without gradients.
 
         For decoding in a loop, or a CUDA graph. Raises `OptionError` where the state would grow: `reserve` first.
         """
@@ -83,10 +83,7 @@ class Mixer(nn.Module, ABC):
 
         How many steps it has taken stays the number of the longest sequence of the batch.
         """
-        whole = index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool
-        found = f"{index.dtype} {tuple(index.shape)}"
-        require(whole, "index", found, "must be integers (B',)")
-        return map_state(lambda part: part.index_select(0, index.to(part.device)), state)
+        return select(state, index)
 
 
 def map_state(function: Callable[..., Tensor], *states: State) -> State:
@@ -106,6 +103,13 @@ def map_state(function: Callable[..., Tensor], *states: State) -> State:
         for name, *values in zip(names, *states, strict=True)
     ]
     return type(last)(*parts) if hasattr(last, "_fields") else tuple(parts)
+
+
+def select(state: State, index: Tensor) -> State:
+    """What `Mixer.select` returns, for a state of any kind. Raises `OptionError` for an index that is no integers."""
+    whole = index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool
+    require(whole, "index", f"{index.dtype} {tuple(index.shape)}", "must be integers (B',)")
+    return map_state(lambda part: part.index_select(0, index.to(part.device)), state)
 
 
 def _overwritten(before: Tensor, after: Tensor) -> Tensor:

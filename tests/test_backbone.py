@@ -21,6 +21,7 @@ from stu.heads import PooledHead, StepHead, pooled
 from stu.mixer import Mixer, map_state
 from stu.norm import BatchNorm, PositionNorm, make_norm
 from tests.distributed import batch_norm
+from tests.mixers.test_contract import stepped
 from tests.models import MODELS, model_config, randomized, small_backbone
 
 SEQ_LEN = 24
@@ -224,14 +225,6 @@ def test_models_run_step_by_step(model, positions):
 
 
 absolute = pytest.mark.parametrize("positions", ["none", "learned"])
-
-
-def stepped(backbone, x, state):
-    outputs = []
-    for x_t in x.unbind(1):
-        y_t, state = backbone.step(x_t, state)
-        outputs.append(y_t)
-    return torch.stack(outputs, 1)
 
 
 @models

@@ -74,6 +74,7 @@ class FilterBank:
     """
 
     _numbers: ClassVar = itertools.count()
+    _making: ClassVar = threading.RLock()
     _living: ClassVar["weakref.WeakValueDictionary[str, FilterBank]"] = weakref.WeakValueDictionary()
 
     def __init__(self, filters: Tensor, spectral: SpectralFilters | None = None, name: str | None = None) -> None:
@@ -189,12 +190,13 @@ def spectral_bank(
     """
     found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence, built_for)
     name = json.dumps(found, default=int)
-    if (bank := FilterBank._living.get(name)) is not None:
-        return bank
-    with outside():
-        scaled = continued_filters(seq_len, num_filters, hankel, built_for or seq_len)
-        columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
-        return FilterBank(columns, found, name)
+    with FilterBank._making:  # threads, too, share one: all but one of several would be found under no name
+        if (bank := FilterBank._living.get(name)) is None:
+            with outside():
+                scaled = continued_filters(seq_len, num_filters, hankel, built_for or seq_len)
+                columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
+                bank = FilterBank(columns, found, name)
+    return bank
 
 
 def extended_bank(bank: FilterBank, seq_len: int) -> FilterBank:

@@ -206,19 +206,10 @@ def _flops(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorit
 
 
 @flops_of(_convolution_backward)
-def _backward_flops(
-    grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    reverse: Tensor | None,
-    bank: str,
-    algorithm: str,
-    wants_u: bool,
-    wants_matrices: bool,
-    **_: Any,
-) -> int:
+def _backward_flops(grad: Tensor, *inputs: Any, **_: Any) -> int:
+    u, weight, reverse, bank, algorithm, wants_u, wants_matrices = inputs
     n = fft_length(2 * u.shape[1] - 1)
-    total = fft_flops(n, len(u) * (weight.shape[2] + weight.shape[1] * (wants_u + wants_matrices)))
+    total: int = fft_flops(n, len(u) * (weight.shape[2] + weight.shape[1] * (wants_u + wants_matrices)))
     for band in FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu")):
         mixing = 2 * band.mix.numel() * weight[0].numel() * (1 if reverse is None else 2)
         product = _product_flops(band, len(u), weight, reverse, algorithm) - mixing

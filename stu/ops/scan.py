@@ -42,7 +42,7 @@ def linear_scan(drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, 
     if initial is not None:
         first = drive.shape[1] - 1 if reverse else 0
         entering = ((decay if decay.ndim == 1 else decay[:, first]) * initial).to(dtype)
-        drive = drive.index_add(1, torch.tensor([first], device=drive.device), entering.unsqueeze(1))
+        drive = drive.index_add(1, torch.full((1,), first, device=drive.device), entering.unsqueeze(1))
     return _scanned(drive, decay, reverse)
 
 
@@ -247,9 +247,8 @@ def _flops(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, **_:
 
 
 @flops_of(_diagonal_ssm_backward)
-def _backward_flops(
-    grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, **_: Any
-) -> int:
+def _backward_flops(grad: Tensor, grad_last: Tensor, *inputs: Tensor, **_: Any) -> int:
+    u, _decay, B, C, _initial = inputs
     return 2 * u[..., 0].numel() * (3 * B.numel() + 2 * C.numel())
 
 

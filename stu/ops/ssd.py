@@ -173,18 +173,9 @@ def _ssd_backward(
 
 
 @_ssd_backward.register_fake
-def _(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entering: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(like.shape) for like in (x, dt, A, B, C, dfinal))
+def _(dy: Tensor, dfinal: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *signals, _entering, _chunk_size = inputs
+    return tuple(like.new_empty(like.shape) for like in (*signals, dfinal))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -204,24 +195,15 @@ _ssd.register_autograd(_backward, setup_context=_save)
 
 
 @flops_of(_ssd)
-def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int, **_: Any) -> int:
+def _flops(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any, **_: Any) -> int:
+    *_tensors, chunk_size = rest
     chunks, chunk, states, scores, within = _sizes(x, B, chunk_size)
     return 2 * chunks * chunk * (2 * states + scores + within)
 
 
 @flops_of(_ssd_backward)
-def _backward_flops(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entering: Tensor,
-    chunk_size: int,
-    **_: Any,
-) -> int:
+def _backward_flops(dy: Tensor, dfinal: Tensor, *inputs: Any, **_: Any) -> int:
+    x, _dt, _A, B, *_tensors, chunk_size = inputs
     chunks, chunk, states, scores, within = _sizes(x, B, chunk_size)
     crossing = x.shape[2] * chunk**2
     return 2 * chunks * chunk * (5 * states + 3 * scores + 2 * within + crossing)

@@ -14,7 +14,6 @@ A piece of a sequence follows its `Past`, which adds the response to the inputs 
 the piece, and to the sums of all inputs before, which decay: Σ_n c_kn p_n^j s_n after j steps.
 """
 
-from functools import cached_property
 from typing import NamedTuple, final
 
 import torch
@@ -103,19 +102,16 @@ class Window:
 class ExponentialSums:
     """Sums of exponentials, in float64 because their terms are large compared with the filters.
 
-    poles: (S, N, 1). coefficients: (K', N), of the filters of one branch.
+    poles: (S, N, 1). coefficients: (K', N), of the filters of one branch. unfolded: the filters without the fixed
+    recurrence, where the bank has one.
     """
 
     def __init__(self, filters: SpectralFilters, realization: Realization, device: torch.device) -> None:
         poles = realization.poles.unsqueeze(1)
         branches = torch.stack((poles, -poles)) if filters.two_sided else poles.unsqueeze(0)  # (−1)^i p^i = (−p)^i
         self.poles, self.coefficients = branches.to(device), realization.coefficients.T.contiguous().to(device)
-        self.spectral, self.delay, self.lags, self.feedback = filters, filters.delay, filters.k_u, filters.recurrence
-
-    @cached_property
-    def unfolded(self) -> FilterBank | None:
-        """The filters without the fixed recurrence, where the bank has one."""
-        return spectral_bank(**self.spectral._replace(recurrence=0)._asdict()) if self.feedback else None
+        self.delay, self.lags, self.feedback = filters.delay, filters.k_u, filters.recurrence
+        self.unfolded = spectral_bank(**filters._replace(recurrence=0)._asdict()) if self.feedback else None
 
     def initial(self, batch_size: int, width: int) -> MemoryState:
         """Zeros."""

@@ -266,10 +266,12 @@ COLD = """
 import sys, torch
 from stu import STU
 from stu.mixers.stu_t import STUT
-layer = (STU if sys.argv[1] == "STU" else STUT)(4, seq_len=600, num_filters=4).double()
+unit, options = (STU, {"k_y": 2}) if sys.argv[1] == "STU" else (STUT, {})
+layer = unit(4, seq_len=600, num_filters=4, **options).double()
 x = torch.randn(2, 9, 4, dtype=torch.float64)
 def run(x):
     y, state = layer.prefill(x)
+    y, state = layer.prefill(x, state=state)
     return layer.step(x[:, 0], state)[0]
 with torch.no_grad():
     found = torch.compile(run, backend="aot_eager")(x)  # the first call of all in this process

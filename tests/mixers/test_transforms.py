@@ -82,12 +82,12 @@ def literal_filters(u, filters, weight, reverse=None, *, algorithm="auto"):
     return y + convolution.filter_convolution_reference(u.flip(1), filters, reverse).flip(1)
 
 
-def literal_diagonal_ssm(u, decay, B, C, initial=None):
+def literal_diagonal_ssm(u, decay, B, C):
     return literal_ssm(u, decay, B, C, u.new_zeros(len(u), len(decay), dtype=decay.dtype))
 
 
-def literal_ssd(x, dt, A, B, C, D, initial=None, *, chunk_size=64):
-    return ssd.ssd_reference(x, dt, A, B, C, D, x.new_zeros(len(x), x.shape[2], B.shape[3], x.shape[3]))
+def literal_ssd(*inputs, chunk_size):
+    return ssd.ssd_reference(*inputs)
 
 
 def literal_diagonal_kernel(a, b, c, length):

@@ -86,6 +86,15 @@ def test_bands_are_made_once_and_only_so_many_are_kept(monkeypatch):
     assert len(filters._bands) == 2
 
 
+def test_threads_that_build_the_same_filters_at_once_share_them():
+    with ThreadPoolExecutor(4) as pool:
+        for seq_len in range(300, 310):  # of other tests
+            layers = list(pool.map(lambda _, seq_len=seq_len: STUT(4, seq_len=seq_len, num_filters=3), range(4)))
+            assert len({layer.bank for layer in layers}) == 1
+            for layer in layers:
+                assert layer(torch.randn(1, 9, 4)).isfinite().all()
+
+
 def test_threads_may_share_a_bank(monkeypatch):
     monkeypatch.setattr(bank, "CACHED_LENGTHS", 1)
     filters = FilterBank(torch.randn(6, 2, dtype=torch.float64))
