@@ -139,7 +139,7 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         if isinstance(x, Tensor):
             _check_input(x, rank, getattr(self, "d_model", None))
             _check_mask(x, mask, gaps=name == "forward" and state is None)
-            map_state(functools.partial(_check_batch, len(x)), state)
+            _check_state(x, state)
         if cu_seqlens is not None:
             return packed(self, x, cu_seqlens, **given)
         if name == "forward" and state is not None:
@@ -170,10 +170,12 @@ def _check_mask(x: Tensor, mask: Tensor | None, *, gaps: bool) -> None:
         raise OptionError("mask", found, "must have no padding between real positions where a state follows")
 
 
-def _check_batch(batch: int, part: Tensor) -> Tensor:
-    if len(part) != batch:
-        raise OptionError("state", f"of {len(part)} sequences", f"must be of {batch}, as x is")
-    return part
+def _check_state(x: Tensor, state: State) -> None:
+    part = state
+    while isinstance(part, tuple) and part:  # every tensor of a state has the batch first: one is enough
+        part = part[0]
+    if isinstance(part, Tensor) and part.shape[0] != x.shape[0]:
+        raise OptionError("state", f"of {part.shape[0]} sequences", f"must be of {x.shape[0]}, as x is")
 
 
 def packed(module: nn.Module, x: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:

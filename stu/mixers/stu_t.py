@@ -119,9 +119,9 @@ class STUT(Structured, Mixer):
     def step(self, x: Tensor, state: STUTState) -> tuple[Tensor, STUTState]:
         """x_t (B, D), state → y_t (B, D), state; at most seq_len steps."""
         require(state.position < self.seq_len, "seq_len", self.seq_len, "steps were taken; the filters end here")
-        v = x @ self.m_inputs
-        inputs = self._memory().advance(v, state.inputs)
-        y = self._memory().read(inputs, state.system).to(v.dtype)
+        v, memory = x @ self.m_inputs, self._memory()
+        inputs = memory.advance(v, state.inputs)
+        y = memory.read(inputs, state.system).to(v.dtype)
         return y, STUTState(inputs, state.system, state.position + 1)
 
     def prefill(
