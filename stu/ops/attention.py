@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stu.ops.chunks import budget, chunks
+from stu.ops.forms import budget, chunks
 from stu.ops.transforms import transformed
 
 BLOCK = 64  # fewest queries of a block of local attention; smaller ones cost more than they save in keys

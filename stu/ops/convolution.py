@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stu.errors import require
 from stu.ops.bank import Band, FilterBank
-from stu.ops.chunks import budget, chunks
 from stu.ops.flops import fft_flops, flops_of
+from stu.ops.forms import budget, chunks
 from stu.ops.long_convolution import fft_length
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import exporting, plain_gradients, transformed

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stu.ops.chunks import budget
 from stu.ops.discretize import Discretization, discretize
+from stu.ops.forms import budget
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.scan import linear_scan
 
 # Real numbers of states at a time on a CPU. Arrays of 32 MB go back to the system when they are freed: of smaller ones
 # the allocator keeps several times as much as all states together, for a tenth to a fifth less time.
 CHUNK = 1 << 22
-ELSEWHERE = 1 << 24
 
 
 class ContinuousSystem(NamedTuple):
@@ -56,7 +55,7 @@ def irregular_ssm(
 
 def _from_start(u: Tensor, factors: Tensor, system: ContinuousSystem, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """One direction, piece by piece: C (O, P) → y (batch, L, O) and the state after all."""
-    steps, outputs = max(1, budget(u, CHUNK, ELSEWHERE) // max(1, 2 * x.numel())), []
+    steps, outputs = max(1, budget(u, CHUNK, arrays=16) // max(1, 2 * x.numel())), []
     for piece in zip(u.split(steps, 1), factors.split(steps, 1), strict=True):
         y, x = checkpoint(_piece, *piece, system, C, x, use_reentrant=False, preserve_rng_state=False)
         outputs.append(y)

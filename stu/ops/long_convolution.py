@@ -16,8 +16,8 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from stu.ops.chunks import budget, chunks
 from stu.ops.flops import fft_flops, flops_of
+from stu.ops.forms import budget, chunks
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
 

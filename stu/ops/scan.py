@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stu.ops.chunks import budget, chunks
 from stu.ops.flops import flops_of
+from stu.ops.forms import budget, chunks
 from stu.ops.kernels import diagonal_advance
 from stu.ops.padding import put_back, real_first
 from stu.ops.precision import at_least_float32, no_autocast

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stu.ops.chunks import budget, chunks
 from stu.ops.flops import flops_of
+from stu.ops.forms import budget, chunks
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import owned, plain_gradients, transformed
 
-ENTRIES_ON_CPU, ENTRIES = 1 << 18, 1 << 23  # of M at a time; there are several matrices of its size
+ENTRIES_ON_CPU = 1 << 18  # of M at a time; there are several matrices of its size
 
 
 def ssd(
@@ -339,4 +339,4 @@ def _one_later(signal: Tensor) -> Tensor:
 
 def _slices(x: Tensor) -> list[slice]:
     """Slices of the chunks (F, Q, H, P), by the size of their matrices M of all heads."""
-    return chunks(len(x), x.shape[2] * x.shape[1] ** 2, budget(x, ENTRIES_ON_CPU, ENTRIES))
+    return chunks(len(x), x.shape[2] * x.shape[1] ** 2, budget(x, ENTRIES_ON_CPU, arrays=6))

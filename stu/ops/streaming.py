@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.bank import FilterBank, SpectralFilters, spectral_bank
-from stu.ops.chunks import budget, chunks
 from stu.ops.convolution import Algorithm, filter_convolution
+from stu.ops.forms import budget, chunks
 from stu.ops.padding import at_end
 from stu.ops.realization import Realization, Streaming, exponential_sums, free_response, realize_for_streaming
 from stu.ops.transforms import outside

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from stu.errors import OptionError
 from stu.ops import convolution
 from stu.ops.bank import FilterBank
-from stu.ops.chunks import chunks
 from stu.ops.convolution import choose_algorithm, filter_convolution, filter_convolution_reference
+from stu.ops.forms import chunks
 
 lengths = pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 31, 64, 100])
 
