@@ -2,10 +2,10 @@ r"""Algorithms for y_t = w_t + Σ_i y_{t−i} M_i, compared: python -m experimen
 
 B batch, L length, D width, P order of the recurrence, n FFT length, F = n/2 + 1 frequencies
 
-The library's, `stu.ops.recurrence`, at several block lengths and at the one it chooses; the loop over time; and the
-solution in the frequency domain, Y(z) = W(z) (I − Σ_i M_i z^{−i})^{−1}. This needs an inverse at every frequency and,
-because the response to an input never ends, damping: on the circle |z| = 1/ρ the sequences are w_t ρ^t and y_t ρ^t, and
-what wraps around is ρ^n times as large.
+The library's, `stu.ops.recurrence`: in sequence, at several block lengths and at the one it chooses, and by doubling;
+the loop over time; and the solution in the frequency domain, Y(z) = W(z) (I − Σ_i M_i z^{−i})^{−1}. This needs an
+inverse at every frequency and, because the response to an input never ends, damping: on the circle |z| = 1/ρ the
+sequences are w_t ρ^t and y_t ρ^t, and what wraps around is ρ^n times as large.
 """
 
 import argparse
@@ -45,9 +45,9 @@ def on_circle(drive: Tensor, weight: Tensor) -> Tensor:
 
 
 def in_blocks(drive: Tensor, weight: Tensor, block: int) -> Tensor:
-    """The library's algorithm with a given block length."""
+    """The library's algorithm for CPUs with a given block length."""
     with patch.object(recurrence, "choose_block", lambda *_: block):
-        return linear_recurrence(drive, weight)
+        return linear_recurrence(drive, weight, algorithm="sequential")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,9 +67,11 @@ def _compared(batch: int, length: int, width: int, device: str, min_seconds: flo
     drive = torch.randn(batch, length, width, device=device, requires_grad=True)
     weight = (0.25 * torch.linalg.qr(torch.randn(2, width, width, device=device)).Q).requires_grad_()
     exact = linear_recurrence_reference(drive.detach().double(), weight.detach().double())
-    chosen = choose_block(batch, width, torch.device(device).type)
-    algorithms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {f"blocks of {chosen} (chosen)": linear_recurrence}
+    chosen = choose_block(batch, length, width, "sequential")
+    in_sequence = partial(linear_recurrence, algorithm="sequential")
+    algorithms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {f"blocks of {chosen} (chosen)": in_sequence}
     algorithms |= {f"blocks of {block}": partial(in_blocks, block=block) for block in BLOCKS if block != chosen}
+    algorithms |= {"doubling": partial(linear_recurrence, algorithm="doubling")}
     algorithms |= {"frequency domain": on_circle, "loop over time": linear_recurrence_reference}
     calls = {name: partial(_forward_backward, way, drive, weight) for name, way in algorithms.items()}
     timings, failures = interleaved(calls, min_seconds=min_seconds, repeats=3)

@@ -34,16 +34,23 @@ CACHED_LENGTHS = 64  # FFT lengths whose bands a bank keeps
 class Band(NamedTuple):
     """The filters on some frequencies: φ̂_k(f) = Σ_r basis_r(f) mix_rk.
 
-    basis: (2, F, R), real and imaginary parts; mix: (R, K).
+    basis: (2, F, R), real and imaginary parts; weighted: the same times each frequency's share of a sum over all n of
+    them, 2/n, but 1/n for one that is its own mirror; mix: (R, K), or None: the basis is the filters themselves.
     """
 
     frequencies: slice
     basis: Tensor
-    mix: Tensor
+    weighted: Tensor
+    mix: Tensor | None
 
     def to(self, dtype: torch.dtype, device: torch.device) -> "Band":
         """For the arithmetic of a dtype and a device."""
-        return self._replace(basis=self.basis.to(dtype).to(device), mix=self.mix.to(dtype).to(device))
+        basis, weighted = self.basis.to(dtype).to(device), self.weighted.to(dtype).to(device)
+        return Band(self.frequencies, basis, weighted, None if self.mix is None else self.mix.to(dtype).to(device))
+
+    def mixed(self, matrices: Tensor) -> Tensor:
+        """The matrices of the basis functions, M̃_r = Σ_k mix_rk M_k: (K, I, O) → (R, I·O)."""
+        return matrices.flatten(1) if self.mix is None else self.mix @ matrices.flatten(1)
 
 
 class SpectralFilters(NamedTuple):
@@ -81,7 +88,7 @@ class FilterBank:
         self.filters, self.spectral = filters.detach().to("cpu", torch.float64), spectral
         self.name = name or f"{next(self._numbers)} of process {os.getpid()}"
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
-        self._bands: OrderedDict[tuple[int, torch.dtype, torch.device], list[Band]] = OrderedDict()
+        self._bands: OrderedDict[tuple[int, torch.dtype, torch.device, bool], list[Band]] = OrderedDict()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.memories: dict[Any, Any] = {}  # of `stu.ops.streaming`, by how they stream
         self._living.setdefault(self.name, self)
@@ -116,16 +123,18 @@ class FilterBank:
         _place(self.name, device, dtype)
         return self._placed[device, dtype]
 
-    def bands(self, n: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
+    def bands(self, n: int, dtype: torch.dtype, device: torch.device, *, whole: bool = False) -> list[Band]:
         """The spectra under FFTs of length n; every filter's relative error is at most the rounding of `dtype`.
 
-        Filters are cut to (n + 1) // 2 steps, so that with inputs of at most as many nothing wraps around.
+        Filters are cut to (n + 1) // 2 steps, so that with inputs of at most as many nothing wraps around. whole: all
+        frequencies as one band, not compressed.
         """
-        key = n, dtype, device
+        key = n, dtype, device, whole
         with self._lock:
             if key not in self._bands:
                 with torch.inference_mode(False):
-                    bands = _compressed(self.filters, n, torch.finfo(dtype).eps)
+                    cut = self.filters[: (n + 1) // 2]
+                    bands = [_whole(cut, n)] if whole else _compressed(cut, n, torch.finfo(dtype).eps)
                     self._bands[key] = [band.to(dtype, device) for band in bands]
                 if len(self._bands) > CACHED_LENGTHS:
                     self._bands.popitem(last=False)
@@ -142,9 +151,23 @@ def _place(name: str, device: torch.device, dtype: torch.dtype) -> None:
             bank._placed[device, dtype] = bank.filters.to(dtype).to(device)
 
 
+def _whole(filters: Tensor, n: int) -> Band:
+    """The spectra themselves."""
+    basis = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0)).movedim(-1, 0).contiguous()  # (2, F, K)
+    return Band(slice(0, None), basis, basis * _shares(n).unsqueeze(-1), None)
+
+
+def _shares(n: int) -> Tensor:
+    """Each frequency's share of a sum over all n of them, (F,)."""
+    shares = torch.full((n // 2 + 1,), 2 / n, dtype=torch.float64)
+    shares[0] = 1 / n
+    if n % 2 == 0:
+        shares[-1] = 1 / n
+    return shares
+
+
 def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:
     """Truncated SVDs of the spectra, each filter scaled to norm 1, on bands that double in width from either end."""
-    filters = filters[: (n + 1) // 2]
     norm = filters.norm(dim=0)
     scaled = filters / norm.where(norm > 0, 1.0)
     spectra = torch.view_as_real(torch.fft.rfft(scaled, n=n, dim=0))  # (F, K, 2)
@@ -157,7 +180,8 @@ def _compressed(filters: Tensor, n: int, tolerance: float) -> list[Band]:
         lost = energy.flip(0).cumsum(0).flip(0).sqrt().amax(1)  # largest error of a filter without terms r, r + 1, …
         rank = max(1, int((lost > tolerance).sum()))
         basis = (q @ left[:, :rank]).view(2, -1, rank)
-        bands.append(Band(frequencies, basis, singular[:rank, None] * right[:rank] * norm))
+        weighted = basis * _shares(n)[frequencies, None]
+        bands.append(Band(frequencies, basis, weighted, singular[:rank, None] * right[:rank] * norm))
     return bands
 
 

@@ -8,7 +8,8 @@ F frequencies (of a band, or fewer)
 Convolving every channel with every filter costs K FFTs per channel and B·L·K·I numbers of memory. But the layer is
 linear and time-invariant: with φ̂_k = rfft(φ_k) its transfer function is H(f) = Σ_k φ̂_k(f) M_k, and
 Y(f) = U(f) H(f) needs one FFT per channel on either side, independent of K. A `FilterBank` has the filters of a band of
-frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k.
+frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k. All
+frequencies may also be one band, whose basis is the filters' spectra: more arithmetic, in few and large calls.
 """
 
 import functools
@@ -20,14 +21,15 @@ from torch import Tensor
 from stu.errors import require
 from stu.ops.bank import Band, FilterBank
 from stu.ops.flops import fft_flops, flops_of
-from stu.ops.forms import budget, chunks
+from stu.ops.forms import budget, chunks, on_cpu, room
 from stu.ops.long_convolution import fft_length
 from stu.ops.precision import at_least_float32, no_autocast
-from stu.ops.transforms import exporting, plain_gradients, transformed
+from stu.ops.transforms import exporting, owned, plain_gradients, transformed
 
 # What is computed first: with "transfer" the matrices H(f), which the whole batch shares, with "features" the filtered
-# inputs a_r(f) U(f), which one large matrix product then mixes.
-Algorithm = Literal["auto", "transfer", "features"]
+# inputs a_r(f) U(f), which one large matrix product then mixes; both band by band, as much at a time as fits in a
+# cache. "dense" has H(f) of all frequencies, or of as many as there is memory for.
+Algorithm = Literal["auto", "transfer", "features", "dense"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 # Numbers at a time on a CPU: of H or the features, and of the signal under the FFT.
@@ -50,20 +52,23 @@ def filter_convolution(
     """
     require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
     dtype = torch.promote_types(u.dtype, at_least_float32(weight))
-    chosen = choose_algorithm(len(u), two_way=reverse is not None) if algorithm == "auto" else algorithm
+    chosen = choose_algorithm(u, two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)
     bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
     y = _convolved(u.to(dtype), weight.to(dtype), mirrored, bank, chosen)
     return y.to(u.dtype)
 
 
-def choose_algorithm(batch: int, *, two_way: bool) -> Algorithm:
-    """The faster one. In units of F·D² flops "transfer" takes 4R + 8B, "features" 4RB, or 8RB with both directions.
+def choose_algorithm(u: Tensor, *, two_way: bool) -> Algorithm:
+    """The one that suits the device and the sizes of u.
 
-    With R about 12 they are equal at two sequences, as measured on a CPU (`python -m experiments.speed`); for one,
-    "features" wins by its larger matrix products.
+    On devices other than CPUs "dense". On a CPU, in units of F·D² flops, "transfer" takes 4R + 8B, "features" 4RB, or
+    8RB with both directions. With R about 12 they are equal at two sequences, as measured (`python -m
+    experiments.speed`); for one, "features" wins by its larger matrix products.
     """
-    return "features" if batch == 1 and not two_way else "transfer"
+    if not on_cpu(u):
+        return "dense"
+    return "features" if len(u) == 1 and not two_way else "transfer"
 
 
 def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, a
     """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
-        bands = FilterBank.of(bank).bands(n, weight.dtype, weight.device)
+        bands = _bands(bank, n, weight.dtype, weight.device, algorithm)
         products = []
         for band, signal in zip(bands, _spectrum(u, n, bands), strict=True):
             products.append(signal.new_empty(*signal.shape[:3], weight.shape[2]))
@@ -137,22 +142,22 @@ def _convolution_backward(
     """
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
-        bands = FilterBank.of(bank).bands(n, weight.dtype, weight.device)
+        bands = _bands(bank, n, weight.dtype, weight.device, algorithm)
         gradients = _spectrum(grad, n, bands)
         signals = _spectrum(u, n, bands) if wants_matrices else gradients
-        by_u = []
-        by_weight = weight.new_zeros(weight.shape) if wants_matrices else u.new_empty(0)
-        by_reverse = weight.new_zeros(weight.shape) if wants_matrices and reverse is not None else u.new_empty(0)
+        by_u: list[Tensor] = []
+        by_matrices: list[Tensor | None] = [None, None]
         for band, signal, gradient in zip(bands, signals, gradients, strict=True):
             product = _PRODUCTS[algorithm](band, weight, reverse)
             if wants_u:
                 by_u.append(gradient.new_empty(*gradient.shape[:3], weight.shape[1]))
                 product.multiply_adjoint(by_u[-1], gradient)
             if wants_matrices:
-                for total, part in zip((by_weight, by_reverse), product.correlate(signal, gradient, n), strict=False):
-                    total.view(len(weight), -1).addmm_(band.mix.mT, part)
+                for i, part in enumerate(product.correlate(signal, gradient)):
+                    by_matrices[i] = part if band.mix is None else _added(by_matrices[i], band.mix.mT, part)
+        by_weight, by_reverse = (u.new_empty(0) if total is None else total.view_as(weight) for total in by_matrices)
         by_input = _samples(by_u, bands, n, u.shape[1]) if wants_u else u.new_empty(0)
-        return by_input, by_weight, by_reverse
+        return by_input, owned(by_weight), owned(by_reverse)
 
 
 @_convolution_backward.register_fake
@@ -200,7 +205,7 @@ _convolution_backward.register_autograd(_backward_of_backward, setup_context=_sa
 @flops_of(_convolution)
 def _flops(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str, **_: Any) -> int:
     n = fft_length(2 * u.shape[1] - 1)
-    bands = FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu"))
+    bands = _bands(bank, n, weight.dtype, torch.device("cpu"), algorithm)
     products = sum(_product_flops(band, len(u), weight, reverse, algorithm) for band in bands)
     return fft_flops(n, len(u) * (weight.shape[1] + weight.shape[2])) + products
 
@@ -210,8 +215,8 @@ def _backward_flops(grad: Tensor, *inputs: Any, **_: Any) -> int:
     u, weight, reverse, bank, algorithm, wants_u, wants_matrices = inputs
     n = fft_length(2 * u.shape[1] - 1)
     total: int = fft_flops(n, len(u) * (weight.shape[2] + weight.shape[1] * (wants_u + wants_matrices)))
-    for band in FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu")):
-        mixing = 2 * band.mix.numel() * weight[0].numel() * (1 if reverse is None else 2)
+    for band in _bands(bank, n, weight.dtype, torch.device("cpu"), algorithm):
+        mixing = _mixing_flops(band, weight, reverse)
         product = _product_flops(band, len(u), weight, reverse, algorithm) - mixing
         # the gradients of the matrices, too, cost a product, and mixing them back
         total += mixing + (wants_u + wants_matrices) * product + wants_matrices * mixing
@@ -222,14 +227,23 @@ def _product_flops(band: Band, batch: int, weight: Tensor, reverse: Tensor | Non
     """Of mixing the matrices into those of a band, and of the product with a signal."""
     _, frequencies, rank = band.basis.shape
     width, size = weight.shape[1], weight[0].numel()
-    directions = 1 if reverse is None else 2
-    mixing = 2 * band.mix.numel() * size * directions
-    if algorithm == "transfer":
-        return mixing + 4 * frequencies * (rank + 2 * batch) * size
-    return mixing + 4 * frequencies * batch * rank * directions * (size + 2 * width)
+    mixing = _mixing_flops(band, weight, reverse)
+    if algorithm == "features":
+        return mixing + 4 * frequencies * batch * rank * (1 if reverse is None else 2) * (size + 2 * width)
+    return mixing + 4 * frequencies * (rank + 2 * batch) * size
+
+
+def _mixing_flops(band: Band, weight: Tensor, reverse: Tensor | None) -> int:
+    factors = 0 if band.mix is None else 2 * band.mix.numel()
+    return factors * weight[0].numel() * (1 if reverse is None else 2)
 
 
 # --- between samples and bands ---
+
+
+def _bands(bank: str, n: int, dtype: torch.dtype, device: torch.device, algorithm: str) -> list[Band]:
+    """The spectra that the algorithm needs."""
+    return FilterBank.of(bank).bands(n, dtype, device, whole=algorithm == "dense")
 
 
 def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:
@@ -268,11 +282,11 @@ class _Transfer:
     """
 
     def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
-        self.band, self.basis, self.shape, self.two_way = band, band.basis, weight.shape[1:], reverse is not None
-        self.even = self.odd = band.mix @ weight.flatten(1)  # (R, I·O)
+        self.basis, self.weighted, self.shape, self.two_way = band.basis, band.weighted, weight.shape[1:], False
+        self.even = self.odd = band.mixed(weight)  # (R, I·O)
         if reverse is not None:
-            mirrored = band.mix @ reverse.flatten(1)
-            self.even, self.odd = self.even + mirrored, self.odd - mirrored
+            mirrored = band.mixed(reverse)
+            self.even, self.odd, self.two_way = self.even + mirrored, self.odd - mirrored, True
 
     def multiply(self, out: Tensor, signal: Tensor) -> None:
         """out(f) = signal(f) H(f)."""
@@ -286,16 +300,18 @@ class _Transfer:
             real, imaginary = self._at(f)
             _complex_product(out[f], gradient[f], real.mT, imaginary.mT, conjugate=True)
 
-    def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
+    def correlate(self, signal: Tensor, gradient: Tensor) -> list[Tensor]:
         """The gradients of M̃, and of R̃ if there is one, (R, I·O) each: Σ_f Re a_r(f)* signal(f)ᴴ gradient(f)."""
-        even, odd = torch.zeros_like(self.even), torch.zeros_like(self.odd)
-        real, imaginary = self.basis * _shares(self.band, n)
+        even: Any = None
+        odd: Any = None
+        real, imaginary = self.weighted
         for f in self._frequencies(signal):
             left, right = signal[f].flatten(1, 2).mT, gradient[f]
+            even = _added(even, real[f].mT, torch.bmm(left, right.flatten(1, 2)).flatten(1))
             turned = torch.stack((right[:, :, 1], -right[:, :, 0]), 2)  # −i times the gradient
-            even.addmm_(real[f].mT, torch.bmm(left, right.flatten(1, 2)).flatten(1))
-            odd.addmm_(imaginary[f].mT, torch.bmm(left, turned.flatten(1, 2)).flatten(1))
-        return [even + odd, even - odd] if self.two_way else [even + odd]
+            product = torch.bmm(left, turned.flatten(1, 2)).flatten(1)
+            odd = _added(odd if self.two_way else even, imaginary[f].mT, product)
+        return [even + odd, even - odd] if self.two_way else [even]
 
     def _frequencies(self, signal: Tensor) -> list[slice]:
         return chunks(len(signal), self.shape.numel(), budget(signal, PRODUCT_CHUNK))
@@ -306,18 +322,23 @@ class _Transfer:
         return real.view(-1, *self.shape), imaginary.view(-1, *self.shape)
 
 
+class _Dense(_Transfer):
+    """The same for as many frequencies at a time as there is memory for: H, and two products with the signals."""
+
+    def _frequencies(self, signal: Tensor) -> list[slice]:
+        numbers = 2 * self.shape.numel() + 4 * signal.shape[1] * max(self.shape)
+        return chunks(len(signal), numbers, room(signal))
+
+
 class _Features:
     """The same by a_r(f) U(f) for some frequencies at a time; the other direction adds the features a_r(f)* U(f)."""
 
     def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
-        matrices = [band.mix @ matrix.flatten(1) for matrix in (weight, reverse) if matrix is not None]
-        self.band, self.directions = band, len(matrices)
+        matrices = [band.mixed(matrix) for matrix in (weight, reverse) if matrix is not None]
+        self.directions = len(matrices)
         self.matrix = torch.cat(matrices).view(-1, weight.shape[2])  # (R·I, O), or (2R·I, O)
-        real, imaginary = band.basis
-        if reverse is not None:
-            real, imaginary = torch.cat((real, real), 1), torch.cat((imaginary, -imaginary), 1)
-        to_real, to_imaginary = torch.stack((real, -imaginary), -1), torch.stack((imaginary, real), -1)
-        self.turn = torch.cat((to_real, to_imaginary), 1)  # (F, 2R, 2): multiplication by a_r as a real matrix
+        # (F, 2R, 2): multiplication by a_r as a real matrix
+        self.turn, self.weighted = (_as_real(basis, reverse is not None) for basis in (band.basis, band.weighted))
 
     def multiply(self, out: Tensor, signal: Tensor) -> None:
         for f in self._frequencies(signal):
@@ -329,11 +350,10 @@ class _Features:
             features = (gradient[f].flatten(0, 2) @ self.matrix.mT).view(frequencies, batch, self.turn.shape[1], -1)
             out[f] = self.turn[f].mT.unsqueeze(1) @ features
 
-    def correlate(self, signal: Tensor, gradient: Tensor, n: int) -> list[Tensor]:
+    def correlate(self, signal: Tensor, gradient: Tensor) -> list[Tensor]:
         total = torch.zeros_like(self.matrix)
-        turn = self.turn * _shares(self.band, n).unsqueeze(-1)
         for f in self._frequencies(signal):
-            total.addmm_(self._features(turn[f], signal[f]).mT, gradient[f].flatten(0, 2))
+            total.addmm_(self._features(self.weighted[f], signal[f]).mT, gradient[f].flatten(0, 2))
         return list(total.view(self.directions, -1, signal.shape[-1] * gradient.shape[-1]))
 
     def _frequencies(self, signal: Tensor) -> list[slice]:
@@ -353,15 +373,22 @@ def _complex_product(out: Tensor, x: Tensor, real: Tensor, imaginary: Tensor, *,
     torch.add(by_real[:, :, 1], by_imaginary[:, :, 0], alpha=sign, out=out[:, :, 1])
 
 
-def _shares(band: Band, n: int) -> Tensor:
-    """Each frequency's share of a sum over all n of them, (F, 1): 2/n, but 1/n for one that is its own mirror."""
-    shares = band.basis.new_full((band.basis.shape[1], 1), 2 / n)
-    if band.frequencies.start == 0:
-        shares[0] = 1 / n
-    last = band.frequencies.start + 2 * (len(shares) - 1)
-    if 2 * last == n:
-        shares[-1] = 1 / n
-    return shares
+def _as_real(basis: Tensor, two_way: bool) -> Tensor:
+    """Multiplication by a_r, and by a_r* where `two_way`, as real matrices: (2, F, R) → (F, 2R, 2) or (F, 4R, 2)."""
+    real, imaginary = basis
+    if two_way:
+        real, imaginary = torch.cat((real, real), 1), torch.cat((imaginary, -imaginary), 1)
+    to_real, to_imaginary = torch.stack((real, -imaginary), -1), torch.stack((imaginary, real), -1)
+    return torch.cat((to_real, to_imaginary), 1)
 
 
-_PRODUCTS: dict[str, type[_Transfer] | type[_Features]] = {"transfer": _Transfer, "features": _Features}
+def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Total + a b, in place unless it is the first."""
+    return a @ b if total is None else total.addmm_(a, b)
+
+
+_PRODUCTS: dict[str, type[_Transfer] | type[_Features]] = {
+    "transfer": _Transfer,
+    "features": _Features,
+    "dense": _Dense,
+}

@@ -19,7 +19,7 @@ def discretize(A: Tensor, dt: Tensor, method: Discretization) -> tuple[Tensor, T
     if method == "zoh":
         z = dt * A
         zero = z == 0  # there (e^z − 1)/z is 1
-        return torch.exp(z), dt * torch.where(zero, 1, torch.expm1(z) / torch.where(zero, 1, z))
+        return torch.exp(z), dt * (torch.expm1(z) / z.masked_fill(zero, 1)).masked_fill(zero, 1)
     require(method == "bilinear", "discretization", method, "must be zoh or bilinear")
     gain = dt / (1 - dt * A / 2)
     return 1 + gain * A, gain

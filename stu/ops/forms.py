@@ -32,11 +32,13 @@ def choose(algorithm: Algorithm, like: Tensor, for_cpu: Algorithm, for_device: A
 
 
 def budget(like: Tensor, numbers: int, arrays: int = 4) -> int:
-    """How many numbers to compute with at a time: those given on a CPU, elsewhere what the memory has room for.
+    """How many numbers to compute with at a time: those given on a CPU, elsewhere as many as there is `room` for."""
+    return numbers if on_cpu(like) else room(like, arrays)
 
-    arrays: how many arrays of that size exist at once, temporary ones included.
-    """
-    return numbers if on_cpu(like) else max(1, _device_bytes // (arrays * like.element_size()))
+
+def room(like: Tensor, arrays: int = 1) -> int:
+    """How many numbers an array may have where `arrays` of its size exist at once, temporary ones included."""
+    return max(1, _device_bytes // (arrays * like.element_size()))
 
 
 def chunks(count: int, size: int, numbers: int) -> list[slice]:

@@ -29,9 +29,14 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()  # of the meta device
 
 
+def double_dtype(like: Tensor) -> torch.dtype:
+    """float64, or float32 on a device that has no more."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
 def to_float64(x: Tensor) -> Tensor:
-    """In float64, or in float32 on a device that has no more."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    """In `double_dtype`."""
+    return x.to(double_dtype(x))
 
 
 def to_complex128(x: Tensor) -> Tensor:

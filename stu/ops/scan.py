@@ -8,34 +8,56 @@ upwards, until the last state of each span of 2, 4, 8, … steps covers its whol
 before a span enters the half that lacks it. That is 2·log₂ L operations on whole tensors, which update a
 state less than twice on average, need no memory and never divide: a decay may be zero.
 
+Where a decay is the same at all times, a block of T steps is a product with the matrix of its powers, Λ_st = λ^{t−s},
+for each of the N states, and what leaves the blocks is a scan with λ^T again. With T about √L that is a handful of
+large products, which suits other devices than CPUs.
+
 The adjoint is a recurrence from the end: with g_t the gradient of x_t by itself, ḡ_t = g_t + conj(a_{t+1}) ḡ_{t+1} is
 the gradient of b_t, and conj(x_{t−1}) ḡ_t that of a_t.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stu.errors import require
 from stu.ops.flops import flops_of
-from stu.ops.forms import budget, chunks
+from stu.ops.forms import budget, choose, chunks
 from stu.ops.kernels import diagonal_advance
 from stu.ops.padding import put_back, real_first
-from stu.ops.precision import at_least_float32, no_autocast
+from stu.ops.precision import at_least_float32, double_dtype, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
 
+# How the states are found where a decay is the same at all times.
+Algorithm = Literal["auto", "tree", "blocks"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+
 CHUNK = 1 << 20  # real numbers of states at a time on a CPU
+LONGEST_BLOCK = 128  # steps of a block; longer sequences have more levels of them
 
 
-def linear_scan(drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+def linear_scan(
+    drive: Tensor,
+    decay: Tensor,
+    initial: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    algorithm: Algorithm = "auto",
+) -> Tensor:
     """x_t = a_t ⊙ x_{t−1} + b_t; with `reverse` from the end, x_t = a_t ⊙ x_{t+1} + b_t.
 
     drive: b, (batch, L, N); decay: a, (N,) at all times or (batch, L, N); initial: (batch, N), the state before the
     first step, zeros where None; each real or complex. Returns (batch, L, N), complex where drive or decay is, in
     drive's precision, but float32 at least, whatever an enclosing autocast.
+
+    algorithm: "tree" suits CPUs, "blocks" other devices; "auto" is the one for the device of `drive`. With decays of
+    all times it is a tree in any case.
     """
+    chosen = _chosen(algorithm, drive)
     dtype = torch.promote_types(drive.dtype, torch.complex64 if decay.is_complex() else torch.float32)
     decay = decay.to(dtype if decay.ndim > 1 else torch.promote_types(decay.dtype, dtype))
     drive = drive.to(dtype)
@@ -43,7 +65,7 @@ def linear_scan(drive: Tensor, decay: Tensor, initial: Tensor | None = None, *, 
         first = drive.shape[1] - 1 if reverse else 0
         entering = ((decay if decay.ndim == 1 else decay[:, first]) * initial).to(dtype)
         drive = drive.index_add(1, torch.full((1,), first, device=drive.device), entering.unsqueeze(1))
-    return _scanned(drive, decay, reverse)
+    return _scanned(drive, decay, reverse, chosen)
 
 
 def linear_scan_reference(
@@ -60,7 +82,13 @@ def linear_scan_reference(
 
 
 def diagonal_ssm(
-    u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor | None = None
+    u: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor | None = None,
+    *,
+    algorithm: Algorithm = "auto",
 ) -> tuple[Tensor, Tensor]:
     """y_t = Re(C_1 x_t) + Re(C_2 z_t) with x_t = λ ⊙ x_{t−1} + B u_t and, from the end, z_t = λ ⊙ z_{t+1} + B u_t.
 
@@ -69,18 +97,20 @@ def diagonal_ssm(
     in decay's, which should be double: an error in a decay near 1 enters every step.
 
     States exist for a few sequences at a time and are not stored, but recomputed in the backward pass; in u's
-    precision, but float32 at least, whatever an enclosing autocast.
+    precision, but float32 at least, whatever an enclosing autocast. algorithm: as in `linear_scan`.
     """
+    chosen = _chosen(algorithm, u)
     dtype = at_least_float32(u)
-    start = u.new_zeros(len(u), len(decay)) if initial is None else initial
+    complex_dtype = torch.promote_types(dtype, torch.complex64)
+    rows = torch.view_as_real(B).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
     inputs = (
         u.to(dtype),
         decay,
-        torch.stack((B.real, B.imag), 1).flatten(0, 1).to(dtype),  # (2N, D)
+        rows.flatten(0, 1),  # (2N, D)
         torch.stack((C.real, -C.imag), -1).flatten(2).to(dtype),  # (1 or 2, O, 2N)
-        start.to(torch.promote_types(dtype, torch.complex64)),
+        u.new_zeros(len(u), len(decay), dtype=complex_dtype) if initial is None else initial.to(complex_dtype),
     )
-    y, last = (_plain_ssm if transformed(*inputs) else _diagonal_ssm)(*inputs)
+    y, last = _plain_ssm(*inputs) if transformed(*inputs) else _diagonal_ssm(*inputs, chosen)
     return y.to(u.dtype), last.to(decay.dtype)
 
 
@@ -109,8 +139,15 @@ def diagonal_step(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor)
     return (state @ C[0].to(decay.dtype).T).real.to(u.dtype), state
 
 
-def _scanned(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
-    states: Tensor = (_plain_scan if transformed(drive, decay) else _linear_scan)(drive, decay, reverse)
+def _chosen(algorithm: Algorithm, like: Tensor) -> Algorithm:
+    require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
+    return choose(algorithm, like, "tree", "blocks")
+
+
+def _scanned(drive: Tensor, decay: Tensor, reverse: bool, algorithm: str) -> Tensor:
+    if transformed(drive, decay):
+        return _plain_scan(drive, decay, reverse)
+    states: Tensor = _linear_scan(drive, decay, reverse, algorithm)
     return states
 
 
@@ -119,7 +156,7 @@ def _plain_scan(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
     if reverse:
         return _plain_scan(drive.flip(1), decay if decay.ndim == 1 else decay.flip(1), False).flip(1)
     if decay.ndim == 1:
-        decay = decay.to(torch.promote_types(decay.dtype, torch.float64) if drive.device.type != "mps" else decay.dtype)
+        decay = decay.to(torch.promote_types(decay.dtype, double_dtype(decay)))
     span = 1
     while span < drive.shape[1]:
         drive = drive + decay.to(drive.dtype) * F.pad(drive[:, :-span], (0, 0, span, 0))
@@ -129,27 +166,30 @@ def _plain_scan(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
 
 
 @torch.library.custom_op("stu::linear_scan", mutates_args=())
-def _linear_scan(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+def _linear_scan(drive: Tensor, decay: Tensor, reverse: bool, algorithm: str) -> Tensor:
     x = drive.clone(memory_format=torch.contiguous_format)
-    return _scan_(x, decay, reverse) if decay.ndim == 1 else _gated_scan_(x, decay.clone(), reverse)
+    if decay.ndim > 1:
+        return _gated_scan_(x, decay.clone(), reverse)
+    with no_autocast(x):
+        return _constant(decay, x.dtype, x.shape[1], algorithm).scan_(x, reverse)
 
 
 @_linear_scan.register_fake
-def _(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+def _(drive: Tensor, decay: Tensor, reverse: bool, algorithm: str) -> Tensor:
     return torch.empty_like(drive, memory_format=torch.contiguous_format)
 
 
-def _save_scan(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-    _, decay, ctx.reverse = inputs
+def _save_scan(ctx: Any, inputs: tuple[Tensor, Tensor, bool, str], output: Tensor) -> None:
+    _, decay, ctx.reverse, ctx.algorithm = inputs
     ctx.save_for_backward(decay, output)
 
 
-def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     decay, states = ctx.saved_tensors
     adjoint = decay.conj() if decay.ndim == 1 else _before(decay.conj(), not ctx.reverse)
-    grad_drive = _scanned(grad, adjoint.resolve_conj(), not ctx.reverse)
+    grad_drive = _scanned(grad, adjoint.resolve_conj(), not ctx.reverse, ctx.algorithm)
     grad_decay = _before(states, ctx.reverse).conj() * grad_drive
-    return grad_drive, grad_decay.sum((0, 1)).to(decay.dtype) if decay.ndim == 1 else grad_decay, None
+    return grad_drive, grad_decay.sum((0, 1)).to(decay.dtype) if decay.ndim == 1 else grad_decay, None, None
 
 
 _linear_scan.register_autograd(_scan_backward, setup_context=_save_scan)
@@ -168,100 +208,210 @@ def _plain_ssm(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) 
 
 
 @torch.library.custom_op("stu::diagonal_ssm", mutates_args=())
-def _diagonal_ssm(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+def _diagonal_ssm(
+    u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, algorithm: str
+) -> tuple[Tensor, Tensor]:
     """`diagonal_ssm` in real matrices, on states as rows of pairs (Re x, Im x): B (2N, D), C (1 or 2, O, 2N)."""
     y = u.new_empty(*u.shape[:2], C.shape[1])
     last = torch.empty_like(initial)
     with no_autocast(u):
+        over_time = _constant(decay, initial.dtype, u.shape[1], algorithm)
         for rows in _chunks(u, B):
             drive = u[rows] @ B.T  # (b, L, 2N)
             states = drive if len(C) == 1 else drive.clone()
-            last[rows] = _from_start_(states, decay, initial[rows])[:, -1]
+            last[rows] = _from_start_(states, decay, initial[rows], over_time)[:, -1]
             torch.matmul(states, C[0].T, out=y[rows])
             if len(C) == 2:
-                _scan_(_complex(drive), decay, reverse=True)
+                over_time.scan_(_complex(drive), reverse=True)
                 y[rows] += drive @ C[1].T
     return y, last
 
 
 @_diagonal_ssm.register_fake
-def _(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+def _(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
     return u.new_empty(*u.shape[:2], C.shape[1]), torch.empty_like(initial)
 
 
 @torch.library.custom_op("stu::diagonal_ssm_backward", mutates_args=())
 def _diagonal_ssm_backward(
-    grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
+    grad: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of all inputs of `_diagonal_ssm`."""
     grad_u, grad_initial = u.new_empty(u.shape), torch.empty_like(initial)
-    grad_decay, grad_B, grad_C = torch.zeros_like(decay), torch.zeros_like(B), torch.zeros_like(C)
+    sums: list[Tensor] = []  # gradients of decay, B and C
     conjugate = decay.conj_physical()  # a lazy conjugate inside an operator is lost under dispatch modes
     with no_autocast(u):
+        over_time = _constant(decay, initial.dtype, u.shape[1], algorithm)
+        adjoint = over_time.conjugated()
         for rows in _chunks(u, B):
             drive = u[rows] @ B.T  # (b, L, 2N)
             states = drive if len(C) == 1 else drive.clone()
-            x = _from_start_(states, decay, initial[rows])
-            grad_C[0] += _outer(grad[rows], states)
+            x = _from_start_(states, decay, initial[rows], over_time)
+            by_C = [_outer(grad[rows], states)]
             grad_drive = grad[rows] @ C[0]  # (b, L, 2N)
             g = _complex(grad_drive)
             g[:, -1] += grad_last[rows]
-            _scan_(g, conjugate, reverse=True)
+            adjoint.scan_(g, reverse=True)
             grad_initial[rows] = conjugate * g[:, 0]
-            grad_decay += _inner(x[:, :-1], g[:, 1:]) + _inner(initial[rows], g[:, 0])
+            by_decay = _inner(x[:, :-1], g[:, 1:]) + _inner(initial[rows], g[:, 0])
             if len(C) == 2:
-                z = _scan_(_complex(drive), decay, reverse=True)
-                grad_C[1] += _outer(grad[rows], drive)
+                z = over_time.scan_(_complex(drive), reverse=True)
+                by_C.append(_outer(grad[rows], drive))
                 grad_reverse = grad[rows] @ C[1]
-                g = _scan_(_complex(grad_reverse), conjugate, reverse=False)
-                grad_decay += _inner(z[:, 1:], g[:, :-1])
+                g = adjoint.scan_(_complex(grad_reverse), reverse=False)
+                by_decay += _inner(z[:, 1:], g[:, :-1])
                 grad_drive += grad_reverse
-            grad_B += _outer(grad_drive, u[rows])
             torch.matmul(grad_drive, B, out=grad_u[rows])
+            parts = by_decay.to(decay.dtype), _outer(grad_drive, u[rows]), torch.stack(by_C)
+            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else list(parts)
+    grad_decay, grad_B, grad_C = sums or map(torch.zeros_like, (decay, B, C))
     return grad_u, grad_decay, grad_B, grad_C, grad_initial
 
 
 @_diagonal_ssm_backward.register_fake
 def _(
-    grad: Tensor, grad_last: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
+    grad: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor,
+    algorithm: str,
 ) -> tuple[Tensor, ...]:
     return u.new_empty(u.shape), *map(torch.empty_like, (decay, B, C, initial))
 
 
-def _save_ssm(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_ssm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.algorithm = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _ssm_backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or transformed(grad, grad_last):
-        return plain_gradients(_plain_ssm, ctx.saved_tensors, (grad, grad_last))
-    return _diagonal_ssm_backward(grad, grad_last, *ctx.saved_tensors)
+        return *plain_gradients(_plain_ssm, ctx.saved_tensors, (grad, grad_last)), None
+    return *_diagonal_ssm_backward(grad, grad_last, *ctx.saved_tensors, ctx.algorithm), None
 
 
 _diagonal_ssm.register_autograd(_ssm_backward, setup_context=_save_ssm)
 
 
+@flops_of(_linear_scan)
+def _flops_of_scan(drive: Tensor, decay: Tensor, reverse: bool, algorithm: str, **_: Any) -> int:
+    batch, length, states = drive.shape
+    return _scan_flops(batch, length, states, algorithm) if decay.ndim == 1 else 0
+
+
 @flops_of(_diagonal_ssm)
-def _flops(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, **_: Any) -> int:
-    return 2 * u[..., 0].numel() * (B.numel() + C.numel())
+def _flops(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, algorithm: str, **_: Any) -> int:
+    scans = len(C) * _scan_flops(len(u), u.shape[1], len(decay), algorithm)
+    return 2 * u[..., 0].numel() * (B.numel() + C.numel()) + scans
 
 
 @flops_of(_diagonal_ssm_backward)
-def _backward_flops(grad: Tensor, grad_last: Tensor, *inputs: Tensor, **_: Any) -> int:
-    u, _decay, B, C, _initial = inputs
-    return 2 * u[..., 0].numel() * (3 * B.numel() + 2 * C.numel())
+def _backward_flops(grad: Tensor, grad_last: Tensor, *inputs: Any, **_: Any) -> int:
+    u, decay, B, C, _initial, algorithm = inputs
+    scans = 2 * len(C) * _scan_flops(len(u), u.shape[1], len(decay), algorithm)
+    return 2 * u[..., 0].numel() * (3 * B.numel() + 2 * C.numel()) + scans
 
 
-def _scan_(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:
-    """Turn x (batch, L, N) from the drive into the states, in place; decay (N,)."""
-    power = decay if x.device.type == "mps" else decay.to(torch.promote_types(decay.dtype, torch.float64))
-    powers = []
-    for _ in range((x.shape[1] - 1).bit_length()):
-        powers.append(power.to(x.dtype))
-        power = power * power
-    for level, targets, sources in _tree(x.shape[1], reverse):
-        x[:, targets].addcmul_(powers[level], x[:, sources])
-    return x
+def _scan_flops(batch: int, length: int, states: int, algorithm: str) -> int:
+    """Of the products with matrices of powers, complex ones counted as if they were real, as `FlopCounterMode` does."""
+    if algorithm == "tree":
+        return 0
+    block, levels = _division(length)
+    total, count = 0, length
+    for _ in range(levels - 1):
+        count = -(-count // block)
+        total += count * block * (1 + block)
+    return 2 * batch * states * (total + count**2)
+
+
+class _Tree(NamedTuple):
+    """Scans with the decays of 1, 2, 4, … steps: (levels, N)."""
+
+    powers: Tensor
+
+    def conjugated(self) -> "_Tree":
+        return _Tree(self.powers.conj_physical())
+
+    def scan_(self, x: Tensor, reverse: bool) -> Tensor:
+        """Turn x (batch, L, N) from the drive into the states, in place."""
+        for level, targets, sources in _tree(x.shape[1], reverse):
+            x[:, targets].addcmul_(self.powers[level], x[:, sources])
+        return x
+
+
+class _Blocks(NamedTuple):
+    """Scans with matrices Λ_st = λ^{t−s}, zero for t < s, over steps, over blocks of T, of T², …: (m, N, T, T)."""
+
+    matrices: Tensor
+
+    def conjugated(self) -> "_Blocks":
+        return _Blocks(self.matrices.conj_physical())
+
+    def scan_(self, x: Tensor, reverse: bool) -> Tensor:
+        """Turn x (batch, L, N) from the drive into the states, in place."""
+        batch, _, states = x.shape
+        *inner, outer = (self.matrices.mT if reverse else self.matrices).unbind()
+        sequence, levels = x.permute(2, 0, 1), []  # (N, batch, L)
+        for matrix in inner:
+            blocks = _in_blocks(sequence, matrix.shape[-1])  # (N, batch, S, T)
+            levels.append((blocks, sequence.shape[2]))
+            leaving = matrix[:, :, :1] if reverse else matrix[:, :, -1:]
+            sequence = torch.bmm(blocks.flatten(1, 2), leaving).view(states, batch, -1)
+        count = sequence.shape[2]
+        found = torch.bmm(sequence, outer[:, :count, :count])
+        for (blocks, count), matrix in zip(reversed(levels), reversed(inner), strict=True):
+            step = (matrix[:, 1, 0] if reverse else matrix[:, 0, 1])[:, None, None]
+            if reverse:
+                blocks[:, :, :-1, -1].addcmul_(step, found[:, :, 1:])
+            else:
+                blocks[:, :, 1:, 0].addcmul_(step, found[:, :, :-1])
+            found = torch.bmm(blocks.flatten(1, 2), matrix).view(states, batch, -1)[..., :count]
+        return x.copy_(found.permute(1, 2, 0))
+
+
+def _constant(decay: Tensor, dtype: torch.dtype, length: int, algorithm: str) -> _Tree | _Blocks:
+    """Scans of `length` steps with the decay λ (N,) at all times, of states of a dtype.
+
+    Powers are those of λ in float64: an error in a decay near 1 would enter every step.
+    """
+    exact = decay.to(torch.promote_types(decay.dtype, double_dtype(decay)))
+    if algorithm == "tree":
+        spans = torch.arange((length - 1).bit_length(), dtype=exact.real.dtype, device=decay.device).exp2()
+        return _Tree((exact ** spans.unsqueeze(1)).to(dtype))
+    block, levels = _division(length)
+    steps = torch.arange(block, dtype=exact.real.dtype, device=decay.device)
+    steps = torch.stack([steps * block**level for level in range(levels)])
+    powers = (exact.unsqueeze(1) ** steps.unsqueeze(1)).to(dtype)  # (m, N, T)
+    powers[..., 0] = 1  # also of zero
+    return _Blocks(F.pad(powers, (block - 1, 0)).unfold(-1, block, 1).flip(-2))
+
+
+def _division(length: int) -> tuple[int, int]:
+    """The block length T and the number of levels m, T^m ≥ L: as few as can be, and then as short."""
+    levels = 1
+    while LONGEST_BLOCK**levels < length:
+        levels += 1
+    return length if levels == 1 else 1 << math.ceil(math.log2(length) / levels), levels
+
+
+def _in_blocks(sequence: Tensor, block: int) -> Tensor:
+    """A copy with zeros after the end: (N, batch, L) → (N, batch, S, T)."""
+    length = sequence.shape[2]
+    count = -(-length // block)
+    whole = count * block == length
+    blocks = (sequence.new_empty if whole else sequence.new_zeros)(*sequence.shape[:2], count * block)
+    blocks[..., :length] = sequence
+    return blocks.unflatten(2, (count, block))
 
 
 def _gated_scan_(x: Tensor, decay: Tensor, reverse: bool) -> Tensor:
@@ -286,16 +436,16 @@ def _tree(length: int, reverse: bool) -> Iterator[tuple[int, slice, slice]]:
             yield level, slice(start, stop, 2 << level), slice(start + back, stop + back, 2 << level)
 
 
-def _from_start_(drive: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
+def _from_start_(drive: Tensor, decay: Tensor, initial: Tensor, over_time: _Tree | _Blocks) -> Tensor:
     """Turn rows of pairs (b, L, 2N) from the drive into the states in place, viewed as complex numbers (b, L, N)."""
     x = _complex(drive)
     x[:, 0] += decay * initial
-    return _scan_(x, decay, reverse=False)
+    return over_time.scan_(x, reverse=False)
 
 
 def _chunks(u: Tensor, B: Tensor) -> list[slice]:
     """Slices of the batch, by the size of their states."""
-    return chunks(len(u), u.shape[1] * len(B), budget(u, CHUNK))
+    return chunks(len(u), u.shape[1] * len(B), budget(u, CHUNK, arrays=8))
 
 
 def _complex(rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from stu.errors import OptionError
-from stu.ops import convolution
+from stu.ops import convolution, forms
 from stu.ops.bank import FilterBank
 from stu.ops.convolution import choose_algorithm, filter_convolution, filter_convolution_reference
 from stu.ops.forms import chunks
@@ -13,7 +13,7 @@ from stu.ops.forms import chunks
 lengths = pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 31, 64, 100])
 
 
-algorithms = pytest.mark.parametrize("algorithm", ["transfer", "features"])
+algorithms = pytest.mark.parametrize("algorithm", ["transfer", "features", "dense"])
 
 
 def problem(length, *, batch=2, filters=3, width=4, out=5, built=None, dtype=torch.float64):
@@ -86,7 +86,21 @@ def test_chunks_do_not_change_the_result(numbers, algorithm, monkeypatch):
     whole = filter_convolution(u, bank, weight, algorithm=algorithm)
     monkeypatch.setattr(convolution, "PRODUCT_CHUNK", numbers)
     monkeypatch.setattr(convolution, "SIGNAL_CHUNK", numbers)
-    assert_same(filter_convolution(u, bank, weight, algorithm=algorithm), whole, (u, weight), 1e-12)
+    with forms.device_memory(8 * numbers):
+        assert_same(filter_convolution(u, bank, weight, algorithm=algorithm), whole, (u, weight), 1e-12)
+
+
+def test_a_dense_transfer_function_takes_no_more_memory_than_allowed(monkeypatch):
+    """Of H, its products and what they are made of, in as few pieces as there is memory for."""
+    pieces = []
+    monkeypatch.setattr(convolution, "chunks", lambda *given: pieces.append(chunks(*given)) or pieces[-1])
+    u, bank, weight = problem(1000, width=8, out=8, dtype=torch.float32)
+    with forms.taken_for("cuda"), forms.device_memory(1 << 18):
+        filter_convolution(u, bank, weight)
+    by_frequency = [f for f in pieces if f[-1].stop == 1001]
+    per_frequency = 4 * (2 * 8 * 8 + 2 * 2 * 2 * 8)  # Re H, Im H and a product of two sequences with each
+    at_once = (1 << 18) // per_frequency
+    assert [f.stop - f.start for f in by_frequency[0]] == [at_once, at_once, 1001 - 2 * at_once]
 
 
 def test_chunks_cover_everything_within_the_budget():
@@ -177,11 +191,13 @@ def test_reverse_matrices_run_from_the_end(length, built, algorithm):
 def test_auto_is_one_of_the_algorithms(batch, two_way):
     u, bank, weight = problem(30, batch=batch)
     reverse = torch.randn_like(weight) if two_way else None
-    chosen = choose_algorithm(batch, two_way=two_way)
+    chosen = choose_algorithm(u, two_way=two_way)
     assert chosen == ("features" if (batch, two_way) == (1, False) else "transfer")
     assert torch.equal(
         filter_convolution(u, bank, weight, reverse), filter_convolution(u, bank, weight, reverse, algorithm=chosen)
     )
+    with forms.taken_for("cuda"):
+        assert choose_algorithm(u, two_way=two_way) == "dense"
 
 
 def test_an_unknown_algorithm_is_named():

@@ -6,12 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from stu.ops import scan
+from stu.errors import OptionError
+from stu.ops import forms, scan
 from stu.ops.scan import diagonal_ssm, diagonal_step, linear_scan, linear_scan_reference, padded_ssm
 from stu.reference.common import associative_scan
 
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 31, 32, 33, 64, 67]
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+
+
+@pytest.fixture(autouse=True, scope="module", params=["cpu", "cuda"])
+def _forms(request):
+    """The algorithms of both kinds of devices, and short blocks, so that short sequences have several levels."""
+    with pytest.MonkeyPatch.context() as patch, forms.taken_for(request.param):
+        patch.setattr(scan, "LONGEST_BLOCK", 5)
+        yield
 
 
 def disk(*shape, least=0.0, most=1.0):
@@ -148,6 +157,26 @@ def test_scan_runs_in_float32_at_least(dtype):
     assert (y - exact).norm() < 1e-6 * exact.norm()
 
 
+@directions
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64], ids=str)
+def test_the_algorithms_agree(dtype, reverse):
+    """On as many steps as a model has, with decays that are zero, one, in between, and −1, whose powers are rounded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "LONGEST_BLOCK", 128)
+        for length in (127, 128, 129, 1000, 16384, 16385):
+            decay = torch.cat((torch.tensor([0.0, 1.0, -1.0]), disk(4, least=0.99)))
+            drive = noise(1, length, 7, dtype=dtype)
+            tree, blocks = (linear_scan(drive, decay, reverse=reverse, algorithm=name) for name in ("tree", "blocks"))
+            tolerance = 1e-6 if dtype == torch.complex64 else 1e-12 if length < 10_000 else 4e-12
+            assert_close(blocks, tree, rtol=0, atol=tolerance * tree.abs().max().item())
+
+
+def test_an_unknown_algorithm_is_named():
+    drive, decay, _ = scan_problem(3)
+    with pytest.raises(OptionError, match=r"algorithm.*must be one of auto, tree, blocks"):
+        linear_scan(drive, decay, algorithm="loop")
+
+
 # --- the state space ---
 
 
@@ -158,7 +187,8 @@ def test_ssm_is_its_equations(directions, initial, chunk, monkeypatch):
     monkeypatch.setattr(scan, "CHUNK", chunk)
     for length in (1, 2, 3, 8, 13, 33):
         inputs = ssm_problem(length, directions=directions, initial=initial)
-        assert_same(diagonal_ssm(*inputs), literal_ssm(*inputs), inputs)
+        with forms.device_memory(64 * chunk):
+            assert_same(diagonal_ssm(*inputs), literal_ssm(*inputs), inputs)
 
 
 def test_ssm_is_the_associative_scan_of_the_published_codes():

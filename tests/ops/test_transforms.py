@@ -1,6 +1,7 @@
 """Every operator under every transform of PyTorch, compared with the same formula in plain tensor code."""
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -299,11 +300,12 @@ def operators():
     yield long_convolution._convolution, (u, noise(L + 2, D), 2)
     yield long_convolution._adjoint, (noise(2, L, D), u, noise(L + 2, D), 2)
     for order, length in ((1, 11), (3, 7)):
-        yield recurrence._recurrence, recurrent(order, length).inputs
-    for decay in (decays(D), decays(2, L, D)):
-        yield scan._linear_scan, (noise(2, L, D, dtype=COMPLEX), decay, True)
-    for directions in (1, 2):
-        inputs = u, decays(3), noise(6, D), noise(directions, D, 6), noise(2, 3, dtype=COMPLEX)
+        for algorithm in recurrence.ALGORITHMS[1:]:
+            yield recurrence._recurrence, (*recurrent(order, length).inputs, algorithm)
+    for decay, algorithm in itertools.product((decays(D), decays(2, L, D)), scan.ALGORITHMS[1:]):
+        yield scan._linear_scan, (noise(2, L, D, dtype=COMPLEX), decay, True, algorithm)
+    for directions, algorithm in itertools.product((1, 2), scan.ALGORITHMS[1:]):
+        inputs = u, decays(3), noise(6, D), noise(directions, D, 6), noise(2, 3, dtype=COMPLEX), algorithm
         yield scan._diagonal_ssm, inputs
         yield scan._diagonal_ssm_backward, (noise(2, L, D), noise(2, 3, dtype=COMPLEX), *inputs)
     for chunk_size in (3, 64):
