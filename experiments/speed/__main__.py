@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.shared.arguments import count, positive
 from experiments.shared.files import refuse, runs_folder
 from stu.cli.usage import options_of
 
@@ -50,27 +51,27 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--models", nargs="+", metavar="MODEL[:KEY=VALUE,…]",
                       help="mixers, with options; literal is the STU as the paper writes it, the baseline "
                       f"(default: literal and all of conf/model: {', '.join(options_of('model'))})")  # fmt: skip
-    what.add_argument("--lengths", nargs="+", type=_count, default=[256, 1024, 4096, 16384], metavar="L",
+    what.add_argument("--lengths", nargs="+", type=count, default=[256, 1024, 4096, 16384], metavar="L",
                       help="(default: 256 1024 4096 16384)")  # fmt: skip
-    what.add_argument("--batches", nargs="+", type=_count, default=[8], metavar="B", help="(default: 8)")
-    what.add_argument("--widths", nargs="+", type=_count, default=[128], metavar="D", help="(default: 128)")
-    what.add_argument("--filters", nargs="+", type=_count, default=[None], metavar="K",
+    what.add_argument("--batches", nargs="+", type=count, default=[8], metavar="B", help="(default: 8)")
+    what.add_argument("--widths", nargs="+", type=count, default=[128], metavar="D", help="(default: 128)")
+    what.add_argument("--filters", nargs="+", type=count, default=[None], metavar="K",
                       help="num_filters of the mixers that have it (default: as in their files)")  # fmt: skip
     what.add_argument("--bidirectional", action="store_true", help="as on bidirectional tasks; nothing streams")
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    how.add_argument("--threads", type=_count, metavar="N", help="of the CPU (default: PyTorch's)")
+    how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's)")
     how.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="(default: float32)")
     how.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision")
     how.add_argument("--tf32", action="store_true", help="matrix products in TF32, on GPUs")
     how.add_argument("--compile", action="store_true", help="with torch.compile, except the streamed step")
-    how.add_argument("--repeats", type=_count, default=5, metavar="N",
+    how.add_argument("--repeats", type=count, default=5, metavar="N",
                      help="minimum repetitions of each call (default: 5)")  # fmt: skip
-    how.add_argument("--min-s", type=_positive, default=0.5, metavar="S", dest="min_seconds",
+    how.add_argument("--min-s", type=positive, default=0.5, metavar="S", dest="min_seconds",
                      help="minimum seconds of each call, in total (default: 0.5)")  # fmt: skip
-    how.add_argument("--limit-s", type=_positive, default=30.0, metavar="S", dest="limit_seconds",
+    how.add_argument("--limit-s", type=positive, default=30.0, metavar="S", dest="limit_seconds",
                      help="a call that takes longer is abandoned (default: 30)")  # fmt: skip
-    how.add_argument("--limit-gb", type=_positive, metavar="GB",
+    how.add_argument("--limit-gb", type=positive, metavar="GB",
                      help="a call that takes more memory is abandoned (default: three quarters of all)")  # fmt: skip
     where, runs = parser.add_argument_group("where"), runs_folder() / "speed"
     where.add_argument("--out", type=Path, metavar="FOLDER",
@@ -78,22 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--force", action="store_true", help="replace the results in that folder")
     where.add_argument("--redraw", type=Path, metavar="FOLDER", help="measure nothing; show and draw the results there")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
-    return value
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.speed.candidates import Size, build
+from stu.errors import OptionError, require
 from stu.mixer import Mixer
 
 Stage = Literal["build", "forward", "step", "forward_backward"]
@@ -125,6 +126,21 @@ class Bench:
         if self._autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._autocast)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, checked to work; a CUDA device with its number. Raises `OptionError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    require(device.type in ("cpu", "cuda", "mps"), "--device", name, "must be auto, cpu, cuda, cuda:1 … or mps")
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise OptionError("--device", name, f"cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments.shared.files import runs_folder
 from experiments.shared.machine import memory_of, origin
 from experiments.speed import candidates, report
-from experiments.speed.bench import Settings
+from experiments.speed.bench import Settings, device_of
 from experiments.speed.candidates import Size
 from experiments.speed.measure import measure
 from experiments.speed.results import FILE, Results
@@ -63,7 +63,7 @@ def redraw(folder: Path) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    device = _device(options.device)
+    device = device_of(options.device)
     require(not options.tf32 or device.type == "cuda", "--tf32", device, "only CUDA devices have it")
     given = ("dtype", "autocast", "tf32", "compile", "repeats", "min_seconds", "limit_seconds")
     return Settings(
@@ -73,21 +73,6 @@ def _settings(options: argparse.Namespace) -> Settings:
         limit_bytes=0.75 * memory_of(device) if options.limit_gb is None else 1e9 * options.limit_gb,
         **{name: getattr(options, name) for name in given},
     )
-
-
-def _device(name: str) -> torch.device:
-    """The device of this name, checked to work; a CUDA device with its number."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    require(device.type in ("cpu", "cuda", "mps"), "--device", name, "must be auto, cpu, cuda, cuda:1 … or mps")
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise OptionError("--device", name, f"cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _new(folder: Path, force: bool) -> Path:
