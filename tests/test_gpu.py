@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from experiments.speed.launches import count
 from stu.mixer import Mixer
 from stu.mixers.attention import Attention
 from tests import runs
@@ -122,6 +123,19 @@ def test_steps_of_attention_replay_as_a_graph(positions: Any, window: int | None
         x_t.copy_(x[:, t])
         graph.replay()
         assert_near(y, expected[:, t], 1e-4, f"step {t}")
+
+
+@gpu
+@needs_device
+def test_launches_are_the_kernels_of_the_device():
+    x = torch.randn(8, 8, device="cuda")
+
+    def call() -> None:
+        (x.T.unsqueeze(0)[:, 1:] + 1).sin()
+        torch.cuda.synchronize()
+
+    call()
+    assert count(call, x.device) == 2
 
 
 # --- host synchronisation ---

@@ -15,6 +15,7 @@ examples:
   python -m experiments.speed                                            every mixer, L = 256 … 16384
   python -m experiments.speed --models stu literal literal:k_y=2         these; with another option of the mixer
   python -m experiments.speed --lengths 1024 --widths 64 256 --batches 1 32 --filters 16 24
+  python -m experiments.speed --device cuda --tf32 --lengths 1024 4096 16384 --out FOLDER    all mixers, unattended
   python -m experiments.speed --device cuda --autocast bfloat16 --lengths 1024 16384 131072
   python -m experiments.speed --redraw FOLDER                            table and figure of an earlier run
 """

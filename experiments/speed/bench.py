@@ -16,7 +16,7 @@ from experiments.speed.candidates import Size, build
 from stu.errors import OptionError, require
 from stu.mixer import Mixer
 
-Stage = Literal["build", "forward", "step", "forward_backward"]
+Stage = Literal["build", "forward", "step", "forward_backward", "launches"]
 
 STREAMED = 32  # the last steps of the sequence, one of which is a measurement
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,8 @@ FREE = {
 }
 
 
-class Launches(NamedTuple):
+@dataclass(frozen=True)
+class Launches:
     """Of a forward pass, and of forward and backward with gradients of the input and of all parameters."""
 
     forward: int
@@ -99,9 +101,9 @@ def _computes(overload: Any) -> bool:
 
 @cache
 def _composite() -> set[str]:
-    """The operations that call others, on every device."""
-    names = (torch._C._dispatch_get_registrations_for_dispatch_key(key) for key in ("CompositeImplicitAutograd", "CPU"))
-    return set(next(names)).difference(*names)
+    """The operations that only call others."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    return set(registered("CompositeImplicitAutograd")) - set(registered("CPU"))
 
 
 # --- the command ---
@@ -116,7 +118,7 @@ class Row(NamedTuple):
     both: int
 
 
-def measure(mixers: Sequence[str], lengths: Sequence[int], *, batch: int, width: int, device: str) -> Iterator[Row]:
+def counted(mixers: Sequence[str], lengths: Sequence[int], *, batch: int, width: int, device: str) -> Iterator[Row]:
     """The rows of one mixer after the other. Raises `OptionError` for an unknown mixer, or options that it refuses."""
     sizes = [Size(length, batch, width, None) for length in lengths]
     settings = Settings(device=device)
@@ -124,7 +126,8 @@ def measure(mixers: Sequence[str], lengths: Sequence[int], *, batch: int, width:
         bench = Bench(candidate.node(size), Data.draw(size, settings), settings)
         for stage in ("forward", "forward_backward"):
             bench.call(stage)()
-        yield Row(candidate.name, size.length, *launches_of(bench))
+        found = launches_of(bench)
+        yield Row(candidate.name, size.length, found.forward, found.both)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = []
         with taken_for(options.form or device.type), Console(stderr=True).status("") as status:
             sizes = {"batch": options.batch, "width": options.width, "device": str(device)}
-            for row in measure(options.models, sorted(set(options.lengths)), **sizes):
+            for row in counted(options.models, sorted(set(options.lengths)), **sizes):
                 status.update(f"{row.mixer}, L = {row.length}")
                 rows.append(row)
         if options.json is None:

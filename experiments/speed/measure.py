@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -21,13 +22,17 @@ import torch
 from experiments.shared.machine import memory_of
 from experiments.speed.bench import Bench, Data, Settings, Stage
 from experiments.speed.candidates import Candidate, Size
+from experiments.speed.launches import Launches, launches_of
 from experiments.speed.results import Facts, Row, Timing
 from experiments.speed.roofline import least_work
 from stu.errors import OptionError
+from stu.ops.forms import on_cpu
 
 Key = TypeVar("Key", bound=Hashable)
 
-STAGES: Sequence[Stage] = ("build", "forward", "step", "forward_backward")  # the one most likely to fail comes last
+# Of those that run the mixer, the one most likely to fail comes last; launches are counted of what has run.
+STAGES: Sequence[Stage] = ("build", "forward", "step", "forward_backward", "launches")
+TIMED: Sequence[Stage] = ("forward", "step", "forward_backward")
 
 if sys.platform == "linux":
     _context: Any = get_context("forkserver")
@@ -37,6 +42,9 @@ else:
     _context = get_context("spawn")
 
 
+NO_DEVICE_MEMORY = ("CUDA error: out of memory", "_ALLOC_FAILED")  # of CUDA, and of its libraries
+
+
 class Failure(NamedTuple):
     """Why there is no measurement. limit: whether it was a limit, which a longer sequence would exceed as well."""
 
@@ -44,7 +52,8 @@ class Failure(NamedTuple):
     limit: bool
 
 
-Outcome = Facts | int | Failure | None  # of the build: facts; of the others: peak memory in bytes, where known
+# Of the build: facts; of the launches: their counts; of the others: peak memory in bytes, where known.
+Outcome = Facts | Launches | int | Failure | None
 Outcomes = dict[Stage, Outcome]
 
 
@@ -62,18 +71,19 @@ def measure(
             progress(f"L = {size.length}: {candidate.name} alone")
             known = hopeless.setdefault((candidate.name, size._replace(length=0)), {})
             outcomes[candidate.name] = {**alone(candidate.node(size), size, settings, known), **known}
+        progress(f"L = {size.length}: all interleaved")
+        timings = _timed(candidates, size, settings, outcomes)
+        for candidate in candidates:
+            known = hopeless[candidate.name, size._replace(length=0)]
             for stage, outcome in outcomes[candidate.name].items():
                 if isinstance(outcome, Failure) and outcome.limit and stage not in known:
                     known[stage] = Failure(f"{outcome.reason} already at L = {size.length}", True)
-        progress(f"L = {size.length}: all interleaved")
-        timings = _timed(candidates, size, settings, outcomes)
-        gc.collect()  # the mixers
-        torch.cuda.empty_cache()  # does nothing without CUDA
+        _free()
         yield [_row(candidate, size, outcomes[candidate.name], timings) for candidate in candidates]
 
 
 def alone(node: Mapping[str, Any], size: Size, settings: Settings, skip: Iterable[Stage] = ()) -> Outcomes:
-    """Each stage of one mixer, once, except those to skip; if the forward pass fails, so do the stages after it."""
+    """Each stage of one mixer, once, except those to skip; where the mixer does not go on, all later stages fail."""
     stages = [stage for stage in STAGES if stage not in skip]
     if stages[:2] != ["build", "forward"]:
         return {}
@@ -89,7 +99,7 @@ def interleaved(
     """Time all calls round-robin, so that other load on the machine affects all of them equally.
 
     Each is called once to warm up, then at least `repeats` times and for at least `min_seconds` in all; but only twice
-    where that takes ten times as long. A call that raises is left out from then on.
+    where that takes ten times as long. A call that raises is left out from then on, and what it computed is freed.
     """
     samples: dict[Key, list[float]] = {}
     failures: dict[Key, Exception] = {}
@@ -101,8 +111,10 @@ def interleaved(
                 call()
                 seconds = time.perf_counter() - start
             except Exception as error:
+                traceback.clear_frames(error.__traceback__)
                 failures[key] = error
                 del waiting[key]
+                _free()
                 continue
             samples.setdefault(key, []).append(seconds)
             taken = samples[key][1:]  # the first call warms up
@@ -117,7 +129,12 @@ def _timed(
 ) -> dict[tuple[str, Stage], Timing]:
     """Timings of all that succeeded alone; what fails here nevertheless is added to `outcomes`."""
     calls = {}
-    data = Data.draw(size, settings)
+    try:
+        data = Data.draw(size, settings)
+    except Exception as error:
+        for own in outcomes.values():
+            own.update(dict.fromkeys(TIMED, _failure(error, settings)))
+        return {}
     for candidate in candidates:
         own = outcomes[candidate.name]
         facts = own.get("build")
@@ -127,8 +144,9 @@ def _timed(
             bench = Bench(candidate.node(size), data, settings)
         except Exception as error:
             own["build"] = _failure(error, settings)
+            _free()
             continue
-        for stage in STAGES[1:]:
+        for stage in TIMED:
             if not isinstance(own[stage], Failure) and (stage != "step" or facts.streams):
                 calls[candidate.name, stage] = bench.call(stage)
     timings, failures = interleaved(calls, min_seconds=settings.min_seconds, repeats=settings.repeats)
@@ -138,7 +156,7 @@ def _timed(
 
 
 def _row(candidate: Candidate, size: Size, outcomes: Outcomes, timings: Mapping[tuple[str, Stage], Timing]) -> Row:
-    facts = outcomes.get("build")
+    facts, launches = outcomes.get("build"), outcomes.get("launches")
     peak = {stage: outcome for stage, outcome in outcomes.items() if isinstance(outcome, int)}
     return Row(
         model=candidate.name,
@@ -150,6 +168,7 @@ def _row(candidate: Candidate, size: Size, outcomes: Outcomes, timings: Mapping[
         forward_bytes=peak.get("forward"),
         forward_backward_bytes=peak.get("forward_backward"),
         failures={stage: outcome.reason for stage, outcome in outcomes.items() if isinstance(outcome, Failure)},
+        launches=launches if isinstance(launches, Launches) else None,
     )
 
 
@@ -194,7 +213,7 @@ def _subprocess(
 def _outcomes(
     node: Mapping[str, Any], size: Size, settings: Settings, stages: Sequence[Stage]
 ) -> Iterator[tuple[Stage, Outcome]]:
-    """Run each stage once and yield its outcome; a build or forward pass that fails is the last."""
+    """Run each stage once and yield its outcome; one that fails is the last, unless it is the streamed step."""
     device = torch.device(settings.device)
     for stage in stages:
         try:
@@ -206,6 +225,9 @@ def _outcomes(
                     outcome: Outcome = _facts(bench, size)
                 elif stage == "step" and not bench.streams:
                     outcome = None
+                elif stage == "launches":
+                    # what a compiler makes for a CPU are no ATen operations
+                    outcome = None if settings.compile and device.type != "cuda" else launches_of(bench)
                 else:
                     with _memory_limit(settings.limit_bytes, device):
                         if settings.compile:  # whose own memory does not count
@@ -214,9 +236,17 @@ def _outcomes(
                         outcome = _peak_memory(bench.call(stage), device, before)
         except Exception as error:
             outcome = _failure(error, settings)
+        if isinstance(outcome, Failure):
+            _free()
         yield stage, outcome
-        if isinstance(outcome, Failure) and stage in ("build", "forward"):
+        if isinstance(outcome, Failure) and stage != "step":
             return
+
+
+def _free() -> None:
+    """Give back the memory of what nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 def _facts(bench: Bench, size: Size) -> Facts:
@@ -224,8 +254,8 @@ def _facts(bench: Bench, size: Size) -> Facts:
         parameters=sum(parameter.numel() for parameter in bench.mixer.parameters()),
         causal=bool(bench.mixer.causal),
         streams=bench.streams,
-        forward_floor=least_work(bench.mixer, size, backward=False),
-        forward_backward_floor=least_work(bench.mixer, size, backward=True),
+        forward_floor=least_work(bench.mixer, size, backward=False, on_cpu=on_cpu(bench.data.x)),
+        forward_backward_floor=least_work(bench.mixer, size, backward=True, on_cpu=on_cpu(bench.data.x)),
     )
 
 
@@ -234,7 +264,9 @@ def _failure(error: Exception, settings: Settings) -> Failure:
     message = " ".join(str(error).split())
     if isinstance(error, _TimeUp):
         return Failure(f"over {settings.limit_seconds:g} s", True)
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "bad_alloc" in message
+    if isinstance(error, torch.OutOfMemoryError) or any(words in message for words in NO_DEVICE_MEMORY):
+        return Failure(f"out of memory, of at most {settings.limit_bytes / 1e9:.3g} GB", True)
+    no_memory = isinstance(error, MemoryError) or "bad_alloc" in message
     if no_memory or "can't allocate memory" in message:  # a RuntimeError of PyTorch on CPUs
         return Failure(f"over {settings.limit_bytes / 1e9:.3g} GB", True)
     text = message if isinstance(error, OptionError) else f"{type(error).__name__}: {message}"

@@ -13,9 +13,10 @@ from experiments.speed.results import Results, Row, Timing
 ABSENT = "—"
 FIGURE = "speed.png"
 TIMES = ("forward ms", "(min)", "fwd+bwd ms", "(min)")
-COLUMNS = (*TIMES, "× literal", "peak MB", "tokens/s", "step µs", "of fwd", "of roofline")
+RATIOS = ("× literal", "× attention", "launches")
+COLUMNS = (*TIMES, *RATIOS, "peak MB", "tokens/s", "step µs", "of fwd", "of roofline")
 MARKERS = "os^vDPX*<>p"
-STAGES = {"step": "step", "forward_backward": "fwd+bwd"}
+STAGES = {"step": "step", "forward_backward": "fwd+bwd", "launches": "launches"}
 
 
 def show(results: Results, console: Console, rows: Sequence[Row]) -> None:
@@ -34,9 +35,12 @@ def show(results: Results, console: Console, rows: Sequence[Row]) -> None:
 
 def show_machine(results: Results, console: Console) -> None:
     """What this was measured on, and the peak that the roofline assumes."""
-    peak = results.peak
-    flops, traffic = f"{peak.flops / 1e9:,.0f} GFLOP/s in a matrix product", f"{peak.bytes / 1e9:,.0f} GB/s copied"
     console.print(describe(results))
+    peak = results.peak
+    if peak is None:
+        console.print("peak of the device: not measured, out of memory", end="\n\n")
+        return
+    flops, traffic = f"{peak.flops / 1e9:,.0f} GFLOP/s in a matrix product", f"{peak.bytes / 1e9:,.0f} GB/s copied"
     console.print(f"peak of the device, measured: {flops}, {traffic}", end="\n\n")
 
 
@@ -119,11 +123,13 @@ def _cells(results: Results, row: Row) -> list[str]:
         *_times(row.forward, 1e3),
         *_times(row.forward_backward, 1e3),
         _number(derived["speedup"]),
+        _number(derived["attention_speedup"]),
+        f"{row.launches.forward:,} / {row.launches.both:,}" if row.launches else ABSENT,
         _number(row.forward_backward_bytes, 1e-6),
         _number(derived["tokens_per_second"], digits=0),
         _times(row.step, 1e6)[0],
         _number(derived["step_share"], 100, " %"),
-        _number(derived["floor_share"], 100, " %"),
+        _shares(derived["forward_floor_share"], derived["floor_share"]),
     ]
 
 
@@ -133,11 +139,18 @@ def _note(row: Row) -> str:
         return f"build: {row.failures['build']}"
     if "forward" in row.failures:  # then nothing else was measured
         return row.failures["forward"]
-    return "; ".join(f"{STAGES[stage]}: {reason}" for stage, reason in row.failures.items())
+    failures = dict(row.failures)
+    if "forward_backward" in failures:  # then its launches were not counted
+        failures.pop("launches", None)
+    return "; ".join(f"{STAGES[stage]}: {reason}" for stage, reason in failures.items())
 
 
 def _times(timing: Timing | None, factor: float) -> tuple[str, str]:
     return (_number(timing.median, factor), _number(timing.min, factor)) if timing else (ABSENT, ABSENT)
+
+
+def _shares(forward: float | None, both: float | None) -> str:
+    return f"{_number(forward, 100)} / {_number(both, 100)} %" if forward or both else ABSENT
 
 
 def _number(value: float | None, factor: float = 1.0, unit: str = "", digits: int | None = None) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from experiments.shared.files import write_atomically
 from experiments.speed.bench import Settings
 from experiments.speed.candidates import is_literal
+from experiments.speed.launches import Launches
 from experiments.speed.roofline import Peak, Work
 
 FILE = "results.json"
+ATTENTION = "transformer"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Row:
     forward_bytes: int | None  # peak memory, beyond parameters and input
     forward_backward_bytes: int | None
     failures: Mapping[str, str] = field(default_factory=dict)
+    launches: Launches | None = None  # earlier files have none
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -73,7 +76,7 @@ class Results:
     commit: str | None
     machine: Mapping[str, Any]
     settings: Settings
-    peak: Peak
+    peak: Peak | None  # None: the device had no memory to measure it
     rows: Sequence[Row] = ()
 
     @property
@@ -84,19 +87,34 @@ class Results:
     def derived(self, row: Row) -> dict[str, float | None]:
         """What follows from a row, the rows of the same size and the device's peak: ratios of medians.
 
-        speedup: over the literal STU, forward and backward. floor_share: the lower bound on the time of forward and
-        backward, over that time. step_share: a streamed step's share of a whole forward pass.
+        speedup: over the literal STU, forward and backward; attention_speedup: over attention. floor_share: the lower
+        bound on the time of forward and backward, over that time; forward_floor_share: the same of forward alone.
+        step_share: a streamed step's share of a whole forward pass.
         """
-        both, forward, facts = row.forward_backward, row.forward, row.facts
-        literals = (other.forward_backward for other in self.rows if is_literal(other.model) and other.size == row.size)
-        literal = next(literals, None)
-        work = facts.forward_backward_floor if facts else None
+        both, forward = row.forward_backward, row.forward
+        literal, attention = self._time_of(is_literal, row), self._time_of(_is_attention, row)
+        first, second = self._floors(row.facts)
         return {
             "tokens_per_second": row.batch * row.length / both.median if both else None,
-            "speedup": literal.median / both.median if literal and both else None,
-            "floor_share": self.peak.seconds(work) / both.median if work and both else None,
+            "speedup": literal / both.median if literal and both else None,
+            "attention_speedup": attention / both.median if attention and both else None,
+            "forward_floor_share": first / forward.median if first and forward else None,
+            "floor_share": (first + second) / both.median if first and second and both else None,
             "step_share": row.step.median / forward.median if row.step and forward else None,
         }
+
+    def _time_of(self, wanted: Callable[[str], bool], row: Row) -> float | None:
+        """The median of forward and backward of the first such model of this size."""
+        found = (other.forward_backward for other in self.rows if wanted(other.model) and other.size == row.size)
+        timing = next(found, None)
+        return timing.median if timing else None
+
+    def _floors(self, facts: Facts | None) -> tuple[float | None, float | None]:
+        """Lower bounds on the seconds of forward and of backward."""
+        if self.peak is None or facts is None or facts.forward_floor is None or facts.forward_backward_floor is None:
+            return None, None
+        backward = facts.forward_backward_floor - facts.forward_floor
+        return self.peak.seconds(facts.forward_floor), self.peak.seconds(backward)
 
     def write(self, folder: Path) -> None:
         """Write `folder`/results.json, whole or not at all."""
@@ -109,17 +127,23 @@ class Results:
     def read(cls, folder: Path) -> "Results":
         """Read what `write` wrote."""
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        settings, peak = Settings(**content["settings"]), Peak(**content["peak"])
+        settings, peak = Settings(**content["settings"]), _optional(Peak, content["peak"])
         return cls(**content | {"settings": settings, "peak": peak, "rows": tuple(map(_row, content["rows"]))})
 
 
 def _row(plain: Mapping[str, Any]) -> Row:
-    def optional(kind: Any, value: Any) -> Any:
-        return None if value is None else kind(**value)
-
     facts = plain["facts"]
     if facts is not None:
-        facts = facts | {key: optional(Work, facts[key]) for key in ("forward_floor", "forward_backward_floor")}
-    timings = {key: optional(Timing, plain[key]) for key in ("forward", "forward_backward", "step")}
+        facts = facts | {key: _optional(Work, facts[key]) for key in ("forward_floor", "forward_backward_floor")}
+    timings = {key: _optional(Timing, plain[key]) for key in ("forward", "forward_backward", "step")}
+    launches = _optional(Launches, plain.get("launches"))
     others = {key: value for key, value in plain.items() if key != "derived"}
-    return Row(**others | timings | {"facts": optional(Facts, facts)})
+    return Row(**others | timings | {"facts": _optional(Facts, facts), "launches": launches})
+
+
+def _optional(kind: Any, value: Any) -> Any:
+    return None if value is None else kind(**value)
+
+
+def _is_attention(model: str) -> bool:
+    return model.partition(":")[0] == ATTENTION

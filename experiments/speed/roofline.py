@@ -1,12 +1,30 @@
-r"""The roofline: the least work that the Spectral Transform Unit needs, and what a device can do per second.
+r"""The roofline: the least time for the work of the Spectral Transform Unit at the rates that a device can reach.
 
-B batch, L length, D model width, F = L + 1 frequencies, n = 2L, k_y lags of a learned recurrence
+B batch, L length, D model width, F = L + 1 frequencies, n = 2L, K filters and input lags, k_y lags of a learned
+recurrence; Φ the spectra of the filters (F, K), M their matrices (K, D, D)
 
-As one MIMO transfer function (see stu/ops/convolution.py) Y(f) = U(f) H(f) takes 8·B·F·D² operations in matrix products
-and 2·B·D real FFTs of length n, each 2.5·n·log₂ n. The backward pass takes twice the products, and as many FFTs. A
-learned recurrence adds 2·k_y·B·L·D², and twice that backward. Making H is not counted: it takes 4·R·F·D² where the
-filters' spectra are combinations of R functions, and there is no smallest R. Input, output and parameters, and in the
-backward pass their gradients, have to cross the memory bus once.
+The work is that of one MIMO transfer function (see stu/ops/convolution.py), in real operations and real numbers:
+
+    forward         operations            numbers read       numbers written
+    U = rfft(u)     2.5 n log₂ n · BD     BLD                2BFD*
+    H = Φ M         4KFD²*                KD²                2FD²*
+    Y = U H         8BFD²                 2FD²* + 2BFD*      2BFD*
+    y = irfft(Y)    2.5 n log₂ n · BD     2BFD*              BLD
+    recurrence      2k_y BLD²             k_y D²
+
+    backward, from the gradient g of y and U, which was kept
+    G = rfft(g)     2.5 n log₂ n · BD     BLD                2BFD*
+    H = Φ M         4KFD²*                KD²*               2FD²*
+    V = G Hᴴ        8BFD²                 2FD²* + 2BFD*      2BFD*
+    irfft(V)        2.5 n log₂ n · BD     2BFD*              BLD
+    C = Uᴴ G        8BFD²                 4BFD*              2FD²*
+    Re Φᴴ C         4KFD²*                2FD²*              KD²
+    recurrence      4k_y BLD²                                k_y D²
+
+What has a * counts on devices alone, whose form has H, C and the spectra whole in memory. On a CPU they stay in its
+cache, some frequencies at a time; and where the spectra of the filters are combinations of R < K functions, making H
+takes 4RFD² operations, for which there is no smallest R. With both directions M has twice as many numbers, H as many.
+The time of a phase is that of its operations or that of its numbers, whichever is longer.
 """
 
 import math
@@ -30,6 +48,12 @@ class Work:
     flops: float
     bytes: float
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.flops - other.flops, self.bytes - other.bytes)
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -43,24 +67,41 @@ class Peak:
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
-def least_work(mixer: nn.Module, size: Size, *, backward: bool) -> Work | None:
-    """The least work of a forward pass, or of forward and backward; None for what is not an exact STU."""
+def least_work(mixer: nn.Module, size: Size, *, backward: bool, on_cpu: bool = True) -> Work | None:
+    """The least work of a forward pass, or of forward and backward; None for what is not an exact STU.
+
+    on_cpu: without what is marked above.
+    """
     if not isinstance(mixer, STU | LiteralSTU):
         return None
     length, batch, width = size.length, size.batch, size.width
-    lags = sum(parameter.numel() for name, parameter in mixer.named_parameters() if name.endswith("m_y"))  # k_y·D²
-    products = 8 * batch * (length + 1) * width**2 + 2 * batch * length * lags
+    frequencies, parameters = length + 1, dict(mixer.named_parameters())
+    lags = sum(parameter.numel() for name, parameter in parameters.items() if name.endswith("m_y"))  # k_y·D²
+    learned = sum(parameter.numel() for parameter in parameters.values())
+    products = 8 * batch * frequencies * width**2 + 2 * batch * length * lags
     transforms = 2 * batch * width * 2.5 * 2 * length * math.log2(2 * length)
-    parameters = list(mixer.parameters())
-    entries = 2 * batch * length * width + sum(parameter.numel() for parameter in parameters)
-    return Work(
-        flops=products * (3 if backward else 1) + transforms * (2 if backward else 1),
-        bytes=parameters[0].element_size() * entries * (2 if backward else 1),
-    )
+    bytes_each = next(iter(parameters.values())).element_size()
+    ends = 2 * batch * length * width + learned
+
+    mixing = 0 if on_cpu else 4 * frequencies * (learned - lags) // (1 if mixer.causal else 2)
+    signal, response = (0, 0) if on_cpu else (2 * batch * frequencies * width, 2 * frequencies * width**2)
+    forward = Work(products + transforms + mixing, bytes_each * (ends + 4 * signal + 2 * response))
+    if not backward:
+        return forward
+    again = 0 if on_cpu else learned - lags
+    numbers = ends + again + 6 * signal + 4 * response
+    return forward + Work(2 * products + transforms + 2 * mixing, bytes_each * numbers)
 
 
-def measured_peak(settings: Settings) -> Peak:
-    """The best of a few large matrix products and copies, in the settings' precision."""
+def measured_peak(settings: Settings) -> Peak | None:
+    """The best of a few large matrix products and copies, in the settings' precision; None without memory for them."""
+    try:
+        return _measured_peak(settings)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _measured_peak(settings: Settings) -> Peak:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     width, copied = (1536, 1 << 25) if device.type == "cpu" else (8192, 1 << 28)
     a, b = torch.randn(2, width, width, dtype=dtype, device=device)

@@ -20,7 +20,7 @@ from experiments.speed.results import FILE, Results
 from experiments.speed.roofline import measured_peak
 from stu.errors import OptionError, require
 
-WIDTH = 140  # at least; in a narrower terminal lines wrap, which is easier to read than columns of single letters
+WIDTH = 160  # at least; in a narrower terminal lines wrap, which is easier to read than columns of single letters
 
 
 def measure_all(options: argparse.Namespace, command: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from experiments.speed import launches
-from experiments.speed.launches import VARIANTS, count, main, measure
+from experiments.speed.launches import VARIANTS, count, main
 from stu.mixers.stu_t import STUT
 from stu.ops.forms import taken_for
 from tests.models import MODELS
@@ -40,7 +40,7 @@ def _memory_is_not_filled() -> None:
 
 def counted(mixer: str, length: int) -> tuple[int, int]:
     with taken_for("cuda"):
-        [row] = measure([mixer], [length], batch=2, width=8, device="cpu")
+        [row] = launches.counted([mixer], [length], batch=2, width=8, device="cpu")
     assert row[:2] == (mixer, length)
     return row.forward, row.both
 
@@ -179,7 +179,7 @@ def test_rows_go_to_a_file(tmp_path, capsys):
 def test_the_form_is_that_of_the_device_unless_given(monkeypatch):
     asked = []
     monkeypatch.setattr(launches, "taken_for", lambda form: asked.append(form) or taken_for(form))
-    monkeypatch.setattr(launches, "measure", lambda *_, **__: [])
+    monkeypatch.setattr(launches, "counted", lambda *_, **__: [])
     assert [main(["--device", "cpu"]), main(["--device", "cpu", "--form", "cuda"])] == [0, 0]
     assert asked == ["cpu", "cuda"]
 

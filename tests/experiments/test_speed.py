@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,10 +19,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from experiments.speed import candidates, measure, report, run
+from experiments.speed import candidates, measure, report, roofline, run
 from experiments.speed.__main__ import main
 from experiments.speed.bench import STREAMED, Bench, Data, Settings
 from experiments.speed.candidates import Size
+from experiments.speed.launches import Launches
 from experiments.speed.literal import LiteralSTU, literal_stu
 from experiments.speed.measure import Facts, Failure, alone, interleaved
 from experiments.speed.results import Results, Row, Timing
@@ -126,6 +128,8 @@ class Odd(nn.Module):
                     time.sleep(60)
             elif self.how == "crashes":
                 os.kill(os.getpid(), signal.SIGSEGV)
+            elif self.how == "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
             elif self.how == "fails":
                 raise RuntimeError("no\n such luck")
             else:
@@ -144,8 +148,9 @@ def stu_node():
 @pytest.mark.parametrize("way", [measure._in_process, measure._in_subprocess])
 def test_a_mixer_alone(way):
     outcomes = way(stu_node(), TINY, SETTINGS, measure.STAGES)
-    assert list(outcomes) == ["build", "forward", "step", "forward_backward"]
-    facts = outcomes.pop("build")
+    assert list(outcomes) == ["build", "forward", "step", "forward_backward", "launches"]
+    facts, launches = outcomes.pop("build"), outcomes.pop("launches")
+    assert 0 < launches.forward < launches.both < 1000
     assert (facts.parameters, facts.causal, facts.streams) == (9 * 16, True, True)
     assert all(isinstance(peak, int) and 0 <= peak < 3e7 for peak in outcomes.values())
 
@@ -160,6 +165,7 @@ def test_a_mixer_alone(way):
         ("sleeps", "over {} s", True),
         ("sleeps through errors", "over {} s", True),
         ("3000000000", "over 2 GB", True),
+        ("out of memory", "out of memory, of at most 2 GB", True),
         ("fails", "RuntimeError: no such luck", False),
         ("crashes", "died of SIGSEGV", False),
     ],
@@ -177,7 +183,7 @@ def test_backward_may_fail_alone():
     outcomes = alone(odd("3000000000", training_only=True), TINY, SETTINGS)
     assert isinstance(outcomes["forward"], int)
     assert outcomes["step"] is None  # not a mixer of ours: it does not stream
-    assert outcomes["forward_backward"] == Failure("over 2 GB", True)
+    assert outcomes["forward_backward"] == outcomes["launches"] == Failure("over 2 GB", True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -250,8 +256,137 @@ def test_after_a_failed_forward_pass_all_has_failed(monkeypatch):
         measure, "_in_subprocess", lambda *_: {"build": Facts(0, True, True, None, None), "forward": failure}
     )
     outcomes = alone(stu_node(), TINY, SETTINGS)
-    assert [outcomes[stage] for stage in ("forward", "step", "forward_backward")] == [failure] * 3
+    assert [outcomes[stage] for stage in ("forward", "step", "forward_backward", "launches")] == [failure] * 4
     assert alone(stu_node(), TINY, SETTINGS, skip={"forward": failure}) == {}
+
+
+# --- on a device, as far as a CPU can tell ---
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """As on a device, whose memory then has been given back once or more."""
+    freed = []
+    monkeypatch.setattr(measure, "_in_subprocess", measure._in_process)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    return freed
+
+
+def measured(lengths):
+    """All models at these lengths: their failures, and those whose times are known, by length."""
+    found = candidates.find(["transformer", "stu_t"], causal=True, size=TINY)
+    sizes = [TINY._replace(length=length) for length in lengths]
+    rows = [row for rows in measure.measure(found, sizes, SETTINGS, lambda _: None) for row in rows]
+    assert all(row.forward and row.forward_backward and row.launches for row in rows if row.model == "stu_t")
+    return [row for row in rows if row.model == "transformer"]
+
+
+def exhausted(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        ("__init__", "build"),
+        ("warm_up", "build"),
+        ("_forward", "forward"),
+        ("_step", "step"),
+        ("_forward_backward", "forward_backward"),
+    ],
+)
+def test_a_device_out_of_memory_ends_one_mixer_at_this_and_greater_lengths(method, stage, monkeypatch, in_process):
+    reached, original = [], getattr(Bench, method)
+
+    def limited(self, *arguments):
+        node, data = (arguments[0], arguments[1]) if method == "__init__" else (None, self.data)
+        name = node["_target_"] if node else type(self.mixer).__name__
+        length = data.x.shape[1]
+        if name.endswith("Attention") and length > (12 if method in ("__init__", "warm_up") else 8):
+            reached.append(length)
+            exhausted()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Bench, method, limited)
+    first, second, third = measured([12, 13, 14] if method in ("__init__", "warm_up") else [8, 13, 14])
+    assert first.failures == {}
+    assert second.failures[stage] == "out of memory, of at most 2 GB"
+    assert third.failures[stage] == "out of memory, of at most 2 GB already at L = 13"
+    assert (second.forward is None) == (stage in ("build", "forward"))
+    assert second.forward_backward is None or stage == "step"
+    assert reached == [13]
+    assert len(in_process) == 3 + 1  # after every size, and after the failure
+
+
+@pytest.mark.parametrize("stage", ["forward", "forward_backward"])
+def test_a_device_out_of_memory_in_company_ends_one_mixer(stage, monkeypatch, in_process):
+    original = measure.interleaved
+
+    def crowded(calls, **options):
+        calls = {key: exhausted if key == ("transformer", stage) else call for key, call in calls.items()}
+        return original(calls, **options)
+
+    monkeypatch.setattr(measure, "interleaved", crowded)
+    first, second = measured([12, 13])
+    assert first.failures == {stage: "out of memory, of at most 2 GB"}
+    assert second.failures[stage] == "out of memory, of at most 2 GB already at L = 12"
+    assert len(in_process) == 2 + 1
+
+
+def test_a_device_without_memory_for_the_data_times_nothing(monkeypatch, in_process):
+    original, alone = Data.draw, [True]
+    monkeypatch.setattr(Data, "draw", lambda *arguments: original(*arguments) if alone else exhausted())
+    timed = measure._timed
+    monkeypatch.setattr(measure, "_timed", lambda *arguments: (alone.clear(), timed(*arguments))[1])
+    found = candidates.find(["transformer"], causal=True, size=TINY)
+    [[row]] = measure.measure(found, [TINY], SETTINGS, lambda _: None)
+    assert row.forward is row.step is row.forward_backward is None
+    assert set(row.failures.values()) == {"out of memory, of at most 2 GB"}
+
+
+def test_what_a_failed_call_computed_is_freed(in_process):
+    computed = []
+
+    def failing():
+        activations = torch.ones(1000)
+        computed.append(weakref.ref(activations))
+        exhausted()
+
+    _, failures = interleaved({"failing": failing}, min_seconds=1e-3, repeats=1)
+    assert isinstance(failures["failing"], torch.OutOfMemoryError)
+    assert computed[0]() is None
+    assert in_process
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"]
+)
+def test_libraries_run_out_of_memory_in_their_own_words(message):
+    assert measure._failure(RuntimeError(message), SETTINGS) == Failure("out of memory, of at most 2 GB", True)
+
+
+def test_memory_of_a_device_is_counted_by_its_allocator(monkeypatch):
+    device, calls = torch.device("cuda:0"), []
+    monkeypatch.setattr(measure, "_status", lambda _: pytest.fail("that of the process"))
+    monkeypatch.setattr(measure, "memory_of", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 350)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: calls.append(share))
+    before = measure._used_memory(device)
+    with measure._memory_limit(400, device):
+        assert measure._peak_memory(lambda: calls.append("call"), device, before) == 250
+    assert calls == [0.5, "reset", "call", 1.0]
+
+
+def test_without_memory_for_the_peak_there_is_no_roofline(monkeypatch, quick, tmp_path, capsys):
+    monkeypatch.setattr(roofline, "_measured_peak", exhausted)
+    monkeypatch.setattr(run, "measured_peak", roofline.measured_peak)
+    assert main([*quick, "--models", "stu:num_filters=1", "--out", str(tmp_path)]) == 0
+    assert "peak of the device: not measured, out of memory\n" in capsys.readouterr().out
+    found = Results.read(tmp_path)
+    assert found.peak is None
+    assert all(row.forward and found.derived(row)["floor_share"] is None for row in found.rows)
 
 
 @pytest.mark.slow
@@ -295,6 +430,22 @@ def test_the_least_work():
     assert Peak(flops=10, bytes=100).seconds(Work(flops=3, bytes=100)) == 1
 
 
+def test_the_least_work_of_a_device_has_the_transfer_function_in_memory():
+    layer = STU(128, seq_len=1024, two_sided=False, k_u=0, k_y=0)
+    size, frequencies, matrix, learned = Size(1024, 32, 128, 24), 1025, 128**2, 24 * 128**2
+    ends, signal, response = 2 * 32 * 1024 * 128, 2 * 32 * frequencies * 128, 2 * frequencies * matrix
+    assert round(4e-6 * response) == 134  # MB
+    products, mixing = 8 * 32 * frequencies * matrix, 4 * 24 * frequencies * matrix
+    transforms = 2 * 32 * 128 * 2.5 * 2048 * 11
+    forward = least_work(layer, size, backward=False, on_cpu=False)
+    assert forward == Work(products + mixing + transforms, 4 * (ends + learned + 4 * signal + 2 * response))
+    backward = least_work(layer, size, backward=True, on_cpu=False) - forward
+    traffic = 4 * (ends + 2 * learned + 6 * signal + 4 * response)
+    assert backward == Work(2 * products + 2 * mixing + transforms, traffic)
+    both_ways = STU(128, seq_len=1024, two_sided=False, k_u=0, k_y=0, causal=False)
+    assert least_work(both_ways, size, backward=False, on_cpu=False) == forward + Work(0, 4 * learned)
+
+
 # --- what comes of it ---
 
 
@@ -315,27 +466,31 @@ def results(*rows):
     )
 
 
-def row(model, length=1024, forward=0.01, both=0.03, floor=None, **others):
+def row(model, length=1024, forward=0.01, both=0.03, floors=(None, None), **others):
     return Row(
         model=model,
         length=length,
         batch=8,
         width=128,
         filters=None,
-        facts=Facts(1000, True, True, None, floor),
+        facts=Facts(1000, True, True, *floors),
         forward=timing(forward),
         forward_backward=timing(both) if both else None,
         **{"step": None, "forward_bytes": 10**6, "forward_backward_bytes": 2 * 10**6, "failures": {}} | others,
     )
 
 
+# Forward 4 ms of operations, backward 6 ms of traffic.
+FLOORS = Work(flops=4e8, bytes=1e7), Work(flops=5e8, bytes=7e7)
+
 EXAMPLE = results(
     row("literal:k_y=0", both=0.3),
-    row("stu", floor=Work(flops=1e9, bytes=1), step=timing(1e-3)),
+    row("stu", floors=FLOORS, step=timing(1e-3), launches=Launches(12, 1234)),
     row("s4", 4096),
     row("stu", 4096, both=None, failures={"step": "no", "forward_backward": "over 8 GB"}, forward_backward_bytes=None),
     Row("gru", 4096, 8, 128, None, None, None, None, None, None, None, {"forward": "over 2 s", "step": "over 2 s"}),
     Row("stu_t", 4096, 8, 128, 24, None, None, None, None, None, None, {"build": "num_filters=24: must be in 1 … 9"}),
+    row("transformer:window=128", both=0.06),
 )
 
 
@@ -343,6 +498,8 @@ def test_what_follows_from_a_row():
     assert EXAMPLE.derived(EXAMPLE.rows[1]) == {
         "tokens_per_second": pytest.approx(8 * 1024 / 0.03),
         "speedup": pytest.approx(10),
+        "attention_speedup": pytest.approx(2),
+        "forward_floor_share": pytest.approx(0.4),
         "floor_share": pytest.approx(0.01 / 0.03),
         "step_share": pytest.approx(0.1),
     }
@@ -357,6 +514,12 @@ def test_results_are_read_as_they_were_written(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows[1]["forward"] == {"median": 0.01, "min": 0.005, "mean": 0.02, "count": 7}
     assert rows[1]["derived"]["speedup"] == pytest.approx(10)
+    assert (rows[0]["launches"], rows[1]["launches"]) == (None, {"forward": 12, "both": 1234})
+
+
+def test_results_from_before_launches_were_counted_are_read():
+    for file in (ROOT / "experiments/speed/results").glob("*/results.json"):
+        assert all(row.launches is None for row in Results.read(file.parent).rows) or "launches" in file.read_text()
 
 
 @pytest.mark.slow
@@ -366,11 +529,12 @@ def test_the_table(tmp_path, capsys):
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0] == ["a processor, 2 threads, torch 2.6.0, float32, bfloat16 autocast"]
     assert lines[1] == ["peak of the device, measured: 100 GFLOP/s in a matrix product, 10 GB/s copied"]
-    stu = ["stu", "10.0", "5.00", "30.0", "15.0", "10.0", "2.00", "273,067", "1,000", "10.0 %", "33.3 %"]
+    stu = ["stu", "10.0", "5.00", "30.0", "15.0", "10.0", "2.00", "12 / 1,234", "2.00", "273,067", "1,000", "10.0 %"]
+    stu += ["40.0 / 33.3 %"]
     assert stu in lines
-    assert ["stu", "10.0", "5.00", *["—"] * 8, "step: no; fwd+bwd: over 8 GB"] in lines
-    assert ["gru", *["—"] * 10, "over 2 s"] in lines
-    assert ["stu_t", *["—"] * 10, "build: num_filters=24: must be in 1 … 9"] in lines
+    assert ["stu", "10.0", "5.00", *["—"] * 10, "step: no; fwd+bwd: over 8 GB"] in lines
+    assert ["gru", *["—"] * 12, "over 2 s"] in lines
+    assert ["stu_t", *["—"] * 12, "build: num_filters=24: must be in 1 … 9"] in lines
     assert ["L = 4,096, B = 8, D = 128, K = 24"] in lines
 
 
@@ -435,6 +599,7 @@ def test_what_was_measured_before_a_stop_is_kept(quick, tmp_path, capsys, monkey
     [
         (["--models", "foo"], "error: --models=foo: no such model; choose from literal, "),
         (["--device", "foo"], "error: --device=foo: must be auto, cpu, "),
+        (["--device", "cuda:99"], "error: --device=cuda:99: cannot be used: "),
         (["--device", "cpu", "--tf32"], "error: --tf32=cpu: only CUDA devices have it"),
         (["--models", "stu", "--out", "/dev/null/a"], "error: --out=/dev/null/a: cannot be created: "),
         (["--redraw", "/dev/null"], "error: --redraw=/dev/null: has no results.json that can be read"),
@@ -476,6 +641,8 @@ def test_the_command(tmp_path):
         assert (row["step"] is None) == (model == "literal")
         assert row["facts"]["causal"]
         assert row["derived"]["speedup"] > 0
+        assert row["derived"]["attention_speedup"] > 0
+        assert 0 < row["launches"]["forward"] < row["launches"]["both"]
         assert re.search(rf"^{model} ", done.stdout, re.MULTILINE)
     assert sys.platform != "linux" or all(row["forward_backward_bytes"] is not None for row in rows.values())
     try:
