@@ -16,8 +16,9 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,26 +32,27 @@ NARROWEST = 64  # frequencies in the first bands on either end; the others doubl
 CACHED_LENGTHS = 64  # FFT lengths whose bands a bank keeps
 
 
+Made = TypeVar("Made", bound="list[Band] | Spectra")
+
+
 class Band(NamedTuple):
     """The filters on some frequencies: φ̂_k(f) = Σ_r basis_r(f) mix_rk.
 
     basis: (2, F, R), real and imaginary parts; weighted: the same times each frequency's share of a sum over all n of
-    them, 2/n, but 1/n for one that is its own mirror; mix: (R, K), or None: the basis is the filters themselves.
+    them, 2/n, but 1/n for one that is its own mirror; mix: (R, K).
     """
 
     frequencies: slice
     basis: Tensor
     weighted: Tensor
-    mix: Tensor | None
+    mix: Tensor
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> "Band":
-        """For the arithmetic of a dtype and a device."""
-        basis, weighted = self.basis.to(dtype).to(device), self.weighted.to(dtype).to(device)
-        return Band(self.frequencies, basis, weighted, None if self.mix is None else self.mix.to(dtype).to(device))
 
-    def mixed(self, matrices: Tensor) -> Tensor:
-        """The matrices of the basis functions, M̃_r = Σ_k mix_rk M_k: (K, I, O) → (R, I·O)."""
-        return matrices.flatten(1) if self.mix is None else self.mix @ matrices.flatten(1)
+class Spectra(NamedTuple):
+    """The filters themselves at all frequencies, (2, F, K), and times their shares; see `Band`."""
+
+    basis: Tensor
+    weighted: Tensor
 
 
 class SpectralFilters(NamedTuple):
@@ -88,7 +90,7 @@ class FilterBank:
         self.filters, self.spectral = filters.detach().to("cpu", torch.float64), spectral
         self.name = name or f"{next(self._numbers)} of process {os.getpid()}"
         self._lock = threading.Lock()  # replicas of a model, one per thread, share its banks
-        self._bands: OrderedDict[tuple[int, torch.dtype, torch.device, bool], list[Band]] = OrderedDict()
+        self._spectra: OrderedDict[tuple[Any, ...], list[Band] | Spectra] = OrderedDict()
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.memories: dict[Any, Any] = {}  # of `stu.ops.streaming`, by how they stream
         self._living.setdefault(self.name, self)
@@ -123,23 +125,36 @@ class FilterBank:
         _place(self.name, device, dtype)
         return self._placed[device, dtype]
 
-    def bands(self, n: int, dtype: torch.dtype, device: torch.device, *, whole: bool = False) -> list[Band]:
+    def bands(self, n: int, dtype: torch.dtype, device: torch.device) -> list[Band]:
         """The spectra under FFTs of length n; every filter's relative error is at most the rounding of `dtype`.
 
-        Filters are cut to (n + 1) // 2 steps, so that with inputs of at most as many nothing wraps around. whole: all
-        frequencies as one band, not compressed.
+        Filters are cut to (n + 1) // 2 steps, so that with inputs of at most as many nothing wraps around.
         """
-        key = n, dtype, device, whole
+
+        def compressed(filters: Tensor) -> list[Band]:
+            bands = _compressed(filters, n, torch.finfo(dtype).eps)
+            return [Band(band[0], *(part.to(dtype).to(device) for part in band[1:])) for band in bands]
+
+        return self._kept(("bands", n, dtype, device), n, compressed)
+
+    def spectra(self, n: int, dtype: torch.dtype, device: torch.device) -> Spectra:
+        """The same, neither compressed nor divided."""
+
+        def whole(filters: Tensor) -> Spectra:
+            return Spectra(*(part.to(dtype).to(device) for part in _whole(filters, n)))
+
+        return self._kept(("spectra", n, dtype, device), n, whole)
+
+    def _kept(self, key: tuple[Any, ...], n: int, make: Callable[[Tensor], Made]) -> Made:
         with self._lock:
-            if key not in self._bands:
+            if key not in self._spectra:
                 with torch.inference_mode(False):
-                    cut = self.filters[: (n + 1) // 2]
-                    bands = [_whole(cut, n)] if whole else _compressed(cut, n, torch.finfo(dtype).eps)
-                    self._bands[key] = [band.to(dtype, device) for band in bands]
-                if len(self._bands) > CACHED_LENGTHS:
-                    self._bands.popitem(last=False)
-            self._bands.move_to_end(key)
-            return self._bands[key]
+                    self._spectra[key] = make(self.filters[: (n + 1) // 2])
+                if len(self._spectra) > CACHED_LENGTHS:
+                    self._spectra.popitem(last=False)
+            self._spectra.move_to_end(key)
+            found: Any = self._spectra[key]
+            return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -151,10 +166,9 @@ def _place(name: str, device: torch.device, dtype: torch.dtype) -> None:
             bank._placed[device, dtype] = bank.filters.to(dtype).to(device)
 
 
-def _whole(filters: Tensor, n: int) -> Band:
-    """The spectra themselves."""
+def _whole(filters: Tensor, n: int) -> Spectra:
     basis = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0)).movedim(-1, 0).contiguous()  # (2, F, K)
-    return Band(slice(0, None), basis, basis * _shares(n).unsqueeze(-1), None)
+    return Spectra(basis, basis * _shares(n).unsqueeze(-1))
 
 
 def _shares(n: int) -> Tensor:

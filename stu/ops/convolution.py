@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from stu.errors import require
-from stu.ops.bank import Band, FilterBank
+from stu.ops.bank import Band, FilterBank, Spectra
+from stu.ops.dense_transfer import DenseTransfer
 from stu.ops.flops import fft_flops, flops_of
-from stu.ops.forms import budget, chunks, on_cpu, room
+from stu.ops.forms import budget, chunks, on_cpu
 from stu.ops.long_convolution import fft_length
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import exporting, owned, plain_gradients, transformed
@@ -111,12 +112,14 @@ def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, a
     """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
-        bands = _bands(bank, n, weight.dtype, weight.device, algorithm)
+        spectra = _spectra(bank, n, weight, algorithm)
+        if isinstance(spectra, Spectra):
+            return DenseTransfer(spectra, n, weight, reverse).convolve(u)
         products = []
-        for band, signal in zip(bands, _spectrum(u, n, bands), strict=True):
+        for band, signal in zip(spectra, _spectrum(u, n, spectra), strict=True):
             products.append(signal.new_empty(*signal.shape[:3], weight.shape[2]))
             _PRODUCTS[algorithm](band, weight, reverse).multiply(products[-1], signal)
-        return _samples(products, bands, n, u.shape[1])
+        return _samples(products, spectra, n, u.shape[1])
 
 
 @_convolution.register_fake
@@ -142,22 +145,17 @@ def _convolution_backward(
     """
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
-        bands = _bands(bank, n, weight.dtype, weight.device, algorithm)
-        gradients = _spectrum(grad, n, bands)
-        signals = _spectrum(u, n, bands) if wants_matrices else gradients
-        by_u: list[Tensor] = []
-        by_matrices: list[Tensor | None] = [None, None]
-        for band, signal, gradient in zip(bands, signals, gradients, strict=True):
-            product = _PRODUCTS[algorithm](band, weight, reverse)
-            if wants_u:
-                by_u.append(gradient.new_empty(*gradient.shape[:3], weight.shape[1]))
-                product.multiply_adjoint(by_u[-1], gradient)
-            if wants_matrices:
-                for i, part in enumerate(product.correlate(signal, gradient)):
-                    by_matrices[i] = part if band.mix is None else _added(by_matrices[i], band.mix.mT, part)
-        by_weight, by_reverse = (u.new_empty(0) if total is None else total.view_as(weight) for total in by_matrices)
-        by_input = _samples(by_u, bands, n, u.shape[1]) if wants_u else u.new_empty(0)
-        return by_input, owned(by_weight), owned(by_reverse)
+        spectra = _spectra(bank, n, weight, algorithm)
+        if isinstance(spectra, Spectra):
+            whole = DenseTransfer(spectra, n, weight, reverse)
+            by_u, by_matrices = whole.gradients(u, grad, wants_u, wants_matrices)
+        else:
+            products = [_PRODUCTS[algorithm](band, weight, reverse) for band in spectra]
+            by_u, by_matrices = _gradients(products, spectra, n, u, grad, wants_u, wants_matrices)
+        missing = [None] * (2 - len(by_matrices))
+        wanted = by_u, *(owned(found.view_as(weight)) for found in by_matrices), *missing
+        by_input, by_weight, by_reverse = (u.new_empty(0) if found is None else found for found in wanted)
+        return by_input, by_weight, by_reverse
 
 
 @_convolution_backward.register_fake
@@ -205,8 +203,11 @@ _convolution_backward.register_autograd(_backward_of_backward, setup_context=_sa
 @flops_of(_convolution)
 def _flops(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str, **_: Any) -> int:
     n = fft_length(2 * u.shape[1] - 1)
-    bands = _bands(bank, n, weight.dtype, torch.device("cpu"), algorithm)
-    products = sum(_product_flops(band, len(u), weight, reverse, algorithm) for band in bands)
+    if algorithm == "dense":
+        products = _dense_flops(n, weight) + _dense_flops(n, weight[:1], 2 * len(u))
+    else:
+        bands = FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu"))
+        products = sum(_product_flops(band, len(u), weight, reverse, algorithm) for band in bands)
     return fft_flops(n, len(u) * (weight.shape[1] + weight.shape[2])) + products
 
 
@@ -215,8 +216,11 @@ def _backward_flops(grad: Tensor, *inputs: Any, **_: Any) -> int:
     u, weight, reverse, bank, algorithm, wants_u, wants_matrices = inputs
     n = fft_length(2 * u.shape[1] - 1)
     total: int = fft_flops(n, len(u) * (weight.shape[2] + weight.shape[1] * (wants_u + wants_matrices)))
-    for band in _bands(bank, n, weight.dtype, torch.device("cpu"), algorithm):
-        mixing = _mixing_flops(band, weight, reverse)
+    if algorithm == "dense":
+        spectra, products = _dense_flops(n, weight), _dense_flops(n, weight[:1], 2 * len(u))
+        return total + wants_u * (spectra + products) + wants_matrices * (2 * spectra + products)
+    for band in FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu")):
+        mixing = 2 * band.mix.numel() * weight[0].numel() * (1 if reverse is None else 2)
         product = _product_flops(band, len(u), weight, reverse, algorithm) - mixing
         # the gradients of the matrices, too, cost a product, and mixing them back
         total += mixing + (wants_u + wants_matrices) * product + wants_matrices * mixing
@@ -227,23 +231,25 @@ def _product_flops(band: Band, batch: int, weight: Tensor, reverse: Tensor | Non
     """Of mixing the matrices into those of a band, and of the product with a signal."""
     _, frequencies, rank = band.basis.shape
     width, size = weight.shape[1], weight[0].numel()
-    mixing = _mixing_flops(band, weight, reverse)
+    directions = 1 if reverse is None else 2
+    mixing = 2 * band.mix.numel() * size * directions
     if algorithm == "features":
-        return mixing + 4 * frequencies * batch * rank * (1 if reverse is None else 2) * (size + 2 * width)
+        return mixing + 4 * frequencies * batch * rank * directions * (size + 2 * width)
     return mixing + 4 * frequencies * (rank + 2 * batch) * size
 
 
-def _mixing_flops(band: Band, weight: Tensor, reverse: Tensor | None) -> int:
-    factors = 0 if band.mix is None else 2 * band.mix.numel()
-    return factors * weight[0].numel() * (1 if reverse is None else 2)
+def _dense_flops(n: int, weight: Tensor, times: int = 1) -> int:
+    """Of two real products of (F, K) with (K, I·O), `times` over."""
+    return 4 * (n // 2 + 1) * weight.numel() * times
 
 
 # --- between samples and bands ---
 
 
-def _bands(bank: str, n: int, dtype: torch.dtype, device: torch.device, algorithm: str) -> list[Band]:
-    """The spectra that the algorithm needs."""
-    return FilterBank.of(bank).bands(n, dtype, device, whole=algorithm == "dense")
+def _spectra(bank: str, n: int, like: Tensor, algorithm: str) -> list[Band] | Spectra:
+    """The filters' spectra as the algorithm needs them."""
+    filters = FilterBank.of(bank)
+    return (filters.spectra if algorithm == "dense" else filters.bands)(n, like.dtype, like.device)
 
 
 def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:
@@ -255,6 +261,31 @@ def _spectrum(x: Tensor, n: int, bands: list[Band]) -> list[Tensor]:
         for band, plane in zip(bands, planes, strict=True):
             plane[:, rows] = whole[band.frequencies]
     return planes
+
+
+def _gradients(
+    products: "list[_Transfer | _Features]",
+    bands: list[Band],
+    n: int,
+    u: Tensor,
+    grad: Tensor,
+    wants_u: bool,
+    wants_matrices: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """As `DenseTransfer.gradients`, band by band."""
+    gradients = _spectrum(grad, n, bands)
+    signals = _spectrum(u, n, bands) if wants_matrices else gradients
+    by_u: list[Tensor] = []
+    by_matrices: list[Tensor] = []
+    for product, band, signal, gradient in zip(products, bands, signals, gradients, strict=True):
+        if wants_u:
+            by_u.append(gradient.new_empty(*gradient.shape[:3], u.shape[2]))
+            product.multiply_adjoint(by_u[-1], gradient)
+        if wants_matrices:
+            parts = product.correlate(signal, gradient)
+            sums: list[Any] = by_matrices or [None] * len(parts)
+            by_matrices = [_added(total, band.mix.mT, part) for total, part in zip(sums, parts, strict=True)]
+    return _samples(by_u, bands, n, u.shape[1]) if wants_u else None, by_matrices
 
 
 def _samples(planes: list[Tensor], bands: list[Band], n: int, length: int) -> Tensor:
@@ -283,9 +314,9 @@ class _Transfer:
 
     def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
         self.basis, self.weighted, self.shape, self.two_way = band.basis, band.weighted, weight.shape[1:], False
-        self.even = self.odd = band.mixed(weight)  # (R, I·O)
+        self.even = self.odd = band.mix @ weight.flatten(1)  # (R, I·O)
         if reverse is not None:
-            mirrored = band.mixed(reverse)
+            mirrored = band.mix @ reverse.flatten(1)
             self.even, self.odd, self.two_way = self.even + mirrored, self.odd - mirrored, True
 
     def multiply(self, out: Tensor, signal: Tensor) -> None:
@@ -322,19 +353,11 @@ class _Transfer:
         return real.view(-1, *self.shape), imaginary.view(-1, *self.shape)
 
 
-class _Dense(_Transfer):
-    """The same for as many frequencies at a time as there is memory for: H, and two products with the signals."""
-
-    def _frequencies(self, signal: Tensor) -> list[slice]:
-        numbers = 2 * self.shape.numel() + 4 * signal.shape[1] * max(self.shape)
-        return chunks(len(signal), numbers, room(signal))
-
-
 class _Features:
     """The same by a_r(f) U(f) for some frequencies at a time; the other direction adds the features a_r(f)* U(f)."""
 
     def __init__(self, band: Band, weight: Tensor, reverse: Tensor | None) -> None:
-        matrices = [band.mixed(matrix) for matrix in (weight, reverse) if matrix is not None]
+        matrices = [band.mix @ matrix.flatten(1) for matrix in (weight, reverse) if matrix is not None]
         self.directions = len(matrices)
         self.matrix = torch.cat(matrices).view(-1, weight.shape[2])  # (R·I, O), or (2R·I, O)
         # (F, 2R, 2): multiplication by a_r as a real matrix
@@ -390,5 +413,4 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 _PRODUCTS: dict[str, type[_Transfer] | type[_Features]] = {
     "transfer": _Transfer,
     "features": _Features,
-    "dense": _Dense,
 }

@@ -1,7 +1,8 @@
 """FLOPs of the custom operators, for `torch.utils.flop_counter.FlopCounterMode`, which cannot look inside.
 
 As that mode does for PyTorch's own operations, matrix products count two FLOPs per multiplication and addition, and
-work on single elements counts nothing. FFTs, which it leaves out, count 2.5 n log₂ n each, as is usual for real ones.
+work on single elements counts nothing. Complex products count as the four real ones that they are; that mode takes them
+for one. FFTs, which it leaves out, count 2.5 n log₂ n each, as is usual for real ones.
 """
 
 import math

@@ -323,7 +323,7 @@ def _backward_flops(grad: Tensor, grad_last: Tensor, *inputs: Any, **_: Any) -> 
 
 
 def _scan_flops(batch: int, length: int, states: int, algorithm: str) -> int:
-    """Of the products with matrices of powers, complex ones counted as if they were real, as `FlopCounterMode` does."""
+    """Of the complex products with matrices of powers."""
     if algorithm == "tree":
         return 0
     block, levels = _division(length)
@@ -331,7 +331,7 @@ def _scan_flops(batch: int, length: int, states: int, algorithm: str) -> int:
     for _ in range(levels - 1):
         count = -(-count // block)
         total += count * block * (1 + block)
-    return 2 * batch * states * (total + count**2)
+    return 8 * batch * states * (total + count**2)
 
 
 class _Tree(NamedTuple):

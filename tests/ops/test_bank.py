@@ -83,7 +83,7 @@ def test_bands_are_made_once_and_only_so_many_are_kept(monkeypatch):
     filters.bands(128, torch.float32, CPU)
     filters.bands(120, torch.float32, CPU)
     assert filters.bands(128, torch.float32, CPU) is first  # used last but one
-    assert len(filters._bands) == 2
+    assert len(filters._spectra) == 2
 
 
 def test_threads_that_build_the_same_filters_at_once_share_them():

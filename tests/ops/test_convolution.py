@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from stu.errors import OptionError
-from stu.ops import convolution, forms
+from stu.ops import convolution, dense_transfer, forms
 from stu.ops.bank import FilterBank
 from stu.ops.convolution import choose_algorithm, filter_convolution, filter_convolution_reference
 from stu.ops.forms import chunks
@@ -91,16 +91,15 @@ def test_chunks_do_not_change_the_result(numbers, algorithm, monkeypatch):
 
 
 def test_a_dense_transfer_function_takes_no_more_memory_than_allowed(monkeypatch):
-    """Of H, its products and what they are made of, in as few pieces as there is memory for."""
+    """Of H, as real and imaginary parts and as complex numbers, in as few pieces as there is memory for."""
     pieces = []
-    monkeypatch.setattr(convolution, "chunks", lambda *given: pieces.append(chunks(*given)) or pieces[-1])
+    monkeypatch.setattr(dense_transfer, "chunks", lambda *given: pieces.append(chunks(*given)) or pieces[-1])
     u, bank, weight = problem(1000, width=8, out=8, dtype=torch.float32)
+    whole = filter_convolution(u, bank, weight, algorithm="dense")
     with forms.taken_for("cuda"), forms.device_memory(1 << 18):
-        filter_convolution(u, bank, weight)
-    by_frequency = [f for f in pieces if f[-1].stop == 1001]
-    per_frequency = 4 * (2 * 8 * 8 + 2 * 2 * 2 * 8)  # Re H, Im H and a product of two sequences with each
-    at_once = (1 << 18) // per_frequency
-    assert [f.stop - f.start for f in by_frequency[0]] == [at_once, at_once, 1001 - 2 * at_once]
+        assert_same(filter_convolution(u, bank, weight), whole, (u, weight), 1e-3)
+    frequencies = [[f.stop - f.start for f in slices] for slices in pieces if slices[-1].stop == 1001]
+    assert frequencies == [[1001], [256, 256, 256, 233], [256, 256, 256, 233], [1001]]  # forward, then backward
 
 
 def test_chunks_cover_everything_within_the_budget():

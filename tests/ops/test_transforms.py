@@ -361,11 +361,17 @@ def test_values_while_operations_are_dispatched_one_by_one(name):
     assert_same(found, torch.autograd.grad(expected(*x), x))
 
 
+def raw(formula):
+    """A formula of tensors, not of shapes."""
+    formula._get_raw = True
+    return formula
+
+
 def counted(function, *inputs):
     """FLOPs of the matrix products and FFTs in tensor code."""
     aten = torch.ops.aten
 
-    formulas = {aten._fft_r2c: r2c, aten._fft_c2r: c2r, aten.addmm_: addmm}
+    formulas = {aten._fft_r2c: r2c, aten._fft_c2r: c2r, aten.addmm_: addmm, aten.bmm: bmm, aten.baddbmm_: baddbmm}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         function(*inputs)
@@ -380,6 +386,17 @@ def r2c(x_shape, dim, *_, out_shape, **__):
 def c2r(x_shape, dim, *_, out_shape, **__):
     (axis,) = dim
     return fft_flops(out_shape[axis], math.prod(out_shape) // out_shape[axis])
+
+
+@raw
+def bmm(a, b, **_):
+    """The counter takes a complex product for a real one."""
+    return 2 * a.numel() * b.shape[-1] * (4 if a.is_complex() else 1)
+
+
+@raw
+def baddbmm(x, a, b, **_):
+    return bmm(a, b)
 
 
 def addmm(shape, a, b, **_):
