@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.heads import Pool, PooledHead, StepHead
+from stu.ops.padding import real_first
 
 if TYPE_CHECKING:  # slow to import, and only training needs it
     from torchmetrics import Metric
@@ -25,11 +26,14 @@ class Batch(NamedTuple):
     targets: (B,) int64 classes or float values, (B, O) float values, (B, L) int64 tokens, or (B, L, O) float values for
     every step.
     mask: (B, L) bool, True on real positions; None where no position is padding.
+    num_real: how many positions are real, where there is a mask: known before the batch goes to a GPU, so that what is
+    selected there (`scored_steps`) has a known size. None: not counted.
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor | None
+    num_real: int | None = None
 
 
 class Examples(Protocol):
@@ -216,9 +220,7 @@ class Regression(Task):
         """Every real step, (n, O) and (n, O), or every sequence in the shape of the targets."""
         if self.pool is not None:
             return prediction.view(batch.targets.shape), batch.targets
-        if batch.mask is None:
-            return prediction.flatten(0, 1), batch.targets.flatten(0, 1)
-        return prediction[batch.mask], batch.targets[batch.mask]
+        return scored_steps(prediction, batch), scored_steps(batch.targets, batch)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean squared error over steps and outputs."""
@@ -231,11 +233,19 @@ class Regression(Task):
         return {"mse": MeanSquaredError()}
 
 
+def scored_steps(x: Tensor, batch: Batch) -> Tensor:
+    """The real steps of (B, L, …) one after the other, (n, …): x[batch.mask], which would wait for a GPU to count."""
+    if batch.mask is None:
+        return x.flatten(0, 1)
+    count = int(batch.mask.sum()) if batch.num_real is None else batch.num_real
+    return x.flatten(0, 1)[real_first(batch.mask.flatten().unsqueeze(0)).squeeze(0)[:count]]
+
+
 def collate(examples: Sequence[tuple[Any, Any]]) -> Batch:
     """(inputs, targets) pairs as a batch, padded on the right to the longest sequence."""
     inputs, targets = zip(*examples, strict=True)
     stacked, mask = pad(inputs)
-    return Batch(stacked, pad(targets)[0], mask)
+    return Batch(stacked, pad(targets)[0], mask, None if mask is None else sum(map(len, inputs)))
 
 
 def pad(sequences: Sequence[Any]) -> tuple[Tensor, Tensor | None]:

@@ -183,8 +183,9 @@ def save(figure: "Figure", file: Path) -> None:
 
 def _batch(model: nn.Module, task: Task, examples: Examples, count: int) -> Batch:
     """The first `count` examples, or all if there are fewer."""
-    inputs, targets, mask = task.collate([examples[index] for index in range(min(count, len(examples)))])
-    return Batch(_like(model, inputs), _like(model, targets), None if mask is None else _like(model, mask))
+    batch = task.collate([examples[index] for index in range(min(count, len(examples)))])
+    mask = None if batch.mask is None else _like(model, batch.mask)
+    return Batch(_like(model, batch.inputs), _like(model, batch.targets), mask, batch.num_real)
 
 
 def _like(model: nn.Module, x: Tensor) -> Tensor:

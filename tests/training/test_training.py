@@ -15,7 +15,7 @@ from torchmetrics import MeanSquaredError, Metric
 from stu.backbone import SequenceModel
 from stu.encoders import LinearEncoder
 from stu.heads import StepHead
-from stu.task import Batch, Splits, Task
+from stu.task import Batch, Splits, Task, scored_steps
 from stu.training import Diverged, SequenceModule
 from tests.generate import read_trajectories, trajectory
 from tests.models import MODELS, small_backbone
@@ -72,9 +72,7 @@ class Steps(Task):
         return StepHead(d_model, d_output=1)
 
     def scored(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        if batch.mask is None:
-            return prediction.flatten(0, 1), batch.targets.flatten(0, 1)
-        return prediction[batch.mask], batch.targets[batch.mask]
+        return scored_steps(prediction, batch), scored_steps(batch.targets, batch)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (prediction - target).abs().mean()  # unlike the metric
