@@ -231,7 +231,10 @@ def _run(
 
 
 class Training:
-    """A model, a task and a recipe as train.py puts them together, without Hydra; everything lies in `folder`."""
+    """A model, a task and a recipe as train.py puts them together, without Hydra; everything lies in `folder`.
+
+    trainer: further arguments of the Trainer.
+    """
 
     def __init__(
         self,
@@ -250,6 +253,8 @@ class Training:
         accumulate_grad_batches: int = 1,
         checkpoints: Mapping[str, Any] | None = None,
         callbacks: Sequence[L.Callback] = (),
+        device_resident: bool = False,
+        **trainer: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
         splits = task.datasets()
@@ -261,24 +266,25 @@ class Training:
             val_check_interval=val_check_interval,
             accumulate_grad_batches=accumulate_grad_batches,
         )
-        self.data = SequenceData(task, splits, self.plan, seed=seed, batch_size=batch_size, bucket=bucket)
+        loader: Any = {"batch_size": batch_size, "bucket": bucket, "device_resident": device_resident}
+        self.data = SequenceData(task, splits, self.plan, seed=seed, **loader)
         recipe = optimizer(model.named_parameters(), self.plan.total_steps)
         self.module = SequenceModule(model, task, recipe=recipe, seed=seed)
         self.csv = MetricsCSV(folder / "metrics.csv")
-        self.checkpoints = Checkpoints(folder / "checkpoints", self.plan, task.monitor, task.mode, **checkpoints or {})
+        kept = {"check_every": log_every} | dict(checkpoints or {})
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.plan, task.monitor, task.mode, **kept)
         self.trainer = L.Trainer(
             **StepPlan.trainer_arguments,
             accelerator="cpu",
             devices=1,
             accumulate_grad_batches=accumulate_grad_batches,
-            num_sanity_val_steps=1,
             logger=[self.csv],
             callbacks=[
                 MetricsLog(self.plan, batch_size=batch_size, every_n_steps=log_every), self.checkpoints, *callbacks,
             ],
             default_root_dir=folder,
             log_every_n_steps=1,
-            enable_progress_bar=False,
+            **{"enable_progress_bar": False, "num_sanity_val_steps": 1} | trainer,
         )  # fmt: skip
 
     def fit(self, checkpoint: Path | None = None) -> "Training":

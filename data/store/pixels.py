@@ -38,4 +38,4 @@ class PixelClassification(StoredClassification):
         if self.seq_len == self.side**2:
             return pixels
         square = pixels.mT.unflatten(2, (self.side, self.side)).float()  # (B, C, S, S)
-        return nn.functional.avg_pool2d(square, self.side // self.image_shape[0]).flatten(2).mT
+        return nn.functional.avg_pool2d(square, self.side // self.image_shape[0]).flatten(2).mT.contiguous()

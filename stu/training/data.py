@@ -1,16 +1,19 @@
 """The one data module: which examples make up batch n is a pure function of the seed and n."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from stu.errors import require
+from stu.errors import OptionError, require
 from stu.task import Batch, Examples, Splits, Task
 from stu.training.plan import StepPlan
+from stu.training.resident import Resident
+
+SHARE = 0.25  # of a GPU's free memory, that a split may take unasked
 
 
 class SequenceData(L.LightningDataModule):
@@ -18,7 +21,12 @@ class SequenceData(L.LightningDataModule):
 
     batch_size: sequences per optimiser step, over all devices and accumulated micro-batches together, so that a
     recipe means the same on any hardware. bucket: batches are drawn from pools of that many batches, inside which
-    sequences of similar length share a batch (less padding); 1 shuffles freely. num_workers: loader processes.
+    sequences of similar length share a batch (less padding); 1 shuffles freely. num_workers: loader processes, which
+    live as long as the run and prepare two batches each.
+
+    device_resident: whether training and validation examples are kept on the device, and their batches made there; the
+    test set, which is read once, is not. "auto": on a GPU, where each split takes at most a quarter of the free memory
+    and the run reads all of its training examples. Batches are the same, to the last bit.
     """
 
     def __init__(
@@ -31,12 +39,17 @@ class SequenceData(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         bucket: int = 1,
+        device_resident: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
+        allowed = device_resident in (True, False, "auto")
+        require(allowed, "device_resident", device_resident, "must be auto, true or false")
         require(bucket >= 1, "bucket", bucket, "must be at least 1")
         require(num_workers >= 0, "num_workers", num_workers, "must be at least 0")
         self.task, self.splits, self.plan, self.seed = task, splits, plan, seed
         self.batch_size, self.num_workers, self.bucket = batch_size, num_workers, bucket
+        self.device_resident = device_resident
+        self._resident: dict[str, Resident | None] = {}
 
     def require_enough(self, world_size: int) -> None:
         """Raise `OptionError` unless every device gets the same share of each micro-batch, and has examples."""
@@ -56,27 +69,55 @@ class SequenceData(L.LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
         )
-        return ResumableLoader(self.splits.train, sampler, **self._loader_arguments())
+        return ResumableLoader(sampler, **self._source("train"))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation example once."""
-        return self._evaluation_loader(self.splits.val)
+        return self._evaluation_loader(self.splits.val, self._source("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Every test example once."""
-        return self._evaluation_loader(self.splits.test)
+        return self._evaluation_loader(self.splits.test, self._from_host(self.splits.test))
 
-    def _evaluation_loader(self, examples: Examples) -> DataLoader[Batch]:
+    def _evaluation_loader(self, examples: Examples, source: dict[str, Any]) -> DataLoader[Batch]:
         per_device = max(1, self.batch_size // self._world_size)
         batches = evaluation_batches(len(examples), examples.lengths, per_device, self._rank, self._world_size)
-        return DataLoader(_as_dataset(examples), batch_sampler=batches, **self._loader_arguments())
+        return DataLoader(batch_sampler=batches, **source)
 
-    def _loader_arguments(self) -> dict[str, Any]:
+    def _source(self, split: str) -> dict[str, Any]:
+        """Where a loader has its batches from: the device, if they live there, or else the host."""
+        if split not in self._resident:
+            self._resident[split] = self._made_resident(getattr(self.splits, split))
+        resident = self._resident[split]
+        if resident is None:
+            return self._from_host(getattr(self.splits, split))
+        return {"dataset": resident, "collate_fn": _as_it_is}
+
+    def _from_host(self, examples: Examples) -> dict[str, Any]:
         return {
-            "num_workers": self.num_workers,
+            "dataset": examples,
             "collate_fn": self.task.collate,
-            "pin_memory": torch.cuda.is_available(),
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self._device.type == "cuda",  # Lightning's copies to the GPU then wait for nothing
         }
+
+    def _made_resident(self, examples: Examples) -> Resident | None:
+        if self.device_resident is not True:
+            all_read = self.plan.total_steps >= self.plan.steps_per_epoch
+            if not self.device_resident or self._device.type != "cuda" or not all_read:
+                return None
+        share = 1.0 if self.device_resident is True else SHARE
+        try:
+            return Resident(self.task, examples, self._device, share=share)
+        except OptionError:
+            if self.device_resident is True:
+                raise
+            return None
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     @property
     def _rank(self) -> int:
@@ -163,8 +204,8 @@ def epoch_batches(
 class ResumableLoader(DataLoader[Batch]):
     """A loader whose state is the number of batches it has returned."""
 
-    def __init__(self, examples: Examples, sampler: RunBatches, **arguments: Any) -> None:
-        super().__init__(_as_dataset(examples), batch_sampler=sampler, **arguments)
+    def __init__(self, sampler: RunBatches, **source: Any) -> None:
+        super().__init__(batch_sampler=sampler, **source)
         self.sampler_of_run, self.returned = sampler, 0
 
     def __len__(self) -> int:
@@ -187,6 +228,5 @@ class ResumableLoader(DataLoader[Batch]):
         self.sampler_of_run.start = self.returned = state["batches"]
 
 
-def _as_dataset(examples: Examples) -> Dataset[Any]:
-    """`Examples` is all that a map-style loader needs, but its type asks for the base class."""
-    return examples  # type: ignore[return-value]
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "name",
     "checkpoints.every_minutes",
     "loader.num_workers",
+    "loader.device_resident",
     "figures",
     "pictures",  # what earlier runs call figures
     "task.data.dir",

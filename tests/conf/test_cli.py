@@ -47,6 +47,7 @@ EARLY: Refused = [
     (("logger.mode=of",), ("logger.mode=of: must be one of auto, online, offline, disabled",)),
     (("mode=tst",), ("mode=tst: must be one of train, test",)),
     (("overwrite=maybe",), ("overwrite=maybe: must be true or false",)),
+    (("loader.device_resident=maybe",), ("device_resident=maybe: must be true or false or one of auto",)),
     (("seed=1.5",), ("seed=1.5: must be an integer",)),
     (("seed=-1",), ("seed=-1: must be an integer in 0 … 4294967295",)),
     (("pictures.when=never",), ("pictures.when=never: no such key; it is figures now",)),
@@ -56,7 +57,7 @@ EARLY: Refused = [
     (("model.mixer._target_=stu.STUU",), ("model.mixer._target_=stu.STUU: cannot be imported",)),
     # a key that the code sets itself
     (("+checkpoints.monitor=loss",), ("checkpoints.monitor=loss: no such key", "allowed: check_every, every_minutes")),
-    (("+loader.seed=3",), ("loader.seed=3: no such key", "batch_size, bucket, num_workers")),
+    (("+loader.seed=3",), ("loader.seed=3: no such key", "batch_size, bucket, device_resident, num_workers")),
     (("+optimizer.total_steps=9",), ("optimizer.total_steps=9: no such key",)),
     (("+figures.directory=x",), ("figures.directory=x: no such key",)),
     (("+logger.names=[a,b]",), ("logger.names=['a', 'b']: no such key",)),

@@ -266,6 +266,14 @@ class TestStopping:
         self.go_on(tmp_path, command)
         runs.assert_identical(runs.results(run), uninterrupted(command))
 
+    def test_stopped_with_its_examples_on_the_device_and_resumed_without(self, tmp_path: Path, uninterrupted: Any):
+        kept = (*OTHER, "loader.device_resident=true")
+        done, run = self.stopped(tmp_path, kept, (INT, MODULE + "training_step", 15))
+        assert done.code == 128 + INT
+        assert run.last_step == 15
+        self.go_on(tmp_path, OTHER)
+        runs.assert_identical(runs.results(run), uninterrupted(OTHER))
+
     def test_again_and_again(self, tmp_path: Path, uninterrupted: Any):
         stops: list[Stop] = [
             (TERM, MODULE + "validation_step", 3),  # in the validation at step 10 …
