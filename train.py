@@ -74,9 +74,10 @@ def train(
     plan = data.plan
     recipe = instantiate(config.optimizer)(model.named_parameters(), plan.total_steps)
     module = SequenceModule(model, task, recipe=recipe, seed=config.seed)
-    checkpoints = instantiate(config.checkpoints, _partial_=True)(run.checkpoints, plan, task.monitor, task.mode)
-    figures = instantiate(config.figures, _partial_=True)(run.figures)
     log = MetricsLog(plan, batch_size=data.batch_size, every_n_steps=config.log_every)
+    kept = run.checkpoints, plan, task.monitor, task.mode, log.every
+    checkpoints = instantiate(config.checkpoints, _partial_=True)(*kept)
+    figures = instantiate(config.figures, _partial_=True)(run.figures)
     metrics, wandb = MetricsCSV(run.metrics), instantiate(config.logger)(run, names)
     trainer = make_trainer(
         instantiate(config.trainer, _partial_=True),

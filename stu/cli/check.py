@@ -32,7 +32,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "paths.data": str,
 }
 # How many of their leading arguments these nodes get from the code.
-PASSED = {"checkpoints": 4, "figures": 1, "loader": 4, "logger": 2, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
+PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "logger": 2, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
 RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
 
 

@@ -44,7 +44,7 @@ class MetricsLog(Callback):
         self.since = self.validation_started = time.perf_counter()
         self.steps_since = 0
         self.rates: dict[str, float] = {}
-        self.gradient_norm = math.nan
+        self.gradient_norm = torch.tensor(math.nan)
         self.latest: dict[str, float] = {}  # for the progress display
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,7 +63,7 @@ class MetricsLog(Callback):
         if (trainer.global_step + 1) % self.every == 0:
             self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.gradient_norm = torch.nn.utils.get_total_norm(gradients)  # read with the metrics, after the step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,9 +76,10 @@ class MetricsLog(Callback):
         if trainer.global_step % self.every:
             return
         assert isinstance(pl_module, SequenceModule)
-        seconds = time.perf_counter() - self.since
         row = {f"train/{name}": value for name, value in compute(pl_module.train_metrics).items()}
-        row |= {**self.rates, "gradient_norm": self.gradient_norm, "time/sequences_per_second": self._rate(seconds)}
+        row |= {**self.rates, "gradient_norm": float(self.gradient_norm)}
+        seconds = time.perf_counter() - self.since  # by now a GPU has done its part of these steps
+        row["time/sequences_per_second"] = self._rate(seconds)
         row["time/data_share"] = self.waited / max(seconds, 1e-9)
         self._write(trainer, row)
         self.since, self.steps_since = time.perf_counter(), 0
@@ -111,7 +112,8 @@ class Checkpoints(Checkpoint):
 
     The last one is written after every validation, every `every_minutes` and, if given, `every_n_steps`; on SIGINT
     and SIGTERM it is written at once and `Stopped` raised (a second signal does not wait). A loss that is not finite
-    raises `Diverged` before it can reach a checkpoint. Checkpoints appear whole or not at all.
+    raises `Diverged` before it can reach a checkpoint; it is looked for every `check_every` steps, in which a GPU is
+    waited for. Checkpoints appear whole or not at all.
 
     It also tells Lightning when to validate, by the `StepPlan`.
     """
@@ -122,10 +124,10 @@ class Checkpoints(Checkpoint):
         plan: StepPlan,
         monitor: str,
         mode: Literal["min", "max"],
+        check_every: int = 10,
         *,
         every_minutes: float = 5.0,
         every_n_steps: int | None = None,
-        check_every: int = 50,
     ) -> None:
         require(every_minutes > 0, "every_minutes", every_minutes, "must be above 0")
         require(every_n_steps is None or every_n_steps >= 1, "every_n_steps", every_n_steps, "must be at least 1")
@@ -157,6 +159,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers and schedule the next validation."""
+        # Lightning's own way to stop several devices at once, for which all of them would wait in every step.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
         self._saved_at = time.monotonic()
@@ -263,7 +267,8 @@ class Checkpoints(Checkpoint):
         if _agree(trainer, bad >= 0):
             where = f"at step {bad // self.plan.accumulate + 1}" if bad >= 0 else "on another device"
             raise Diverged(f"the loss is not finite {where}")
-        if _agree(trainer, not all(bool(p.isfinite().all()) for p in module.parameters())):
+        finite = torch.stack([p.isfinite().all() for p in module.parameters()]).all()  # one answer: one wait for a GPU
+        if _agree(trainer, not bool(finite)):
             raise Diverged(f"the weights are not finite after step {trainer.global_step}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -56,7 +56,10 @@ EARLY: Refused = [
     (("trainer.strategy=dpp",), ("trainer.strategy=dpp: must be one of auto, ddp, fsdp",)),
     (("model.mixer._target_=stu.STUU",), ("model.mixer._target_=stu.STUU: cannot be imported",)),
     # a key that the code sets itself
-    (("+checkpoints.monitor=loss",), ("checkpoints.monitor=loss: no such key", "allowed: check_every, every_minutes")),
+    (
+        ("+checkpoints.monitor=loss",),
+        ("checkpoints.monitor=loss: no such key", "allowed: every_minutes, every_n"),
+    ),
     (("+loader.seed=3",), ("loader.seed=3: no such key", "batch_size, bucket, device_resident, num_workers")),
     (("+optimizer.total_steps=9",), ("optimizer.total_steps=9: no such key",)),
     (("+figures.directory=x",), ("figures.directory=x: no such key",)),
