@@ -34,11 +34,7 @@ class NoHostWaits(TorchDispatchMode):
 
     These are operations whose result on the host, or whose shape, depends on values of the device, and copies between
     the two, but for those to the device that are `non_blocking`.
-
-    watching: whether it raises; if not, the bodies of custom operators run all the same, and fill their caches.
     """
-
-    watching = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +51,7 @@ class NoHostWaits(TorchDispatchMode):
 
     def check(self, what: Any, why: str | None) -> None:
         """Raise `HostWait` for an operation and a reason, if there is one."""
-        if self.watching and why:
+        if why:
             raise HostWait(f"{what}: {why}, at {_line()}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,13 +124,12 @@ def _line() -> str:
 class OnMeta(SingleDeviceStrategy):
     """Trains on meta tensors, watched from the first training step to the end of the first validation after it.
 
-    steps, validation_batches: watched so far. The spectra of fixed filters, computed once for each
-    length of a batch, are computed before.
+    steps, validation_batches: watched so far.
     """
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.mode = NoHostWaits()
+        self.mode, self.watching = NoHostWaits(), False
         self.steps = self.validation_batches = 0
 
     def model_to_device(self) -> None:
@@ -144,29 +139,21 @@ class OnMeta(SingleDeviceStrategy):
         return tree_map_only(Tensor, lambda x: x.to(DEVICE, non_blocking=True), batch)
 
     def on_train_start(self) -> None:
-        data, module = self.lightning_module.trainer.datamodule, self.lightning_module
-        filtered = any(block.mixer.filters is not None for block in module.model.backbone.blocks)
-        for split in (data.splits.train, data.splits.val) if filtered else ():
-            for first in [0] if split.lengths is None else np.unique(split.lengths, return_index=True)[1]:
-                with torch.no_grad(), self.mode:
-                    module.model(data.task.collate([split[int(first)]]).inputs.to(DEVICE))
-        self.mode.watching = True
+        self.watching = True
         self.mode.__enter__()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.steps += 1
 
     def validation_step(self, *arguments: Any) -> Any:
-        self.validation_batches += self.mode.watching
+        self.validation_batches += self.watching
         return super().validation_step(*arguments)
 
     def results(self, metrics: nn.ModuleDict) -> dict[str, float]:
-        """In place of `stu.training.module.compute`: values that are not there, or the end of what is watched."""
-        if self.mode.watching:
-            raise Watched
-        return dict.fromkeys(metrics, 0.0)
+        """In place of `stu.training.module.compute`, which reads the results of the validation: the end."""
+        raise Watched
 
     def teardown(self) -> None:
-        if self.mode.watching:
+        if self.watching:
             self.mode.__exit__(None, None, None)
-            self.mode.watching = False
+            self.watching = False

@@ -183,8 +183,10 @@ STEPS = ("trainer.max_steps=20", "trainer.max_epochs=null", "trainer.val_check_i
 @pytest.mark.e2e
 @pytest.mark.parametrize("task", ["lds", "lra_listops", "mqar"])
 @pytest.mark.parametrize("model", ["stu", "stu_ar", "s5", "transformer"])
-def test_a_run_does_not_wait_for_the_device(task: str, model: str, tmp_path: Path):
-    options = [o for o in runs.small(f"task={task}", f"model={model}", "name=run", *STEPS) if o != "trainer=cpu"]
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_a_run_does_not_wait_for_the_device(task: str, model: str, resident: str, tmp_path: Path):
+    chosen = f"task={task}", f"model={model}", f"loader.device_resident={resident}", "name=run"
+    options = [o for o in runs.small(*chosen, *STEPS) if o != "trainer=cpu"]
     done = runs.train(tmp_path, *options, "trainer=gpu", at=partial(watch_device, 10))
     assert (done.code, done.err) == (0, "")
     assert runs.run_of(tmp_path, task, model, "run").read_summary()["steps"] == 20

@@ -26,6 +26,7 @@ from torch import Tensor
 from stu.errors import OptionError, require
 from stu.ops.filters import Hankel
 from stu.ops.realization import continued_filters
+from stu.ops.transfer import sent
 from stu.ops.transforms import outside
 
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
@@ -133,7 +134,7 @@ class FilterBank:
 
         def compressed(filters: Tensor) -> list[Band]:
             bands = _compressed(filters, n, torch.finfo(dtype).eps)
-            return [Band(band[0], *(part.to(dtype).to(device) for part in band[1:])) for band in bands]
+            return [Band(band[0], *(sent(part.to(dtype), device) for part in band[1:])) for band in bands]
 
         return self._kept(("bands", n, dtype, device), n, compressed)
 
@@ -141,7 +142,7 @@ class FilterBank:
         """The same, neither compressed nor divided."""
 
         def whole(filters: Tensor) -> Spectra:
-            return Spectra(*(part.to(dtype).to(device) for part in _whole(filters, n)))
+            return Spectra(*(sent(part.to(dtype), device) for part in _whole(filters, n)))
 
         return self._kept(("spectra", n, dtype, device), n, whole)
 
@@ -163,7 +164,7 @@ def _place(name: str, device: torch.device, dtype: torch.dtype) -> None:
     bank = FilterBank.of(name)
     if (device, dtype) not in bank._placed:
         with outside():
-            bank._placed[device, dtype] = bank.filters.to(dtype).to(device)
+            bank._placed[device, dtype] = sent(bank.filters.to(dtype), device)
 
 
 def _whole(filters: Tensor, n: int) -> Spectra:

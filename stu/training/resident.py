@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stu.errors import require
+from stu.ops.transfer import sent
 from stu.task import Batch, Examples, Task
 
 AT_ONCE = 512  # examples collated together
@@ -97,11 +98,6 @@ class _Column:
         """Those at `place` (B,), cut to `longest` steps: (R·B, …)."""
         data = self.data[:, :, :longest] if self.every_step else self.data
         return data.index_select(1, place).flatten(0, 1).to(self.dtype)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; the host goes on before it is there."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def free_memory(device: torch.device) -> float:

@@ -117,9 +117,7 @@ def test_making_batches_never_waits():
     resident.lengths_there = resident.lengths_there.to(DEVICE)
     for column in (resident.inputs, resident.targets):
         column.data = column.data.to(DEVICE)
-    watch = NoHostWaits()
-    watch.watching = True
-    with watch:
+    with NoHostWaits():
         batches = list(loader)
     assert len(batches) == 8
     assert {x.device for batch in batches for x in batch if isinstance(x, Tensor)} == {DEVICE}
