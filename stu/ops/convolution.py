@@ -34,7 +34,8 @@ Algorithm = Literal["auto", "transfer", "features", "dense"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 # Numbers at a time on a CPU: of H or the features, and of the signal under the FFT.
-PRODUCT_CHUNK, SIGNAL_CHUNK = 1 << 18, 1 << 19
+PRODUCT_CHUNK, SIGNAL_CHUNK = 1 << 19, 1 << 19
+TINY, NARROW = 24**2, 48**2  # sizes of matrices for which "dense" is fastest on a CPU, always or with a large batch
 
 
 def filter_convolution(
@@ -53,21 +54,23 @@ def filter_convolution(
     """
     require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
     dtype = torch.promote_types(u.dtype, at_least_float32(weight))
-    chosen = choose_algorithm(u, two_way=reverse is not None) if algorithm == "auto" else algorithm
+    chosen = choose_algorithm(u, weight, two_way=reverse is not None) if algorithm == "auto" else algorithm
     mirrored = None if reverse is None else reverse.to(dtype)
     bank = filters if isinstance(filters, FilterBank) else FilterBank(filters)
     y = _convolved(u.to(dtype), weight.to(dtype), mirrored, bank, chosen)
     return y.to(u.dtype)
 
 
-def choose_algorithm(u: Tensor, *, two_way: bool) -> Algorithm:
-    """The one that suits the device and the sizes of u.
+def choose_algorithm(u: Tensor, weight: Tensor, *, two_way: bool) -> Algorithm:
+    """The fastest, for u (B, L, I) and weight (K, I, O).
 
-    On devices other than CPUs "dense". On a CPU, in units of F·D² flops, "transfer" takes 4R + 8B, "features" 4RB, or
-    8RB with both directions. With R about 12 they are equal at two sequences, as measured (`python -m
-    experiments.speed`); for one, "features" wins by its larger matrix products.
+    On devices other than CPUs "dense". On a CPU, in units of F·I·O flops, "transfer" takes 4R + 8B, "features" 4RB, or
+    8RB with both directions, and "dense" 4K + 8B. Where matrices are narrow, copies and calls take longer than that,
+    and "dense" has fewest; the wider they are, the larger the batch has to be that shares H. Else "features" wins for
+    one sequence, by its larger matrix products. Measured by `python -m experiments.speed`.
     """
-    if not on_cpu(u):
+    size = weight[0].numel()
+    if not on_cpu(u) or size <= TINY or (size <= NARROW and len(weight) <= 8 * len(u)):
         return "dense"
     return "features" if len(u) == 1 and not two_way else "transfer"
 
