@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stu.compilation import compilable, compiled, require_compilable
 from stu.encoders import LearnedPositions, Positions, RotaryPositions, SinusoidalPositions
 from stu.errors import require, require_length
 from stu.mixer import ChannelMixerFactory, MixerFactory, State, packed, select
@@ -95,6 +96,9 @@ class Backbone(Structured):
     positions: absolute positions added to the input; "rotary" ones are applied inside attention. They count padding:
     those of a padded piece are its indices, and each sequence continues from the index after its last real position.
     final_norm: one more norm after the last block, as in pre-norm Transformers.
+    compile: `forward` of the blocks by `torch.compile`, with the same results but for rounding, and first derivatives
+    alone; not under function transforms, nor what has a state. Raises `OptionError` for PyTorch's LSTM and GRU, and
+    where there is neither a C++ compiler nor a GPU.
     """
 
     structure = ("position_kind",)
@@ -113,6 +117,7 @@ class Backbone(Structured):
         dropout: float = 0.0,
         positions: Positions = "none",
         seq_len: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -143,6 +148,9 @@ class Backbone(Structured):
         rotary = any(isinstance(module, RotaryPositions) for module in self.modules())
         require(rotary or positions != "rotary", "positions", positions, "no mixer of this model has rotary positions")
         self.norm = make_norm(norm if final_norm else "none", d_model)
+        self.compiled = compile
+        if compile:
+            require_compilable(self)
 
     @property
     def causal(self) -> bool:
@@ -165,8 +173,9 @@ class Backbone(Structured):
         if state is not None:
             return self.prefill(x, mask, state)[0]
         x = self._place(x, None)
+        compile_blocks = self.compiled and compilable(x, self.parameters())
         for block in self.blocks:
-            x = block(x, mask)
+            x = compiled(block, x, mask) if compile_blocks else block(x, mask)
         return self.norm(x, mask)
 
     def initial_state(self, batch_size: int) -> BackboneState:

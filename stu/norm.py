@@ -3,11 +3,10 @@
 B batch, L length, D model width
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 
 from stu.errors import OptionError
 from stu.ops.padding import masked
@@ -99,5 +98,19 @@ class BatchNorm(Structured):
 def _sum_over_devices(x: Tensor) -> Tensor:
     """Sum over the processes of a distributed run, differentiable; x itself elsewhere."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return all_reduce(x)
+        return _Sum.apply(x)
     return x
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the same sum; that of `torch.distributed.nn` does not compile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Sum.apply(grads[0])

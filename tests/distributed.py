@@ -1,9 +1,10 @@
 """What a process of a distributed run does; a module of its own because every process imports it, which takes time."""
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from stu.norm import BatchNorm
+from tests.models import small_backbone
 
 
 def batch_norm(rank: int, folder: str) -> None:
@@ -19,4 +20,20 @@ def batch_norm(rank: int, folder: str) -> None:
     (y * job["loss_w"][rows])[mask].sum().backward()
     found = {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
     torch.save(found | {"state": norm.state_dict()}, f"{folder}/rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def compiled_and_not(rank: int, folder: str) -> None:
+    """The gradients of a compiled model in one of two processes, and of the same model as it is, left in `folder`."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(small_backbone("stu_t", seq_len=24, depth=1, compile=compile))
+        torch.manual_seed(rank)
+        x = torch.randn(3, 20 - rank, 8)
+        model(x, torch.arange(20 - rank) < torch.tensor([[20], [4], [11]])).square().sum().backward()
+        found.append({name: p.grad for name, p in model.module.named_parameters()} | dict(model.module.named_buffers()))
+    torch.save(found, f"{folder}/rank{rank}.pt")
     distributed.destroy_process_group()

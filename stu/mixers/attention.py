@@ -193,9 +193,10 @@ class Attention(Structured, Mixer):
         # Causality and padding together would need a mask of L × L per sequence. But with all real positions first, in
         # their order, none of them has padding in its past.
         order = real_first(mask)[:, None, :, None]  # (B, 1, L, 1)
-        query, key, value = (heads.take_along_dim(order, 2) for heads in (query, key, value))
+        # gather: take_along_dim would hold a compiled program to one batch size and length
+        query, key, value = (heads.gather(2, order.expand_as(heads)) for heads in (query, key, value))
         y = softmax_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return y.take_along_dim(order.argsort(2), 2)
+        return y.gather(2, order.argsort(2).expand_as(y))
 
     def _heads(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) → query, key, value (B, H, L, E), rotated from position `start` on, of each sequence (B, 1, 1)."""

@@ -179,6 +179,11 @@ class Mamba2(Structured, Mixer):
         signals, weight, bias = signals.to(dtype), self.conv.weight.to(dtype), cast(Tensor, self.conv.bias).to(dtype)
         if signals.shape[1] == self.conv.kernel_size[0]:  # one step
             convolved = (signals * weight[:, 0, :, 0].T).sum(1, keepdim=True) + bias
+        elif torch.compiler.is_compiling():  # a convolution would hold the program to one length; these are fused
+            taps = weight[:, 0, :, 0].T  # (d_conv, S)
+            length, convolved = signals.shape[1] - len(taps) + 1, bias
+            for lag, tap in enumerate(taps):
+                convolved = convolved + signals[:, lag : lag + length] * tap
         else:
             columns = signals.unsqueeze(2).permute(0, 3, 1, 2)  # (B, S, L, 1), in memory (B, L, 1, S)
             with no_autocast(signals):

@@ -25,7 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from stu.errors import OptionError, require
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
-# Keys that do not change what is computed: they may differ when a run is resumed.
+# Keys that do not change what is computed: they may differ when a run is resumed. `model.compile` changes the rounding,
+# as does another machine; a run of compiled blocks can so be resumed and tested where there is no compiler.
 FREE_KEYS = (
     "mode",
     "overwrite",
@@ -39,6 +40,7 @@ FREE_KEYS = (
     "figures",
     "pictures",  # what earlier runs call figures
     "task.data.dir",
+    "model.compile",
 )
 # Modules that have moved: the names in configurations of earlier runs, and the names now.
 MOVED = {
