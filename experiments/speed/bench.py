@@ -66,7 +66,7 @@ class Bench:
     def __init__(self, node: Mapping[str, Any], data: Data, settings: Settings) -> None:
         torch.manual_seed(0)
         self.data, self.device = data, data.x.device
-        self.mixer = _without_zeros(build(node, data.x.shape[2])).to(data.x.dtype).to(self.device)
+        self.mixer = without_zeros(build(node, data.x.shape[2])).to(data.x.dtype).to(self.device)
         self.streams = isinstance(self.mixer, Mixer) and self.mixer.causal
         self._autocast = getattr(torch, settings.autocast) if settings.autocast else None
         self._run: Callable[[Tensor], Tensor] = torch.compile(self.mixer) if settings.compile else self.mixer
@@ -151,7 +151,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _without_zeros(mixer: nn.Module) -> nn.Module:
+def without_zeros(mixer: nn.Module) -> nn.Module:
     """Replace zero parameters by small noise: products of zeros take a device less power and time."""
     with torch.no_grad():
         for parameter in mixer.parameters():

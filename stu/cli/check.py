@@ -20,6 +20,7 @@ from stu.errors import OptionError
 
 HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
     "trainer.max_epochs": float | None,
+    "trainer.matmul_precision": Literal["highest", "high", "medium"],
     "trainer.accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
     "trainer.strategy": Literal["auto", "ddp", "fsdp"],
     "mode": Literal["train", "test"],
@@ -73,7 +74,7 @@ def check_call(key: str, node: Mapping[str, Any]) -> None:
     for name, value in node.items():
         if name.startswith("_"):
             continue
-        if name not in parameters:
+        if name not in parameters and f"{key}.{name}" not in HINTS:
             raise Refused(f"{key}.{name}", brief(value), f"no such key; {suggestion(name, parameters)}")
         hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
         if not fits(value, hint):

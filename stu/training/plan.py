@@ -53,12 +53,29 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
 
 
 def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
-    """A Trainer for runs with a `StepPlan`; raises `OptionError` with Lightning's objection to what was configured."""
+    """A Trainer for runs with a `StepPlan`, after setting its `matmul_precision`, which is ours.
+
+    Raises `OptionError` with Lightning's objection to what was configured.
+    """
+    configured = dict(make.keywords)
+    set_matmul_precision(configured.pop("matmul_precision"), on_gpu=configured["accelerator"] != "cpu")
     try:
-        return make(**StepPlan.trainer_arguments, **arguments)
+        return make.func(**configured | StepPlan.trainer_arguments | arguments)
     except (TypeError, ValueError, MisconfigurationException) as error:
-        asked = {key: make.keywords.get(key) for key in ("accelerator", "devices", "strategy", "precision")}
+        asked = {key: configured.get(key) for key in ("accelerator", "devices", "strategy", "precision")}
         raise OptionError("trainer", asked, f"Lightning refuses this: {error}".partition("\n")[0]) from error
+
+
+def set_matmul_precision(precision: str, *, on_gpu: bool) -> None:
+    """How float32 products are computed in this process, on a GPU: "highest" in float32, "high" in TF32.
+
+    "medium" lets PyTorch use bfloat16 inside where it has such kernels. Convolutions and recurrent networks of cuDNN,
+    which PyTorch computes in TF32 by default, follow. A CPU always gets "highest", so that its results depend neither
+    on this nor on the kernels that it has. FFTs, float64 and what is no product are never affected.
+    """
+    precision = precision if on_gpu and torch.cuda.is_available() else "highest"
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 @dataclass(frozen=True)

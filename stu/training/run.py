@@ -42,6 +42,8 @@ FREE_KEYS = (
     "task.data.dir",
     "model.compile",
 )
+# Defaults of options of ours beside those of a constructor that is not.
+DEFAULTS = {"trainer.matmul_precision": "high"}
 # Modules that have moved: the names in configurations of earlier runs, and the names now.
 MOVED = {
     **{f"data.lra_{name}": f"data.lra.{name}" for name in ("image", "listops", "pathfinder", "retrieval", "text")},
@@ -201,7 +203,9 @@ def is_free(key: str) -> bool:
 
 
 def is_default(flat: Mapping[str, Any], key: str) -> bool:
-    """Whether an option of a flat configuration has the default of the constructor that takes it."""
+    """Whether an option of a flat configuration has the default of the constructor that takes it, or of `DEFAULTS`."""
+    if key in DEFAULTS:
+        return bool(flat[key] == DEFAULTS[key])
     node, _, option = key.rpartition(".")
     constructor = locate(flat.get(f"{node}._target_", ""))
     if not callable(constructor):

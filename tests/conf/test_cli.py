@@ -53,6 +53,7 @@ EARLY: Refused = [
     (("pictures.when=never",), ("pictures.when=never: no such key; it is figures now",)),
     (("log_every=often",), ("log_every=often: must be an integer",)),
     (("paths.runs=null",), ("paths.runs=None: must be a string",)),
+    (("trainer.matmul_precision=low",), ("trainer.matmul_precision=low: must be one of highest, high, medium",)),
     (("trainer.strategy=dpp",), ("trainer.strategy=dpp: must be one of auto, ddp, fsdp",)),
     (("model.mixer._target_=stu.STUU",), ("model.mixer._target_=stu.STUU: cannot be imported",)),
     # a key that the code sets itself

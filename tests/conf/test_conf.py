@@ -17,6 +17,8 @@ from stu import Backbone, SequenceModel, Task
 from stu.cli.check import calls, check
 from stu.cli.usage import CONF, options_of
 from stu.training import Run, SequenceData, StepPlan
+from stu.training.plan import make_trainer
+from stu.training.run import DEFAULTS
 from tests import runs
 from tests.models import composed
 
@@ -121,8 +123,13 @@ def test_the_seed_alone_draws_a_model():
 @pytest.mark.parametrize("option", options_of("trainer"))
 def test_every_trainer_is_one(option: str, tmp_path: Path):
     node = composed("task=lds", f"trainer={option}", "trainer.accelerator=cpu").trainer
-    trainer = instantiate(node, devices=1, logger=False, default_root_dir=tmp_path, max_epochs=1)
+    trainer = make_trainer(instantiate(node, _partial_=True, devices=1), logger=False, default_root_dir=tmp_path)
     assert isinstance(trainer, L.Trainer)
+
+
+def test_options_of_ours_have_their_default_in_the_yaml():
+    for key, default in DEFAULTS.items():
+        assert OmegaConf.select(composed("task=lds"), key) == default
 
 
 @pytest.mark.parametrize("option", options_of("optimizer"))

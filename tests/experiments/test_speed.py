@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from experiments.speed import candidates, measure, report, roofline, run
+from experiments.speed import candidates, compiled, measure, report, roofline, run
 from experiments.speed.__main__ import main
 from experiments.speed.bench import STREAMED, Bench, Data, Settings
 from experiments.speed.candidates import Size
@@ -650,3 +650,18 @@ def test_the_command(tmp_path):
     except ModuleNotFoundError:
         return
     assert (tmp_path / "speed.png").exists()
+
+
+# --- compiled blocks ---
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_timed_beside_eager_ones(tmp_path, capsys):
+    size = ["--length", "64", "--batch", "2", "--width", "8", "--min-s", "0.01", "--device", "cpu", "--threads", "1"]
+    compiled.main(["--models", "lstm", "stu_t:num_filters=4", *size, "--out", str(tmp_path / "times.json")])
+    out = capsys.readouterr().out
+    assert "| `lstm` | — | — | must be false: PyTorch does not compile its LSTM and GRU | — |" in out
+    [row] = re.findall(r"\| `stu_t:num_filters=4` \| .* \| ([\d.]+) \| ([\d.]+) \|", out)
+    times = json.loads((tmp_path / "times.json").read_text())["rows"]["stu_t:num_filters=4"]
+    for ratio, of in zip(row, ("min", "median"), strict=True):
+        assert float(ratio) == pytest.approx(times["compiled"][of] / times["eager"][of], abs=0.006)

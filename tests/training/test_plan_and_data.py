@@ -1,5 +1,6 @@
 """How long a run is, and which examples make up its batches."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from stu.errors import OptionError
 from stu.task import Batch, Splits, Task
 from stu.training import SequenceData, StepPlan
 from stu.training.data import ResumableLoader, RunBatches, epoch_batches, evaluation_batches
+from stu.training.plan import set_matmul_precision
 
 RECIPE = {
     "examples": 100,
@@ -28,6 +30,36 @@ RECIPE = {
 def plan(**changes: Any) -> StepPlan:
     """A plan for 100 examples in batches of 8: 12 steps per epoch."""
     return StepPlan.make(**RECIPE | changes)
+
+
+class TestMatmulPrecision:
+    """Products of float32 matrices."""
+
+    @pytest.fixture(autouse=True)
+    def _restored(self) -> Iterator[None]:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        yield
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_a_gpu_computes_as_it_is_told(self, precision: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        set_matmul_precision(precision, on_gpu=True)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision != "highest")
+
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_a_cpu_computes_in_float32(self, precision: str, monkeypatch: pytest.MonkeyPatch):
+        a, b = torch.randn(2, 512, 512)
+        torch.set_float32_matmul_precision("highest")
+        expected = a @ b
+        torch.set_float32_matmul_precision("medium")  # as an earlier run of the same process may have left it
+        for on_gpu, gpu in ((False, True), (True, False)):  # trainer=cpu beside a GPU; trainer=auto without
+            monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+            set_matmul_precision(precision, on_gpu=on_gpu)
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.equal(a @ b, expected)
 
 
 class TestStepPlan:

@@ -85,6 +85,15 @@ class TestOpening:
         assert changes(dt_limit=[0.0, 0.5]) == ["model.mixer.dt_limit (absent → [0.0, 0.5])"]
         assert changes(no_option=None) == []  # what a configuration without it says, too
         assert changes(no_option=1) == ["model.mixer.no_option (absent → 1)"]
+
+        def trainer(precision: str) -> list[str]:
+            node = {"_target_": "lightning.Trainer", "matmul_precision": precision}  # none of Lightning's arguments
+            return [
+                change for change in run.changes({"trainer": node}, within=("trainer",)) if "_target_" not in change
+            ]
+
+        assert trainer("high") == []
+        assert trainer("highest") == ["trainer.matmul_precision (absent → highest)"]
         run.close()
 
     @pytest.mark.parametrize("finished", [False, True])
