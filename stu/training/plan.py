@@ -58,7 +58,7 @@ def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
     Raises `OptionError` with Lightning's objection to what was configured.
     """
     configured = dict(make.keywords)
-    set_matmul_precision(configured.pop("matmul_precision"), on_gpu=configured["accelerator"] != "cpu")
+    set_matmul_precision(configured.pop("matmul_precision", "high"), on_gpu=configured.get("accelerator") != "cpu")
     try:
         return make.func(**configured | StepPlan.trainer_arguments | arguments)
     except (TypeError, ValueError, MisconfigurationException) as error:
