@@ -10,7 +10,7 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: that of the tensors together, but float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = dtype if tensor.dtype == dtype else torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

@@ -1,6 +1,7 @@
 """State space duality against its recurrence and its matrix, and Mamba-2 against its equations."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -14,12 +15,14 @@ from torch.testing import assert_close
 from stu.errors import OptionError
 from stu.mixers.mamba2 import Mamba2
 from stu.ops import ssd as module
+from stu.ops.forms import device_memory, taken_for
 from stu.ops.ssd import ssd, ssd_reference
 from tests.models import composed, randomized, small_backbone
 from tests.sizes import Sizes
 
 D = 8
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial")
+algorithms = pytest.mark.parametrize("algorithm", ["sequential", "parallel"])
 
 
 def noise(*shape, dtype=torch.float64):
@@ -89,14 +92,45 @@ def test_is_one_matrix_over_time():
             assert_close(y[b, :, h], matrix @ x[b, :, h] + D[h] * x[b, :, h], rtol=0, atol=1e-12)
 
 
+@algorithms
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("length", "chunk"), [(1, 64), (2, 1), (7, 7), (16, 8), (17, 8), (31, 10), (67, 64), (67, 67)])
-def test_equals_reference(length, chunk, groups, monkeypatch):
+def test_equals_reference(length, chunk, groups, algorithm, monkeypatch):
     inputs = problem(length, groups=groups)
     reference = ssd_reference(*inputs)
     for entries in (1, 3 * 4 * chunk**2, 1 << 30):  # chunks one by one, by threes, all at once
         monkeypatch.setattr(module, "ENTRIES_ON_CPU", entries)
-        assert_same(ssd(*inputs, chunk_size=chunk), reference, inputs, 1e-10)
+        assert_same(ssd(*inputs, chunk_size=chunk, algorithm=algorithm), reference, inputs, 1e-12)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(2, 1), (17, 2), (64, 4), (67, 1), (130, 3)])
+def test_blocks_of_chunks_and_blocks_of_those_are_as_one_product(length, chunk, monkeypatch):
+    monkeypatch.setattr(module, "PRODUCT_AT_ONCE", 0)
+    inputs = problem(length)
+    reference = ssd_reference(*inputs)
+    for at_once in (2, 3, 10):
+        monkeypatch.setattr(module, "CHUNKS_AT_ONCE", at_once)
+        assert_same(ssd(*inputs, chunk_size=chunk, algorithm="parallel"), reference, inputs, 1e-12)
+
+
+@algorithms
+def test_the_memory_of_a_device_changes_nothing(algorithm):
+    inputs = problem(100, dt=steps("forgetful", (2, 100, 4)))
+    with taken_for("cuda"):
+        whole = ssd(*inputs, chunk_size=8, algorithm=algorithm)
+        for size in (1, 4 * 8 * 6 * 4 * 8**2):  # a chunk at a time, and four
+            with device_memory(size):
+                assert_same(ssd(*inputs, chunk_size=8, algorithm=algorithm), whole, inputs, 1e-9)
+
+
+def test_a_device_has_the_parallel_form(monkeypatch):
+    taken = []
+    monkeypatch.setattr(module, "_ssd", lambda *inputs: taken.append(inputs[-1]) or inputs[:3])
+    inputs = problem(3)
+    ssd(*inputs)
+    with taken_for("cuda"):
+        ssd(*inputs)
+    assert taken == ["sequential", "parallel"]
 
 
 @pytest.mark.slow
@@ -109,18 +143,22 @@ def test_equals_reference(length, chunk, groups, monkeypatch):
     d_state=st.integers(1, 4),
     chunk=st.integers(1, 60),
     scale=st.sampled_from([0.0, 1e-6, 0.1, 3.0, 1e4]),
+    algorithm=st.sampled_from(["sequential", "parallel"]),
 )
-def test_equals_reference_whatever_the_sizes(batch, length, groups, heads_of_group, width, d_state, chunk, scale):
+def test_equals_reference_whatever_the_sizes(
+    batch, length, groups, heads_of_group, width, d_state, chunk, scale, algorithm
+):
     heads = groups * heads_of_group
     dt = scale * torch.rand(batch, length, heads, dtype=torch.float64)
     inputs = problem(length, batch=batch, heads=heads, width=width, groups=groups, d_state=d_state, dt=dt)
     atol = 1e-10 * max(1.0, scale) * max(1.0, scale)
-    assert_same(ssd(*inputs, chunk_size=chunk), ssd_reference(*inputs), inputs, atol)
+    assert_same(ssd(*inputs, chunk_size=chunk, algorithm=algorithm), ssd_reference(*inputs), inputs, atol)
 
 
-def test_gradcheck():
+@algorithms
+def test_gradcheck(algorithm):
     inputs = problem(5, batch=1, heads=2, width=2, groups=1, d_state=2)
-    assert torch.autograd.gradcheck(lambda *i: ssd(*i, chunk_size=2), inputs, fast_mode=False)
+    assert torch.autograd.gradcheck(lambda *i: ssd(*i, chunk_size=2, algorithm=algorithm), inputs, fast_mode=False)
 
 
 def test_a_sequence_may_be_cut_anywhere():
@@ -146,14 +184,15 @@ def steps(kind, shape):
             return torch.full(shape, 1e4)
 
 
+@algorithms
 @pytest.mark.parametrize("kind", ["initial", "wide", "forgetful", "huge"])
-def test_float32_is_exact_over_long_sequences(kind):
+def test_float32_is_exact_over_long_sequences(kind, algorithm):
     """Forgetting makes running sums large and gradients of Δ A small: neither may cost the others their digits."""
     inputs = problem(
         16384, batch=1, heads=2, width=4, groups=1, d_state=4, dt=steps(kind, (1, 16384, 2)), dtype=torch.float32
     )
     wide = tuple(each.detach().double().requires_grad_() for each in inputs)
-    results, exact = ssd(*inputs), ssd(*wide)
+    results, exact = ssd(*inputs, algorithm=algorithm), ssd(*wide)
     for name, low, high in zip(
         ("y", "final", *NAMES), (*results, *gradients(results, inputs)), (*exact, *gradients(exact, wide)), strict=True
     ):
@@ -161,13 +200,15 @@ def test_float32_is_exact_over_long_sequences(kind):
         assert (low - high).norm() <= 5e-6 * high.norm(), name
 
 
-def test_no_step_changes_nothing_and_an_endless_one_forgets_everything():
+@algorithms
+def test_no_step_changes_nothing_and_an_endless_one_forgets_everything(algorithm):
     x, _, A, B, C, D, initial = (each.detach() for each in problem(40))
-    y, final = ssd(x, torch.zeros(2, 40, 4).double(), A, B, C, D, initial, chunk_size=16)
+    form = functools.partial(ssd, chunk_size=16, algorithm=algorithm)
+    y, final = form(x, torch.zeros(2, 40, 4).double(), A, B, C, D, initial)
     assert torch.equal(final, initial)
     kept = torch.einsum("bhnp,blhn->blhp", initial, C.repeat_interleave(2, 2))
     assert_close(y, kept + D[:, None] * x, rtol=0, atol=1e-13)
-    y, final = ssd(x, torch.full((2, 40, 4), 1e6).double(), A, B, C, D, 1e300 * initial, chunk_size=16)
+    y, final = form(x, torch.full((2, 40, 4), 1e6).double(), A, B, C, D, 1e300 * initial)
     products = torch.einsum("blgn,blgn->blg", B, C).repeat_interleave(2, 2).unsqueeze(-1)
     assert_close(y, 1e6 * products * x + D[:, None] * x, rtol=1e-12, atol=1e-6)
     assert final.isfinite().all()

@@ -85,11 +85,12 @@ def diagonal(directions):
     return Problem(scan.diagonal_ssm, literal_ssm, (*inputs, noise(2, 3, dtype=COMPLEX)))
 
 
-def selective(chunk_size):
+def selective(chunk_size, algorithm="auto"):
     x, dt, A = noise(2, L, 2, 3), torch.rand(2, L, 2, dtype=torch.float64), -torch.rand(2, dtype=torch.float64)
     B, C = noise(2, L, 1, 2), noise(2, L, 1, 2)
     inputs = x, dt, A, B, C, noise(2), noise(2, 2, 2, 3)
-    return Problem(functools.partial(ssd.ssd, chunk_size=chunk_size), ssd.ssd_reference, inputs)
+    operator = functools.partial(ssd.ssd, chunk_size=chunk_size, algorithm=algorithm)
+    return Problem(operator, ssd.ssd_reference, inputs)
 
 
 def impulse_response():
@@ -130,6 +131,7 @@ PROBLEMS = {
     "diagonal SSM both ways": lambda: diagonal(2),
     "SSD": lambda: selective(64),
     "SSD in chunks": lambda: selective(3),
+    "SSD in chunks at once": lambda: selective(3, "parallel"),
     "diagonal kernel": impulse_response,
     "reciprocal": lambda: Problem(power_series.reciprocal, lambda s: divided(torch.eye(1, L), s), (series(),)),
     "quotient": lambda: Problem(power_series.quotient, divided, (noise(3, D, L), series())),
@@ -308,11 +310,11 @@ def operators():
         inputs = u, decays(3), noise(6, D), noise(directions, D, 6), noise(2, 3, dtype=COMPLEX), algorithm
         yield scan._diagonal_ssm, inputs
         yield scan._diagonal_ssm_backward, (noise(2, L, D), noise(2, 3, dtype=COMPLEX), *inputs)
-    for chunk_size in (3, 64):
-        *inputs, _, initial = selective(chunk_size).inputs
-        y, final, entering = ssd._ssd(*inputs, initial, chunk_size)
-        yield ssd._ssd, (*inputs, initial, chunk_size)
-        yield ssd._ssd_backward, (y, final, *inputs, entering, chunk_size)
+    for options in ((3, "sequential"), (3, "parallel"), (64, "sequential")):
+        *inputs, _, initial = selective(*options).inputs
+        y, final, entering = ssd._ssd(*inputs, initial, *options)
+        yield ssd._ssd, (*inputs, initial, *options)
+        yield ssd._ssd_backward, (y, final, *inputs, initial, entering, *options)
     yield kernels._power_table, (decays(D, 2), 8)
     yield power_series._reciprocal, (series(),)
     yield power_series._quotient, (noise(3, D, L), series(), power_series.reciprocal(series()))
