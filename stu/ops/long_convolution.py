@@ -17,7 +17,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from stu.ops.flops import fft_flops, flops_of
-from stu.ops.forms import budget, chunks
+from stu.ops.forms import budget, chunks, on_cpu
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.transforms import plain_gradients, transformed
 
@@ -68,10 +68,12 @@ def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
     length = y.shape[1]
     n, dtype = _plan(y, taps, future)
     for channels, batches in _chunks(y, n):
-        response = _response(taps[:, channels], future, n, dtype)
+        kernel = [(taps[None, :, channels], future)]
+        known: list[Tensor] = []
         for rows in batches:
-            out = _spectrum(u[rows, :, channels], n, dtype).mul_(response)
-            y[rows, :, channels] = _samples(out, n)[:, :length]
+            signal, *new = _spectra((u[rows, :, channels], 0), *kernel, n=n, dtype=dtype)
+            kernel, known = [], known or new  # the response serves all sequences
+            y[rows, :, channels] = _samples(signal.mul_(*known), n)[:, :length]
     return y
 
 
@@ -79,17 +81,23 @@ def _convolution(u: Tensor, taps: Tensor, future: int) -> Tensor:
 def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor, Tensor]:
     """Gradients of u, G(f) K(f)*, and of taps, Σ_b G(f) U(f)*; the spectra are recomputed instead of stored."""
     grad_u, grad_taps = torch.empty_like(u), torch.empty_like(taps)
+    if not len(u):
+        return grad_u, grad_taps.zero_()
     length = grad_u.shape[1]
     n, dtype = _plan(grad_u, taps, future)
     for channels, batches in _chunks(grad_u, n):
-        # Conjugates are materialised: torch.compile runs this where it would ignore a lazy one.
-        response = _response(taps[:, channels], future, n, dtype).conj_physical()
-        total = torch.zeros_like(response)
+        kernel = [(taps[None, :, channels], future)]
+        known: list[Tensor] = []
+        total = None
         for rows in batches:
-            gradient = _spectrum(grad[rows, :, channels], n, dtype)  # (b, d, F)
-            signal = _spectrum(u[rows, :, channels], n, dtype).conj_physical_()
-            total += signal.mul_(gradient).sum(0)
-            grad_u[rows, :, channels] = _samples(gradient.mul_(response), n)[:, :length]
+            signals = (grad[rows, :, channels], 0), (u[rows, :, channels], 0)
+            gradient, signal, *new = _spectra(*signals, *kernel, n=n, dtype=dtype)  # (b, d, F)
+            # Conjugates are materialised: torch.compile runs this where it would ignore a lazy one.
+            kernel, known = [], known or [response.conj_physical_() for response in new]
+            products = signal.conj_physical_().mul_(gradient).sum(0)
+            total = products if total is None else total.add_(products)
+            grad_u[rows, :, channels] = _samples(gradient.mul_(*known), n)[:, :length]
+        assert total is not None
         lags = _samples(total, n)
         grad_taps[:future, channels], grad_taps[future:, channels] = lags[n - future :], lags[: len(taps) - future]
     return grad_u, grad_taps
@@ -164,17 +172,22 @@ def _chunks(u: Tensor, n: int) -> Iterator[tuple[slice, list[slice]]]:
         yield slice(start, start + channels), chunks(batch, n * channels, numbers)
 
 
-def _response(taps: Tensor, future: int, n: int, dtype: torch.dtype) -> Tensor:
-    """The spectrum of taps (T, d), future lags at the end of the circle: (d, F)."""
-    row = taps.new_zeros(taps.shape[1], n, dtype=dtype)
-    row[:, : len(taps) - future] = taps[future:].mT
-    row[:, n - future :] = taps[:future].mT
-    return torch.fft.rfft(row)
+def _spectra(*circles: tuple[Tensor, int], n: int, dtype: torch.dtype) -> list[Tensor]:
+    """The spectra of signals (b, T, d) that begin so many lags before zero, at the end of a circle: (b, d, F) each.
 
-
-def _spectrum(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """The rfft over time, (…, L, d) → (…, d, F): contiguous rows are transformed fastest."""
-    return torch.fft.rfft(x.mT.to(dtype), n=n)
+    A CPU transforms one signal after the other, in its cache; elsewhere it is one call.
+    """
+    if on_cpu(circles[0][0]) and len(circles) > 1:
+        return [spectrum for circle in circles for spectrum in _spectra(circle, n=n, dtype=dtype)]
+    (x, future), sizes = circles[0], [len(x) for x, _ in circles]
+    if len(circles) == 1 and not future:
+        return [torch.fft.rfft(x.mT.to(dtype), n=n)]  # contiguous rows are transformed fastest
+    rows = x.new_zeros(sum(sizes), x.shape[2], n, dtype=dtype)
+    for row, (x, future) in zip(rows.split(sizes), circles, strict=True):
+        row[..., : x.shape[1] - future] = x[:, future:].mT
+        if future:
+            row[..., n - future :] = x[:, :future].mT
+    return list(torch.fft.rfft(rows).split(sizes))
 
 
 def _samples(spectrum: Tensor, n: int) -> Tensor:
