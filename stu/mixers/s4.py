@@ -31,13 +31,16 @@ from torch.nn import functional as F
 
 from stu.errors import require
 from stu.mixer import Mixer
+from stu.ops.dense_bilinear import dense_bilinear
 from stu.ops.discretize import Discretization, discretize, is_current
+from stu.ops.forms import on_cpu
 from stu.ops.hippo import clipped_input, nplr_legs
-from stu.ops.kernels import dense_kernel, dense_state, diagonal_responses
+from stu.ops.kernels import conjugate, dense_kernel, dense_state, diagonal_responses
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import masked, put_back
+from stu.ops.power_kernel import power_kernel
 from stu.ops.power_series import closed_loop
-from stu.ops.precision import at_least_float32, to_complex128, to_float64
+from stu.ops.precision import all_to_float64, at_least_float32, to_complex128, to_float64
 from stu.structure import Structured
 
 
@@ -158,20 +161,22 @@ class S4(Structured, Mixer):
         nn.init.normal_(self.C, std=math.sqrt(0.5))  # of each part
         nn.init.normal_(self.D)
 
-    def kernel(self, length: int) -> Tensor:
+    def kernel(self, length: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
+        if not on_cpu(self.C):
+            return self._kernel_in_few_calls(length, dtype)
         C = to_complex128(self.C)
         if self._by_feedback(length):
             kernel = self._bilinear().kernel(C, length)
         else:
             kernel = dense_kernel(*self._system().dense(), _readout(C), length)
         kernel[0, 0] += self.D
-        return kernel
+        return kernel.to(dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        kernel = self.kernel(x.shape[1])
-        return long_convolution(masked(x, mask), *kernel.to(at_least_float32(x)))
+        kernel = self.kernel(x.shape[1], at_least_float32(x))
+        return long_convolution(masked(x, mask), *(kernel if len(kernel) > 1 else (kernel.squeeze(0),)))
 
     def initial_state(self, batch_size: int) -> S4State:
         """Zeros."""
@@ -199,12 +204,21 @@ class S4(Structured, Mixer):
     def _by_feedback(self, length: int) -> bool:
         """Whether the kernel costs less by (1 + R)² power series than by matrices of N² numbers.
 
-        The factor is measured, on a CPU. On other devices launching the many small operations of the series costs too
-        much.
+        The factor is measured.
         """
         rank, _, half, _ = self.P.shape
-        short = (1 + rank) ** 2 * length <= 2 * (2 * half) ** 2
-        return self.discretization == "bilinear" and short and self.P.device.type == "cpu"
+        return self.discretization == "bilinear" and (1 + rank) ** 2 * length <= 2 * (2 * half) ** 2
+
+    def _kernel_in_few_calls(self, length: int, dtype: torch.dtype) -> Tensor:
+        """The same by dense matrices, for devices on which a call costs more than its numbers."""
+        C, B, P, log_dt, log_rate, frequency, D = all_to_float64(
+            self.C, self.B, self.P, self.log_dt, self.log_A_real, self.A_imag, self.D
+        )
+        readout = _to_parts(conjugate(torch.view_as_complex(C)))  # 2 Re C x, up to a factor
+        if self.discretization == "zoh":
+            return power_kernel(*self._zoh(), readout, D, length, 2.0, dtype)
+        step = dense_bilinear(log_dt, log_rate, frequency, P.flatten(-2), B.flatten(-2))
+        return power_kernel(*step, readout, D, length, 4.0, dtype)
 
     def _system(self) -> ClosedLoop | DenseStep:
         """The step of the discretized system."""
@@ -244,7 +258,7 @@ class S4(Structured, Mixer):
 
 def _readout(C: Tensor) -> Tensor:
     """The rows (…, N) that make 2 Re C x of interleaved parts x: complex (…, N/2)."""
-    return 2 * _to_parts(C.conj_physical())
+    return 2 * _to_parts(conjugate(C))
 
 
 def _to_parts(modes: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from stu.errors import require
 from stu.mixer import Mixer
 from stu.ops.discretize import Discretization, discretize, is_current
+from stu.ops.forms import on_cpu
 from stu.ops.hippo import DiagonalInit, diagonal_init
 from stu.ops.kernels import diagonal_kernel, diagonal_state
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import masked, put_back
-from stu.ops.precision import at_least_float32, to_complex128, to_float64
+from stu.ops.precision import all_to_float64, at_least_float32, to_complex128, to_float64
+from stu.ops.zoh_kernel import zoh_kernel
 from stu.structure import Structured
 
 
@@ -85,16 +87,20 @@ class S4D(Structured, Mixer):
         nn.init.normal_(self.C, std=math.sqrt(0.5))  # of each part
         nn.init.normal_(self.D)
 
-    def kernel(self, length: int) -> Tensor:
+    def kernel(self, length: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
+        if self.discretization == "zoh" and not on_cpu(self.C):
+            B, C, *rest = all_to_float64(self.B, self.C, self.log_dt, self.log_A_real, self.A_imag, self.D)
+            log_dt, log_rate, frequency, D = rest
+            return zoh_kernel(log_dt, log_rate, frequency, B, C, D, length, dtype)
         kernel = diagonal_kernel(*self._system(), length)
         kernel[0, 0] += self.D
-        return kernel
+        return kernel.to(dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        kernel = self.kernel(x.shape[1])
-        return long_convolution(masked(x, mask), *kernel.to(at_least_float32(x)))
+        kernel = self.kernel(x.shape[1], at_least_float32(x))
+        return long_convolution(masked(x, mask), *(kernel if len(kernel) > 1 else (kernel.squeeze(0),)))
 
     def initial_state(self, batch_size: int) -> S4DState:
         """Zeros."""

@@ -39,10 +39,10 @@ def diagonal_kernel(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
 def diagonal_responses(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     """The kernels of every output for every input: complex (D, N), (M, D, N), (H, D, N) → real (H, M, D, L)."""
     with no_autocast(a):
-        block = _block_length(length)
+        block = block_length(length)
         powers, next_power = _powers(a, block)
-        rows, _ = _powers(_conjugate(next_power), -(-length // block))  # Re xy is the scalar product of x* and y
-        row_parts = _real_and_imaginary(_scaled_powers(2 * _conjugate(c), rows))
+        rows, _ = _powers(conjugate(next_power), -(-length // block))  # Re xy is the scalar product of x* and y
+        row_parts = _real_and_imaginary(_scaled_powers(2 * conjugate(c), rows))
         return _kernel_product(row_parts, _real_and_imaginary(_scaled_powers(b, powers)), length)
 
 
@@ -54,7 +54,7 @@ def diagonal_state(
     mask: (B, L), True where a step is taken; L is a sequence's number of those. initial: x_0 (B, D, N), or None: zeros.
     """
     with no_autocast(a):
-        powers, next_power = _powers(a, _block_length(u.shape[1]))
+        powers, next_power = _powers(a, block_length(u.shape[1]))
         columns = _real_and_imaginary(_scaled_powers(b.unsqueeze(0), powers)).squeeze(2)
         ends = torch.complex(*_block_ends(columns, at_end(u, mask)).chunk(2, 1))
         forced = _final_state(torch.mul, _squares(torch.mul, next_power.unsqueeze(-1)), ends)
@@ -74,7 +74,7 @@ def dense_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """
     with no_autocast(A):
         powers = _squares(torch.matmul, A)
-        columns = _table(powers, B.unsqueeze(-1), _block_length(length))
+        columns = _table(powers, B.unsqueeze(-1), block_length(length))
         transposed = (power.mT for power in powers)
         rows = _table(transposed, C.movedim(0, -1), -(-length // columns.shape[-1])).unflatten(2, (-1, len(C)))
         return _kernel_product(rows.mT, columns.unsqueeze(2), length).squeeze(1).mT
@@ -84,7 +84,7 @@ def dense_state(A: Tensor, B: Tensor, u: Tensor, mask: Tensor | None = None, ini
     """x_L: real (D, N, N), (D, N), u (B, L, D) and x_0 (B, D, N) → (B, D, N); otherwise as `diagonal_state`."""
     with no_autocast(A):
         powers, again = itertools.tee(_squares(torch.matmul, A))
-        columns = _table(powers, B.unsqueeze(-1), _block_length(u.shape[1]))
+        columns = _table(powers, B.unsqueeze(-1), block_length(u.shape[1]))
         forced = _final_state(torch.matmul, powers, _block_ends(columns, at_end(u, mask)))
         return forced if initial is None else forced + _advanced(torch.matmul, again, initial, u.shape[1], mask)
 
@@ -106,12 +106,12 @@ def state_reference(A: Tensor, B: Tensor, u: Tensor, initial: Tensor | None = No
     return x
 
 
-def _conjugate(x: Tensor) -> Tensor:
+def conjugate(x: Tensor) -> Tensor:
     """No lazy one, which is lost inside an operator, and none that `vmap` does not know."""
-    return torch.complex(x.real, -x.imag)
+    return torch.complex(x.real, -x.imag) if transformed(x) else x.conj_physical()
 
 
-def _block_length(length: int) -> int:
+def block_length(length: int) -> int:
     """A power of two near √L."""
     return 1 << ((length - 1).bit_length() + 1) // 2
 

@@ -33,7 +33,9 @@ def long_convolution(u: Tensor, kernel: Tensor, reverse: Tensor | None = None) -
     number of times.
     """
     length = u.shape[1]
-    taps, future = kernel[:length], 0
+    taps, future = kernel, 0
+    if torch.compiler.is_compiling() or len(kernel) > length:  # a slice of all is two more calls, for its gradient
+        taps = kernel[:length]
     if reverse is not None:
         ahead = reverse[: length - 1]
         taps, future = torch.cat((ahead.flip(0), taps)), len(ahead)
@@ -99,7 +101,9 @@ def _adjoint(grad: Tensor, u: Tensor, taps: Tensor, future: int) -> tuple[Tensor
             grad_u[rows, :, channels] = _samples(gradient.mul_(*known), n)[:, :length]
         assert total is not None
         lags = _samples(total, n)
-        grad_taps[:future, channels], grad_taps[future:, channels] = lags[n - future :], lags[: len(taps) - future]
+        grad_taps[future:, channels] = lags[: len(taps) - future]
+        if future:
+            grad_taps[:future, channels] = lags[n - future :]
     return grad_u, grad_taps
 
 

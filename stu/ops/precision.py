@@ -39,6 +39,12 @@ def to_float64(x: Tensor) -> Tensor:
     return x.to(double_dtype(x))
 
 
+def all_to_float64(*tensors: Tensor) -> list[Tensor]:
+    """`to_float64` of each, by one conversion of all."""
+    together = to_float64(torch.cat([x.flatten() for x in tensors]))
+    return [part.view_as(x) for part, x in zip(together.split([x.numel() for x in tensors]), tensors, strict=True)]
+
+
 def to_complex128(x: Tensor) -> Tensor:
     """The complex numbers that real pairs (…, 2) stand for, in the precision of `to_float64`: (…, 2) → (…)."""
     return torch.view_as_complex(to_float64(x).contiguous())

@@ -19,6 +19,7 @@ from stu.errors import OptionError
 from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
 from stu.ops.discretize import discretize
+from stu.ops.forms import taken_for
 from stu.ops.hippo import clipped_input, nplr_legs
 from stu.ops.kernels import (
     dense_kernel,
@@ -118,6 +119,36 @@ def test_outputs_are_the_sums_of_their_kernels(kind, options):
             elif not layer.causal:
                 expected[:, t] += kernel[1, s - t - 1] * x[:, s]
     assert_near(layer(x), expected, 1e-11)
+
+
+@variants
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 100, 1024])
+def test_devices_have_the_same_kernels_in_few_calls(kind, options, length):
+    layer = random_layer(kind, **options)
+    expected = kernel_reference(*literal_system(layer), length).real
+    expected[0, 0] += layer.D
+    with taken_for("cuda"):
+        kernel = layer.kernel(length)
+    assert_near(kernel, expected, 1e-12)
+    direction, parameters = noise(*kernel.shape), dict(layer.named_parameters())
+    found, gradients = (torch.autograd.grad(k, parameters.values(), direction) for k in (kernel, layer.kernel(length)))
+    for name, *pair in zip(parameters, found, gradients, strict=True):
+        assert_near(*pair, 1e-11, name)
+
+
+@variants
+@pytest.mark.parametrize(("dt_min", "dt_max"), [(1e-5, 1e-5), (1e-3, 1e-1), (1.0, 1.0)], ids=str)
+def test_float32_outputs_and_gradients_of_devices(kind, options, dt_min, dt_max):
+    layer = kind(4, d_state=64, dt_min=dt_min, dt_max=dt_max, **options)
+    exact, x = copy.deepcopy(layer).double(), noise(2, 3000, 4, dtype=torch.float32)
+    expected = exact(x.double())
+    with taken_for("cuda"):
+        y = layer(x)
+    assert_near(y.double(), expected, 3e-6)
+    direction = noise(*y.shape)
+    found = torch.autograd.grad(y, layer.parameters(), direction.float())
+    for one, other in zip(found, torch.autograd.grad(expected, exact.parameters(), direction), strict=True):
+        assert_near(one.double(), other, 1e-5)
 
 
 def literal_cauchy_kernel(layer, length):

@@ -13,7 +13,18 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from stu.ops import convolution, kernels, long_convolution, power_series, recurrence, scan, ssd
+from stu.ops import (
+    convolution,
+    dense_bilinear,
+    kernels,
+    long_convolution,
+    power_kernel,
+    power_series,
+    recurrence,
+    scan,
+    ssd,
+    zoh_kernel,
+)
 from stu.ops.bank import FilterBank
 from stu.ops.flops import fft_flops
 
@@ -101,6 +112,47 @@ def impulse_response():
     return Problem(operator, reference, (decays(D, 2), noise(D, 2, dtype=COMPLEX), noise(1, D, 2, dtype=COMPLEX)))
 
 
+def held_kernel():
+    def reference(log_dt, log_rate, frequency, B, C, D):
+        A = torch.complex(-log_rate.exp(), frequency)
+        a = torch.exp(log_dt.exp().unsqueeze(-1) * A)
+        b = (a - 1) / A * torch.view_as_complex(B)
+        kernel = torch.stack([2 * (torch.view_as_complex(C) * a**step * b).sum(-1).real for step in range(L)], 1)
+        return kernel + D * (torch.arange(L) == 0).unsqueeze(-1)
+
+    inputs = noise(D), noise(1, 3), noise(1, 3), noise(1, 3, 2), noise(1, D, 3, 2), noise(D)
+    return Problem(functools.partial(zoh_kernel.zoh_kernel, length=L), reference, inputs)
+
+
+def dense_powers(outputs=1):
+    def reference(A, B, C, skip):
+        kernel = 3 * kernels.kernel_reference(A, B, C, L)
+        first = skip * (torch.arange(L) == 0).unsqueeze(-1)
+        return torch.cat((kernel[:1] + first, kernel[1:]))
+
+    inputs = 0.4 * noise(D, 3, 3), noise(D, 3), noise(outputs, D, 3), noise(D)
+    return Problem(lambda *inputs: power_kernel.power_kernel(*inputs, L, 3.0), reference, inputs)
+
+
+def bilinear_step():
+    def reference(log_dt, log_rate, frequency, P, B):
+        rates, frequencies = log_rate.exp().repeat_interleave(2, 1), frequency.repeat_interleave(2, 1)
+        rotation = torch.kron(torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double())
+        eye = torch.eye(4, dtype=torch.float64)
+        modes = rotation * frequencies.unsqueeze(-1) - eye * rates.unsqueeze(-1)
+        M = modes - 2 * torch.einsum("rnm,rnk->nmk", P, P)
+        dt = log_dt.exp()[:, None, None]
+        inverse = torch.linalg.inv(eye - dt / 2 * M)
+        return inverse @ (eye + dt / 2 * M) + inverse @ (dt / 2 * B.unsqueeze(-1))
+
+    def operator(*inputs):
+        A, half_B = dense_bilinear.dense_bilinear(*inputs)
+        return A + half_B.unsqueeze(-1)
+
+    inputs = noise(D), noise(1, 2), noise(1, 2), noise(2, 1, 4), noise(1, 4)
+    return Problem(operator, reference, inputs)
+
+
 def divided(x, series):
     """x/(1 + s), by long division."""
     entries = []
@@ -133,6 +185,9 @@ PROBLEMS = {
     "SSD in chunks": lambda: selective(3),
     "SSD in chunks at once": lambda: selective(3, "parallel"),
     "diagonal kernel": impulse_response,
+    "kernel of a zero-order hold": held_kernel,
+    "kernel of dense powers": dense_powers,
+    "step of the bilinear rule": bilinear_step,
     "reciprocal": lambda: Problem(power_series.reciprocal, lambda s: divided(torch.eye(1, L), s), (series(),)),
     "quotient": lambda: Problem(power_series.quotient, divided, (noise(3, D, L), series())),
 }
@@ -316,6 +371,19 @@ def operators():
         yield ssd._ssd, (*inputs, initial, *options)
         yield ssd._ssd_backward, (y, final, *inputs, initial, entering, *options)
     yield kernels._power_table, (decays(D, 2), 8)
+    inputs = held_kernel().inputs
+    kernel, *kept = zoh_kernel._zoh_kernel(*inputs, L, torch.float64)
+    yield zoh_kernel._zoh_kernel, (*inputs, L, torch.float64)
+    yield zoh_kernel._zoh_kernel_backward, (kernel, inputs[0], *inputs[3:5], *kept)
+    for outputs, length in ((1, 16), (2, 7)):
+        A, *inputs = dense_powers(outputs).inputs
+        kernel, *kept = power_kernel._power_kernel(A, *inputs, length, 3.0, torch.float64)
+        yield power_kernel._power_kernel, (A, *inputs, length, 3.0, torch.float64)
+        yield power_kernel._power_kernel_backward, (kernel, *kept, 3.0)
+    inputs = bilinear_step().inputs
+    A, *kept = dense_bilinear._dense_bilinear(*inputs)
+    yield dense_bilinear._dense_bilinear, inputs
+    yield dense_bilinear._dense_bilinear_backward, (A, kept[0], *inputs, *kept)
     yield power_series._reciprocal, (series(),)
     yield power_series._quotient, (noise(3, D, L), series(), power_series.reciprocal(series()))
 
@@ -335,7 +403,10 @@ def registered():
     return {f"stu::{name}" for name in dir(torch.ops.stu) if not name.startswith("_") and name != "name"} - compiled
 
 
-FIRST_ORDER = {"stu::diagonal_ssm_backward", "stu::ssd_backward"}  # their derivatives are those of the plain forms
+# Their derivatives are those of the plain forms.
+FIRST_ORDER = {
+    f"stu::{name}_backward" for name in ("diagonal_ssm", "ssd", "zoh_kernel", "power_kernel", "dense_bilinear")
+}
 
 
 @pytest.mark.slow
