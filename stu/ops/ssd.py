@@ -394,7 +394,8 @@ def _propagated(total: Tensor, points: Tensor, *, backwards: bool) -> tuple[Tens
         chunks, total = F.pad(chunks, (0, 0, 0, spare)), F.pad(total, (0, spare))
     chunks, total = chunks.unflatten(-2, (blocks, block)), total.unflatten(-1, (blocks, block))
     between = _between(total, backwards=backwards)
-    ends = (between[..., last, added].unsqueeze(-2) @ chunks).squeeze(-2)
+    # contiguous: of the rows of a transposed matrix, a CPU makes a product each
+    ends = (between[..., last, added].unsqueeze(-2).contiguous() @ chunks).squeeze(-2)
     starts, final = _propagated(total.sum(-1), _joined(start, ends, -2, backwards=backwards), backwards=backwards)
     states = between[..., kept, :] @ _joined(starts.unsqueeze(-2), chunks, -2, backwards=backwards)
     return states.flatten(-3, -2)[..., :count, :], final

@@ -198,10 +198,10 @@ _zoh_kernel.register_autograd(_backward, setup_context=_save)
 def _flops(log_dt: Tensor, log_rate: Tensor, *rest: Any, **_: Any) -> int:
     *_tensors, C, _D, length, _dtype = rest
     block = block_length(length)
-    return 2 * C.shape[0] * C.shape[1] * -(-length // block) * block * C.shape[2]
+    return 8 * C.shape[0] * C.shape[1] * -(-length // block) * block * C.shape[2]
 
 
 @flops_of(_zoh_kernel_backward)
 def _backward_flops(dk: Tensor, *rest: Any, **_: Any) -> int:
     *_tensors, columns, rows = rest
-    return 4 * dk.shape[0] * columns.numel() * rows.shape[-1]
+    return 16 * dk.shape[0] * columns.numel() * rows.shape[-1]

@@ -444,7 +444,8 @@ def counted(function, *inputs):
     """FLOPs of the matrix products and FFTs in tensor code."""
     aten = torch.ops.aten
 
-    formulas = {aten._fft_r2c: r2c, aten._fft_c2r: c2r, aten.addmm_: addmm, aten.bmm: bmm, aten.baddbmm_: baddbmm}
+    formulas = {aten._fft_r2c: r2c, aten._fft_c2r: c2r, aten.addmm_: addmm, aten.bmm: bmm}
+    formulas |= {aten.baddbmm: baddbmm, aten.baddbmm_: baddbmm}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         function(*inputs)
