@@ -29,7 +29,7 @@ from stu.ops.transforms import owned, plain_gradients, transformed
 Algorithm = Literal["auto", "sequential", "parallel"]
 ENTRIES_ON_CPU = 1 << 18  # of M at a time; there are several matrices of its size
 CHUNKS_AT_ONCE = 64  # whose states are one product; those of more are products over blocks of chunks and over blocks
-PRODUCT_AT_ONCE = 1 << 28  # multiplications that take less time than the launches of another level
+PRODUCT_AT_ONCE = 1 << 30  # multiplications that take less time than the launches of another level
 
 
 def ssd(

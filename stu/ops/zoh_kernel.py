@@ -150,9 +150,10 @@ def _zoh_kernel_backward(
         dgain = db * B
         by_A = dgain / A
         dz = torch.addcmul(dz, dgain, gain).add_(by_A)  # e^z/Λ = g + 1/Λ
-        dA = torch.addcmul(dz * log_dt.exp().view(-1, systems, 1), by_A, gain, value=-1).sum(0)
+        by_log_dt = dz * z
+        dA = torch.addcmul(by_log_dt / A, by_A, gain, value=-1).sum(0)  # z/Λ = dt
         return (
-            owned((dz * z).sum(-1).real.flatten()),
+            owned(by_log_dt.sum(-1).real.flatten()),
             dA.real * A.real,
             -dA.imag,
             torch.view_as_real((db * gain).sum(0).conj_physical_()),
