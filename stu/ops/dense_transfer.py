@@ -19,7 +19,7 @@ from stu.ops.bank import Spectra
 from stu.ops.forms import budget, chunks, on_cpu
 
 # Numbers at a time on a CPU: of what there is for some frequencies, and of the signal under the FFT.
-PRODUCT_CHUNK, SIGNAL_CHUNK = 1 << 20, 1 << 18
+PRODUCT_CHUNK, SIGNAL_CHUNK = 1 << 21, 1 << 18
 
 
 class DenseTransfer:
@@ -69,9 +69,9 @@ class DenseTransfer:
 
     def _shares(self, f: slice, correlation: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_f Re φ̂_k(f) Re C(f) and Σ_f Im φ̂_k(f) Im C(f) of C (p, I, O): (K, I·O) each."""
-        planes = torch.view_as_real(correlation).flatten(1)  # (p, I·O·2)
-        by_real, by_imaginary = (weighted[f].mT @ planes for weighted in self.filters.weighted)
-        return by_real[:, 0::2], by_imaginary[:, 1::2]
+        real, imaginary = torch.view_as_real(correlation.flatten(1)).movedim(-1, 0).contiguous()  # (p, I·O) each
+        by_real, by_imaginary = self.filters.weighted
+        return by_real[f].mT @ real, by_imaginary[f].mT @ imaginary
 
     def _rows(self, x: Tensor) -> list[slice]:
         """Slices of the batch; on a CPU of so many sequences that the FFTs of all stay in its cache."""
