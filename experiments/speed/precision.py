@@ -4,8 +4,8 @@ B batch, L length, D model width
 
 On a CUDA device these are PyTorch's own settings. On a CPU the same products, also those inside of our operators, are
 computed from inputs rounded as tensor cores round them: to 10 bits of mantissa (TF32) or 7 (bfloat16, which "medium"
-allows; on GPUs PyTorch may compute that, too, in TF32), to the nearest, ties to even, and accumulated in float64.
-Convolutions of cuDNN, which only Mamba-2 has, and of 4 taps, are not emulated.
+allows; on GPUs PyTorch may compute that, too, in TF32), to the nearest, ties to even, and accumulated in float64; every
+operation in its form for GPUs. Convolutions of cuDNN, which only Mamba-2 has, and of 4 taps, are not emulated.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from experiments.speed.bench import without_zeros
 from experiments.speed.candidates import Size, build, find
 from stu.cli.usage import options_of
 from stu.errors import OptionError
+from stu.ops.forms import taken_for
 from stu.training.plan import set_matmul_precision
 
 Errors = dict[str, dict[str, float]]  # of the output, the input's gradient and the parameters': maximum and rms
@@ -103,6 +104,7 @@ def _products(setting: str, device: torch.device) -> Iterator[None]:
     precision = setting if setting in MANTISSA else "highest"
     with ExitStack() as stack:
         if device.type == "cpu":
+            stack.enter_context(taken_for("cuda"))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_without_onednn())
             if precision != "highest":
@@ -126,7 +128,7 @@ def _without_onednn() -> Iterator[None]:
 
 @contextmanager
 def emulated(bits: int) -> Iterator[None]:
-    """Products of float32 matrices on the CPU from inputs of so many bits of mantissa, also inside of operators."""
+    """Products of float32 and complex64 matrices on the CPU from inputs of so many bits of mantissa, also inside of operators."""
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
@@ -165,8 +167,10 @@ def _in_place(out: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _rounded(x: Tensor, bits: int) -> Any:
-    """A float32 tensor to so many bits of mantissa, in float64; tensors of other dtypes as they are."""
+    """A float32 tensor to so many bits of mantissa, in float64, and both parts of a complex one; others as they are."""
     x = x.detach().resolve_conj().resolve_neg()
+    if x.dtype == torch.complex64:
+        return _rounded(x.real, bits) + 1j * _rounded(x.imag, bits)
     if x.dtype != torch.float32:
         return x.numpy()
     dropped = 23 - bits

@@ -56,7 +56,7 @@ class STU(Structured, Mixer):
     `recurrence="learned"` gives each a matrix M^y (AR-STU), "fixed" is the paper's y_{t−k_y} with coefficient I.
     delay: steps by which the spectral features lag (2 in the paper; 0 for the purely spectral unit of Flash STU,
     2409.10489, which also has k_u = k_y = 0).
-    algorithm: how `stu.ops.convolution` computes; "auto" is the faster one.
+    algorithm: how `stu.ops.convolution` computes; "auto" is the fastest one.
     streaming: what `step` keeps: a "window" of all inputs, O(seq_len) per step, or the "states" of the filters'
     exponentials (`stu.ops.realization`), O(1) per step. "auto": states where they are faster and as exact.
 

@@ -57,7 +57,7 @@ class DenseTransfer:
             del product
         if wants_matrices:
             conjugate = self._spectrum(u).conj_physical_().mT
-            shares = [self._shares(f, torch.bmm(conjugate[f], gradient[f])) for f in self.pieces]
+            shares = (self._shares(f, torch.bmm(conjugate[f], gradient[f])) for f in self.pieces)
             even, odd = functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), shares)
             by_matrices = [even + odd, even - odd] if self.two_way else [even + odd]
         return by_u, by_matrices
@@ -79,7 +79,7 @@ class DenseTransfer:
 
     def _spectrum(self, x: Tensor) -> Tensor:
         """The rfft over time, (B, L, I) → (F, B, I); on a CPU by contiguous rows, and contiguous."""
-        if not on_cpu(x):
+        if len(x) and not on_cpu(x):
             return torch.fft.rfft(x, n=self.n, dim=1).transpose(0, 1)
         spectrum = x.new_empty(self.n // 2 + 1, len(x), x.shape[2], dtype=torch.promote_types(x.dtype, torch.complex64))
         for rows in self._rows(x):
