@@ -128,7 +128,7 @@ def _without_onednn() -> Iterator[None]:
 
 @contextmanager
 def emulated(bits: int) -> Iterator[None]:
-    """Products of float32 and complex64 matrices on the CPU from inputs of so many bits of mantissa, also inside of operators."""
+    """Products of float32 and complex64 matrices on the CPU from inputs of so many bits, also inside of operators."""
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():

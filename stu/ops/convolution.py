@@ -69,10 +69,10 @@ def choose_algorithm(u: Tensor, weight: Tensor, *, two_way: bool) -> Algorithm:
     and "dense" has fewest; the wider they are, the larger the batch has to be that shares H. Else "features" wins for
     one sequence, by its larger matrix products. Measured by `python -m experiments.speed`.
     """
-    size = weight[0].numel()
-    if not on_cpu(u) or size <= TINY or (size <= NARROW and len(weight) <= 8 * len(u)):
+    size, batch = weight[0].numel(), u.shape[0]  # len(u) would fix the batch size of a compiled program
+    if not on_cpu(u) or size <= TINY or (size <= NARROW and weight.shape[0] <= 8 * batch):
         return "dense"
-    return "features" if len(u) == 1 and not two_way else "transfer"
+    return "features" if batch == 1 and not two_way else "transfer"
 
 
 def filter_convolution_reference(u: Tensor, filters: Tensor, weight: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def linear_recurrence(
     require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
     chosen = choose(algorithm, drive, "sequential", "doubling")
     dtype = torch.promote_types(drive.dtype, at_least_float32(weight))
-    start = drive.new_zeros(len(drive), *weight.shape[:2]) if initial is None else initial.flip(1)  # oldest first
+    batch = drive.shape[0]  # len(drive) would fix the batch size of a compiled program
+    start = drive.new_zeros(batch, *weight.shape[:2]) if initial is None else initial.flip(1)  # oldest first
     inputs = drive.to(dtype), weight.to(dtype), start.to(dtype)
     with no_autocast(drive):
         y: Tensor = _plain(*inputs) if transformed(*inputs) else _recurrence(*inputs, chosen)
