@@ -102,7 +102,7 @@ def diagonal_ssm(
     chosen = _chosen(algorithm, u)
     dtype = at_least_float32(u)
     complex_dtype = torch.promote_types(dtype, torch.complex64)
-    rows = torch.view_as_real(B).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+    rows = torch.view_as_real(B.resolve_conj()).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
     inputs = (
         u.to(dtype),
         decay,

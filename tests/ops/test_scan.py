@@ -206,6 +206,13 @@ def test_gradcheck_of_the_ssm(directions):
     assert torch.autograd.gradcheck(diagonal_ssm, inputs)
 
 
+def test_ssm_takes_conjugates_that_are_views():
+    u, decay, B, C = (x.detach() for x in ssm_problem(9))
+    lazy = diagonal_ssm(u, decay.conj(), B.conj(), C.conj())
+    for one, other in zip(lazy, diagonal_ssm(u, *(x.conj().resolve_conj() for x in (decay, B, C))), strict=True):
+        assert_close(one, other, rtol=0, atol=1e-13)
+
+
 def test_gradients_of_one_output_need_no_other():
     inputs = ssm_problem(9, initial=True)
     for index in (0, 1):
