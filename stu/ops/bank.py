@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from stu.errors import OptionError, require
 from stu.ops.filters import Hankel
@@ -30,7 +31,7 @@ from stu.ops.transfer import sent
 from stu.ops.transforms import outside
 
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
-CACHED_LENGTHS = 64  # FFT lengths whose bands a bank keeps
+CACHED_LENGTHS, CACHED_BYTES = 64, 1 << 28  # of spectra that a bank keeps; those of the last FFT length in any case
 
 
 Made = TypeVar("Made", bound="list[Band] | Spectra")
@@ -146,12 +147,17 @@ class FilterBank:
 
         return self._kept(("spectra", n, dtype, device), n, whole)
 
+    @property
+    def _full(self) -> bool:
+        tensors = (part for found in self._spectra.values() for part in tree_leaves(found) if isinstance(part, Tensor))
+        return len(self._spectra) > CACHED_LENGTHS or sum(tensor.nbytes for tensor in tensors) > CACHED_BYTES
+
     def _kept(self, key: tuple[Any, ...], n: int, make: Callable[[Tensor], Made]) -> Made:
         with self._lock:
             if key not in self._spectra:
                 with torch.inference_mode(False):
                     self._spectra[key] = make(self.filters[: (n + 1) // 2])
-                if len(self._spectra) > CACHED_LENGTHS:
+                while len(self._spectra) > 1 and self._full:
                     self._spectra.popitem(last=False)
             self._spectra.move_to_end(key)
             found: Any = self._spectra[key]

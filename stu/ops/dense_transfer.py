@@ -80,7 +80,7 @@ class DenseTransfer:
     def _spectrum(self, x: Tensor) -> Tensor:
         """The rfft over time, (B, L, I) → (F, B, I); on a CPU by contiguous rows, and contiguous."""
         if len(x) and not on_cpu(x):
-            return torch.fft.rfft(x, n=self.n, dim=1).transpose(0, 1)
+            return torch.fft.rfft(x, n=self.n, dim=1).transpose(0, 1).contiguous()  # or every product would copy it
         spectrum = x.new_empty(self.n // 2 + 1, len(x), x.shape[2], dtype=torch.promote_types(x.dtype, torch.complex64))
         for rows in self._rows(x):
             spectrum[:, rows] = torch.fft.rfft(x[rows].mT, n=self.n).permute(2, 0, 1)

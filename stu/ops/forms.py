@@ -37,8 +37,11 @@ def budget(like: Tensor, numbers: int, arrays: int = 4) -> int:
 
 
 def room(like: Tensor, arrays: int = 1) -> int:
-    """How many numbers an array may have where `arrays` of its size exist at once, temporary ones included."""
-    return max(1, _device_bytes // (arrays * like.element_size()))
+    """How many numbers an array may have where `arrays` of its size exist at once, temporary ones included.
+
+    Those of half precision are computed with in float32.
+    """
+    return max(1, _device_bytes // (arrays * max(4, like.element_size())))
 
 
 def chunks(count: int, size: int, numbers: int) -> list[slice]:
@@ -62,7 +65,8 @@ def taken_for(device: str) -> Iterator[None]:
 def device_memory(size: float) -> Iterator[None]:
     """Within it, an operation may take `size` bytes at a time on devices other than CPUs; a gigabyte otherwise.
 
-    Beyond inputs and outputs, and of one operation, forward or backward; less memory means more and smaller calls.
+    Beyond inputs and outputs and, in the STU, their spectra, and of one operation, forward or backward. Less memory
+    means more and smaller calls.
     """
     global _device_bytes
     require(size >= 1, "size", size, "must be at least 1 byte")

@@ -44,7 +44,7 @@ def _plain(A_T: Tensor, B: Tensor, C: Tensor, D: Tensor, length: int, scale: flo
 
 
 def _doublings(length: int) -> int:
-    """H of the block length T = 2^h, T² ≥ L."""
+    """The h of the block length T = 2^h, T² ≥ L."""
     return ((length - 1).bit_length() + 1) // 2
 
 
@@ -57,8 +57,9 @@ def _power_kernel(
         (outputs, width, size), doublings = C.shape, _doublings(length)
         block = 1 << doublings
         powers = A_T.new_empty(doublings, 2, width, size, size)
-        for k in range(doublings):
-            torch.bmm(powers[k - 1, 0], powers[k - 1, 0], out=powers[k, 0]) if k else powers[0, 0].copy_(A_T)
+        powers[:1, 0] = A_T
+        for k in range(1, doublings):
+            torch.bmm(powers[k - 1, 0], powers[k - 1, 0], out=powers[k, 0])
         for k in range(doublings):
             last = powers[k - 1, 1] if k else powers[-1, 0].mT
             torch.bmm(last, last, out=powers[k, 1])

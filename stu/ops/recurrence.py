@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from stu.errors import require
 from stu.ops.flops import flops_of
-from stu.ops.forms import choose
+from stu.ops.forms import choose, room
 from stu.ops.precision import at_least_float32, double_dtype, no_autocast
 from stu.ops.transforms import owned, transformed
 
@@ -187,7 +187,10 @@ def _blockwise(drive: Tensor, weight: Tensor, initial: Tensor, algorithm: str, i
 def _division(drive: Tensor, weight: Tensor, algorithm: str) -> tuple[int, int]:
     """The block length T and the number of blocks S."""
     batch, length, width = drive.shape
-    block = max(min(choose_block(batch, length, width, algorithm), length), len(weight))
+    block = min(choose_block(batch, length, width, algorithm), length)
+    if algorithm == "doubling":  # of Toeplitz matrices of (T·D)² numbers, there may be few
+        block = min(block, 1 << max(0, (math.isqrt(room(drive, arrays=4)) // width).bit_length() - 1))
+    block = max(block, len(weight))
     return block, -(-length // block)
 
 

@@ -393,6 +393,7 @@ def _constant(decay: Tensor, dtype: torch.dtype, length: int, algorithm: str) ->
     steps = torch.stack([steps * block**level for level in range(levels)])
     powers = (exact.unsqueeze(1) ** steps.unsqueeze(1)).to(dtype)  # (m, N, T)
     powers[..., 0] = 1  # also of zero
+    # flip also copies: rows of an unfolded tensor overlap
     return _Blocks(F.pad(powers, (block - 1, 0)).unfold(-1, block, 1).flip(-2))
 
 
@@ -401,7 +402,7 @@ def _division(length: int) -> tuple[int, int]:
     levels = 1
     while LONGEST_BLOCK**levels < length:
         levels += 1
-    return length if levels == 1 else 1 << math.ceil(math.log2(length) / levels), levels
+    return max(1, length) if levels == 1 else 1 << math.ceil(math.log2(length) / levels), levels
 
 
 def _in_blocks(sequence: Tensor, block: int) -> Tensor:

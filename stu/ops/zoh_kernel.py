@@ -84,7 +84,8 @@ def _zoh_kernel(
         A = torch.complex(-log_rate.exp(), frequency)
         z = log_dt.exp().view(-1, systems, 1) * A
         gain = torch.expm1(z) / A
-        m = (gain * torch.view_as_complex(B)).flatten(0, 1).unsqueeze(1) * torch.view_as_complex(C).transpose(0, 1)
+        B, C = (torch.view_as_complex(pairs.contiguous()) for pairs in (B, C))
+        m = (gain * B).flatten(0, 1).unsqueeze(1) * C.transpose(0, 1)
         exponents = z.view(-1, z.shape[-1], 1) * torch.arange(block, dtype=log_dt.dtype, device=log_dt.device)
         columns = exponents.exp()
         rows = (exponents[..., :blocks] * block).exp_()
@@ -143,7 +144,8 @@ def _zoh_kernel_backward(
         dm = X.sum(-1).transpose(1, 2)  # (D, H, N)
         by_row = _over_outputs(X.mul_(steps[:blocks]).sum(-1).transpose(1, 2).mul(m))
         dz = Y.mul_(columns).mul_(steps).sum(-1).add_(by_row, alpha=block)  # (D, N)
-        B, C = torch.view_as_complex(B), torch.view_as_complex(C).transpose(0, 1)  # (n, N), (D, H, N)
+        B, C = (torch.view_as_complex(pairs.contiguous()) for pairs in (B, C))
+        C = C.transpose(0, 1)  # (D, H, N)
         dz, z, gain = (x.view(-1, systems, modes) for x in (dz, z, gain))
         db = _over_outputs(dm * C).view_as(z)
         dC = dm * (gain * B).view(width, 1, modes)
@@ -156,7 +158,7 @@ def _zoh_kernel_backward(
             owned(by_log_dt.sum(-1).real.flatten()),
             dA.real * A.real,
             -dA.imag,
-            torch.view_as_real((db * gain).sum(0).conj_physical_()),
+            owned(torch.view_as_real((db * gain).sum(0).conj_physical_())),
             owned(torch.view_as_real(dC.transpose(0, 1).conj_physical())),
             dk[0, :, 0].to(log_dt.dtype, copy=True),
         )

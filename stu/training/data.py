@@ -110,7 +110,7 @@ class SequenceData(L.LightningDataModule):
         share = 1.0 if self.device_resident is True else SHARE
         try:
             return Resident(self.task, examples, self._device, share=share)
-        except OptionError:
+        except (OptionError, torch.OutOfMemoryError):
             if self.device_resident is True:
                 raise
             return None

@@ -89,7 +89,10 @@ class _Column:
             self.data = torch.zeros(self.shape, dtype=self.data.dtype, device=device)
         part = rows.unflatten(0, (self.rows, -1))
         dtype = torch.promote_types(self.data.dtype, _smallest(rows))
-        self.data = self.data.to(dtype)
+        if dtype != self.data.dtype:  # larger numbers than before
+            needed = self.data.numel() * dtype.itemsize
+            _require(needed <= free_memory(device), f"examples take {needed / 2**30:.2f} GiB, more than is free")
+            self.data = self.data.to(dtype)
         there = self.data[:, place, : rows.shape[1]] if self.every_step else self.data[:, place]
         _require(there.shape == part.shape, f"examples of shapes {tuple(there.shape)} and {tuple(part.shape)}")
         there.copy_(part.to(dtype))

@@ -42,8 +42,8 @@ FREE_KEYS = (
     "task.data.dir",
     "model.compile",
 )
-# Defaults of options of ours beside those of a constructor that is not.
-DEFAULTS = {"trainer.matmul_precision": "high"}
+# Options that runs of earlier versions were made without, and may go on with any value of.
+LATER_KEYS = ("trainer.matmul_precision",)
 # Modules that have moved: the names in configurations of earlier runs, and the names now.
 MOVED = {
     **{f"data.lra_{name}": f"data.lra.{name}" for name in ("image", "listops", "pathfinder", "retrieval", "text")},
@@ -203,9 +203,9 @@ def is_free(key: str) -> bool:
 
 
 def is_default(flat: Mapping[str, Any], key: str) -> bool:
-    """Whether an option of a flat configuration has the default of the constructor that takes it, or of `DEFAULTS`."""
-    if key in DEFAULTS:
-        return bool(flat[key] == DEFAULTS[key])
+    """Whether an option of a flat configuration has the default of the constructor that takes it, or any will do."""
+    if key in LATER_KEYS:
+        return True
     node, _, option = key.rpartition(".")
     constructor = locate(flat.get(f"{node}._target_", ""))
     if not callable(constructor):

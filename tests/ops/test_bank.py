@@ -84,6 +84,9 @@ def test_bands_are_made_once_and_only_so_many_are_kept(monkeypatch):
     filters.bands(120, torch.float32, CPU)
     assert filters.bands(128, torch.float32, CPU) is first  # used last but one
     assert len(filters._spectra) == 2
+    monkeypatch.setattr(bank, "CACHED_BYTES", 1)
+    filters.spectra(128, torch.float32, CPU)
+    assert len(filters._spectra) == 1
 
 
 def test_threads_that_build_the_same_filters_at_once_share_them():

@@ -156,6 +156,17 @@ def test_block_lengths_balance_product_and_seam():
     assert [choose_block(8, length, 128, "doubling") for length in (1, 100, 1024, 16383, 16384)] == [4, 4, 16, 64, 64]
 
 
+def test_blocks_are_no_longer_than_there_is_memory_for():
+    drive, weight = torch.empty(1, 131072, 128, device="meta"), torch.empty(2, 128, 128, device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recurrence, "choose_block", choose_block)
+        for size in (1 << 26, 1 << 30):
+            with forms.device_memory(size):
+                block, steps = recurrence._division(drive, weight, "doubling")
+            assert size / 16 < 4 * 4 * (block * 128) ** 2 <= size
+            assert block * steps >= 131072
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 39, 40, 41, 300])
 @pytest.mark.parametrize("order", [1, 2, 7])
 def test_the_algorithms_agree(length, order):
