@@ -221,7 +221,7 @@ def _backward_flops(grad: Tensor, *inputs: Any, **_: Any) -> int:
     total: int = fft_flops(n, len(u) * (weight.shape[2] + weight.shape[1] * (wants_u + wants_matrices)))
     if algorithm == "dense":
         spectra, products = _dense_flops(n, weight), _dense_flops(n, weight[:1], 2 * len(u))
-        return total + wants_u * (spectra + products) + wants_matrices * (2 * spectra + products)
+        return total + (wants_u + wants_matrices) * (spectra + products)
     for band in FilterBank.of(bank).bands(n, weight.dtype, torch.device("cpu")):
         mixing = 2 * band.mix.numel() * weight[0].numel() * (1 if reverse is None else 2)
         product = _product_flops(band, len(u), weight, reverse, algorithm) - mixing
