@@ -33,7 +33,6 @@ from stu.ops.transforms import outside
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
 CACHED_LENGTHS, CACHED_BYTES = 64, 1 << 28  # of spectra that a bank keeps; those of the last FFT length in any case
 
-
 Made = TypeVar("Made", bound="list[Band] | Spectra")
 
 

@@ -8,8 +8,8 @@ F frequencies (of a band, or fewer)
 Convolving every channel with every filter costs K FFTs per channel and B·L·K·I numbers of memory. But the layer is
 linear and time-invariant: with φ̂_k = rfft(φ_k) its transfer function is H(f) = Σ_k φ̂_k(f) M_k, and
 Y(f) = U(f) H(f) needs one FFT per channel on either side, independent of K. A `FilterBank` has the filters of a band of
-frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k. All
-frequencies may also be one band, whose basis is the filters' spectra: more arithmetic, in few and large calls.
+frequencies as φ̂_k(f) = Σ_r a_r(f) W_rk with R < K, hence H(f) = Σ_r a_r(f) M̃_r with M̃_r = Σ_k W_rk M_k. Without
+bands, H of all frequencies takes more arithmetic, in few and large calls (`stu.ops.dense_transfer`).
 """
 
 import functools
@@ -112,7 +112,7 @@ def _plain(bank: FilterBank, u: Tensor, weight: Tensor, reverse: Tensor | None) 
 
 @torch.library.custom_op("stu::filter_convolution", mutates_args=())
 def _convolution(u: Tensor, weight: Tensor, reverse: Tensor | None, bank: str, algorithm: str) -> Tensor:
-    """Y(f) = U(f) H(f), in real arithmetic: real matrix products are what every library does best."""
+    """Y(f) = U(f) H(f); in bands by real matrix products, which CPUs do best."""
     with no_autocast(u):
         n = fft_length(2 * u.shape[1] - 1)
         spectra = _spectra(bank, n, weight, algorithm)

@@ -25,7 +25,12 @@ def on_cpu(like: Tensor) -> bool:
 
 
 def choose(algorithm: Algorithm, like: Tensor, for_cpu: Algorithm, for_device: Algorithm) -> Algorithm:
-    """The algorithm itself, or, where that is "auto", the one that suits the device of `like`."""
+    """The algorithm itself, or, where that is "auto", the one that suits the device of `like`.
+
+    Raises `OptionError` unless it is one of these three.
+    """
+    names = "auto", for_cpu, for_device
+    require(algorithm in names, "algorithm", algorithm, f"must be one of {', '.join(names)}")
     if algorithm != "auto":
         return algorithm
     return for_cpu if on_cpu(like) else for_device

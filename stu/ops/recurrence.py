@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stu.errors import require
 from stu.ops.flops import flops_of
 from stu.ops.forms import choose, room
 from stu.ops.precision import at_least_float32, double_dtype, no_autocast
@@ -44,7 +43,6 @@ def linear_recurrence(
 
     algorithm: "sequential" suits CPUs, "doubling" other devices; "auto" is the one for the device of `drive`.
     """
-    require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
     chosen = choose(algorithm, drive, "sequential", "doubling")
     dtype = torch.promote_types(drive.dtype, at_least_float32(weight))
     batch = drive.shape[0]  # len(drive) would fix the batch size of a compiled program

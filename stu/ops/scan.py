@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stu.errors import require
 from stu.ops.flops import flops_of
 from stu.ops.forms import budget, choose, chunks
 from stu.ops.kernels import diagonal_advance
@@ -57,7 +56,7 @@ def linear_scan(
     algorithm: "tree" suits CPUs, "blocks" other devices; "auto" is the one for the device of `drive`. With decays of
     all times it is a tree in any case.
     """
-    chosen = _chosen(algorithm, drive)
+    chosen = choose(algorithm, drive, "tree", "blocks")
     dtype = torch.promote_types(drive.dtype, torch.complex64 if decay.is_complex() else torch.float32)
     decay = decay.to(dtype if decay.ndim > 1 else torch.promote_types(decay.dtype, dtype))
     drive = drive.to(dtype)
@@ -99,7 +98,7 @@ def diagonal_ssm(
     States exist for a few sequences at a time and are not stored, but recomputed in the backward pass; in u's
     precision, but float32 at least, whatever an enclosing autocast. algorithm: as in `linear_scan`.
     """
-    chosen = _chosen(algorithm, u)
+    chosen = choose(algorithm, u, "tree", "blocks")
     dtype = at_least_float32(u)
     complex_dtype = torch.promote_types(dtype, torch.complex64)
     rows = torch.view_as_real(B.resolve_conj()).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
@@ -137,11 +136,6 @@ def diagonal_step(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor)
     """One step of `diagonal_ssm`, no z: u_t (batch, D), x_{t−1} (batch, N) → y_t (batch, O), x_t in decay's dtype."""
     state = decay * state + u.to(decay.dtype) @ B.to(decay.dtype).T
     return (state @ C[0].to(decay.dtype).T).real.to(u.dtype), state
-
-
-def _chosen(algorithm: Algorithm, like: Tensor) -> Algorithm:
-    require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-    return choose(algorithm, like, "tree", "blocks")
 
 
 def _scanned(drive: Tensor, decay: Tensor, reverse: bool, algorithm: str) -> Tensor:
@@ -228,7 +222,7 @@ def _diagonal_ssm(
 
 
 @_diagonal_ssm.register_fake
-def _(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+def _(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return u.new_empty(*u.shape[:2], C.shape[1]), torch.empty_like(initial)
 
 
@@ -276,16 +270,8 @@ def _diagonal_ssm_backward(
 
 
 @_diagonal_ssm_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial: Tensor,
-    algorithm: str,
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, grad_last: Tensor, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    decay, B, C, initial, _algorithm = inputs
     return u.new_empty(u.shape), *map(torch.empty_like, (decay, B, C, initial))
 
 

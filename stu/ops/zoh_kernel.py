@@ -97,16 +97,8 @@ def _zoh_kernel(
 
 
 @_zoh_kernel.register_fake
-def _(
-    log_dt: Tensor,
-    log_rate: Tensor,
-    frequency: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    length: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+def _(log_dt: Tensor, log_rate: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *_tensors, C, _D, length, dtype = inputs
     (systems, modes), (outputs, width), block = log_rate.shape, C.shape[:2], block_length(length)
     sizes = ((systems, modes), (width, modes), (width, modes), (width, outputs, modes))
     tables = ((width, modes, block), (width, modes, -(-length // block)))

@@ -467,3 +467,10 @@ def test_mamba2_names_impossible_options(options, name):
     with pytest.raises(OptionError) as caught:
         Mamba2(**{"d_model": D} | options)
     assert caught.value.name == name
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "blocks"])
+def test_an_unknown_algorithm_is_named(algorithm):
+    x, dt, A, B = torch.randn(1, 5, 2, 3), torch.rand(1, 5, 2), -torch.rand(2), torch.randn(1, 5, 1, 4)
+    with pytest.raises(OptionError, match=r"algorithm.*must be one of auto, sequential, parallel"):
+        ssd(x, dt, A, B, B, A, algorithm=algorithm)
