@@ -13,6 +13,7 @@ from experiments.speed import launches
 from experiments.speed.launches import VARIANTS, count, main
 from stu.mixers.stu_t import STUT
 from stu.ops.forms import taken_for
+from tests.experiments.commands import assert_refused
 from tests.models import MODELS
 
 CPU = torch.device("cpu")
@@ -202,10 +203,4 @@ def test_the_form_is_that_of_the_device_unless_given(monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_impossible_commands_are_refused_in_one_line(arguments, message, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(message)
+    assert_refused(main, arguments, message, capsys)

@@ -30,6 +30,7 @@ from experiments.speed.results import Results, Row, Timing
 from experiments.speed.roofline import Peak, Work, least_work
 from stu import STU
 from stu.errors import OptionError
+from tests.experiments.commands import assert_refused
 from tests.models import MODELS, randomized
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -611,13 +612,7 @@ def test_what_was_measured_before_a_stop_is_kept(quick, tmp_path, capsys, monkey
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_impossible_commands_are_refused_in_one_line(arguments, message, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(message)
+    assert_refused(main, arguments, message, capsys)
 
 
 @pytest.mark.slow
