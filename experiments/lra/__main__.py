@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared.files import refuse
+from stu.files import write_atomically
 from stu.training import Run
 from stu.training.loggers import read_metrics
-from stu.training.run import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

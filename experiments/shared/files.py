@@ -14,10 +14,3 @@ def refuse(message: object) -> int:
     """Print an error in one line; return the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file whole or not at all, as `stu.training.run` does, which cannot be imported without Lightning."""
-    partial = file.with_name(f".{file.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

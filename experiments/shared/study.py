@@ -20,10 +20,11 @@ import numpy as np
 import scipy
 import torch
 
-from experiments.shared.files import refuse, runs_folder, write_atomically
+from experiments.shared.files import refuse, runs_folder
 from experiments.shared.grid import Cell, Row, Settings, run_cells, to_json
 from experiments.shared.machine import ROOT, origin
 from stu.errors import OptionError, require
+from stu.files import write_atomically
 
 FILE = "results.json"
 MARKERS = ("<!-- the command writes from here -->", "<!-- to here -->")

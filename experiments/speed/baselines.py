@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from experiments.shared.files import write_atomically
 from experiments.shared.machine import origin
 from experiments.speed.bench import Data, Settings, synchronize
 from experiments.speed.candidates import Size, build, find
 from experiments.speed.literal import LITERAL
 from experiments.speed.measure import interleaved
 from experiments.speed.results import Timing
+from stu.files import write_atomically
 
 FILE = "baselines.json"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 
-from experiments.shared.files import write_atomically
 from experiments.shared.machine import origin
 from experiments.speed.bench import Settings, synchronize, without_zeros
 from experiments.speed.candidates import Candidate, Size, find
@@ -19,6 +18,7 @@ from experiments.speed.measure import interleaved
 from experiments.speed.results import Timing
 from stu.cli.usage import options_of
 from stu.errors import OptionError
+from stu.files import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,11 +25,12 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.shared.arguments import count as whole
-from experiments.shared.files import refuse, write_atomically
+from experiments.shared.files import refuse
 from experiments.speed.bench import Bench, Data, Settings, device_of
 from experiments.speed.candidates import Size, find
 from stu.cli.usage import options_of
 from stu.errors import OptionError
+from stu.files import write_atomically
 from stu.ops.forms import taken_for
 
 VARIANTS = ("stu:two_sided=false", "stu:two_sided=false,causal=false")  # the STU with one branch; from both ends

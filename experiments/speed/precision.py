@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.shared.files import refuse, write_atomically
+from experiments.shared.files import refuse
 from experiments.shared.machine import origin
 from experiments.speed.bench import without_zeros
 from experiments.speed.candidates import Size, build, find
 from stu.cli.usage import options_of
 from stu.errors import OptionError
+from stu.files import write_atomically
 from stu.ops.forms import taken_for
 from stu.training.plan import set_matmul_precision
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.files import write_atomically
 from experiments.speed.bench import Settings
 from experiments.speed.candidates import is_literal
 from experiments.speed.launches import Launches
 from experiments.speed.roofline import Peak, Work
+from stu.files import write_atomically
 
 FILE = "results.json"
 ATTENTION = "transformer"

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
-from stu.training.run import Run, write_atomically
+from stu.files import write_atomically
+from stu.training.run import Run
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]
