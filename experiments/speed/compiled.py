@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             calls = {
                 name: _call(candidate, size, settings, compile=name == "compiled") for name in ("eager", "compiled")
             }
+            timings, failures = interleaved(calls, min_seconds=options.min_s, repeats=5)
+            for failure in failures.values():
+                raise failure
         except OptionError as error:
-            print(f"| `{candidate.name}` | — | — | {error.allowed} | — |")
+            print(f"| `{candidate.name}` | — | — | {error.allowed} | — |", flush=True)
             continue
-        timings, failures = interleaved(calls, min_seconds=options.min_s, repeats=5)
-        for failure in failures.values():
-            raise failure
         rows[candidate.name] = {name: asdict(timing) for name, timing in timings.items()}
         print(_row(candidate.name, timings["eager"], timings["compiled"]), flush=True)
     if options.out is not None:
@@ -75,7 +75,7 @@ def _call(candidate: Candidate, size: Size, settings: Settings, *, compile: bool
 
 def _row(name: str, eager: Timing, compiled: Timing) -> str:
     least, medians = compiled.min / eager.min, compiled.median / eager.median
-    return f"| `{name}` | {1e3 * eager.min:,.0f} | {1e3 * compiled.min:,.0f} | {least:.2f} | {medians:.2f} |"
+    return f"| `{name}` | {1e3 * eager.min:,.3g} | {1e3 * compiled.min:,.3g} | {least:.2f} | {medians:.2f} |"
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ class RNN(Mixer):
             return self.project_out(y.to(x.dtype)), after
         if counts is not None:
             inputs = pack_padded_sequence(inputs, counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False)
+        self.rnn.train(torch.is_grad_enabled())  # cuDNN has gradients only there; there is no dropout to switch
         with no_autocast(x):
             y, after = functional_call(self.rnn, weights, (inputs, hidden if cell is None else (hidden, cell)))
         after = RNNState(after[0], None) if cell is None else RNNState(after[0][0], after[1][0])

@@ -14,17 +14,22 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def has_autocast(device: str) -> bool:
+    """Whether devices of this type have autocast: all but meta. Before 2.13 PyTorch's compiler cannot ask PyTorch."""
+    return device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+
+
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a product with `weight`: its own, or that of an enclosing autocast, which leaves float64 alone."""
     device = weight.device.type
-    if weight.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if weight.dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which an enclosing autocast changes no dtype on the device of x."""
-    if torch.amp.is_autocast_available(x.device.type):
+    if has_autocast(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()  # of the meta device
 
