@@ -39,10 +39,12 @@ def main(config: DictConfig) -> float | None:
     if config.mode == "test":
         test(config, run, settings)
         return None
+    run.overwrites = config.overwrite
     with report.exit_codes(run):
         # In a distributed run, another process may still see the run that the first one is about to delete.
         built = build(config) if config.overwrite or not run.finished else None
-        run.open(settings, overwrite=config.overwrite)  # after build: what cannot be built leaves no directory
+        if not config.overwrite:
+            run.check(settings)  # before what takes long
         if built:
             train(config, run, settings, names, *built)
         report.result(run)
@@ -78,19 +80,25 @@ def train(
     kept = run.checkpoints, plan, task.monitor, task.mode, log.every
     checkpoints = instantiate(config.checkpoints, _partial_=True)(*kept)
     figures = instantiate(config.figures, _partial_=True)(run.figures)
-    metrics, wandb = MetricsCSV(run.metrics), instantiate(config.logger)(run, names)
+    metrics = MetricsCSV(run.metrics)
     trainer = make_trainer(
         instantiate(config.trainer, _partial_=True),
         callbacks=[figures, log, report.progress(plan, log), checkpoints],
-        logger=[metrics, *([wandb] if wandb else [])],
+        logger=[metrics],
         default_root_dir=run.path,
     )
     data.require_enough(trainer.world_size)
+    facts = report.facts(module, plan)
+    run.open(
+        settings, overwrite=config.overwrite, data=facts["data"]
+    )  # last: what is refused leaves and deletes nothing
+    if wandb := instantiate(config.logger)(run, names):
+        trainer.loggers = [metrics, wandb]
     device = describe_device(trainer.strategy.root_device)
-    run.record_start(device=device, seed=config.seed, **report.facts(module, plan))
+    run.remarks += metrics.rewind(run.last_step)
+    run.record_start(device=device, seed=config.seed, **facts)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
-    metrics.rewind(run.last_step)
     report.start(run, names, data, module, recipe.groups, device=device, precision=config.trainer.precision)
     trainer.fit(module, data, ckpt_path=run.last if run.last.exists() else None, weights_only=True)
     evaluate.finish(run, trainer, module, data, checkpoints)
@@ -103,6 +111,8 @@ def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     checkpoint = evaluate.restore(module, run, config.checkpoint, settings)
     data = load_data(config, task)
     trainer = make_trainer(instantiate(config.trainer, _partial_=True), logger=False, enable_progress_bar=False)
+    device = describe_device(trainer.strategy.root_device)
+    evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
     trainer.test(module, data, verbose=False)
     report.tested(checkpoint, module.evaluated, task)
 

@@ -4,14 +4,18 @@ A rename alone survives a killed process, but not a loss of power: most file sys
 come back with empty files. Contents are therefore sent to the disk before the rename, and the folder after it.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".tmp"  # the end of the hidden names under which files are written
 DELETED = ".deleted"  # the end of the hidden names of folders that are being deleted
+CHECKSUM = "checksum"  # the last entry of a sealed mapping
 
 
 @contextmanager
@@ -72,3 +76,51 @@ def is_written(path: Path) -> bool:
         return path.stat().st_size > 0
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A mapping as JSON whose last entry is a checksum of the others, by which `unsealed` finds damage."""
+    return json.dumps({**content, CHECKSUM: _checksum(json.dumps(content).encode())}, indent=2)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed` wrote, or JSON of earlier versions, without a checksum.
+
+    Raises `ValueError` for what is no JSON, no mapping, or does not agree with its checksum.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("holds no mapping")
+    given = content.pop(CHECKSUM, None)
+    # A checksum under another key is damage to the key.
+    meant = given is not None or any(str(value).startswith("checksum ") for value in content.values())
+    if meant and given != _checksum(json.dumps(content).encode()):
+        raise ValueError("does not agree with its checksum")
+    return content
+
+
+def _checksum(content: bytes) -> str:
+    return f"checksum {len(content)} {zlib.crc32(content):08x}"
+
+
+def note_checksum(path: Path) -> None:
+    """Send a file that is appended to to the disk, and the checksum of what it holds, in a hidden file beside it."""
+    sync(path)
+    sync(path.parent)
+    write_atomically(_checksum_of(path), _checksum(path.read_bytes()))
+
+
+def agrees_with_checksum(path: Path) -> bool:
+    """Whether a file still begins with what `note_checksum` has seen of it; True where it has seen nothing."""
+    try:
+        noted = _checksum_of(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        noted = ""
+    if not noted:
+        return True
+    length = noted.split(" ")[1] if noted.count(" ") == 2 else ""
+    return length.isdecimal() and path.exists() and _checksum(path.read_bytes()[: int(length)]) == noted
+
+
+def _checksum_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.checksum")

@@ -98,6 +98,11 @@ class MetricsLog(Callback):
         assert isinstance(pl_module, SequenceModule)
         self._write(trainer, {f"val/{name}": value for name, value in pl_module.evaluated.items()})
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rows up to a checkpoint are on the disk before it: a run that resumes from it does not write them again."""
+        for logger in trainer.loggers:
+            logger.save()
+
     def _rate(self, seconds: float) -> float:
         return self.steps_since * self.batch_size / max(seconds, 1e-9)
 

@@ -11,7 +11,7 @@ from stu.training.callbacks import Checkpoints, Diverged
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
 from stu.training.report import count, note
-from stu.training.run import Run
+from stu.training.run import Run, conditions_now
 
 
 def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceData, checkpoints: Checkpoints) -> None:
@@ -38,6 +38,7 @@ def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceD
     last[f"best/val/{task.monitor}"] = checkpoints.best_value
     for logger in trainer.loggers:
         logger.log_metrics({"epoch": plan.epoch(plan.total_steps), **last}, step=plan.total_steps)
+        logger.save()
     run.finish(summary)
     trainer.strategy.barrier()  # every process reads it
 
@@ -54,6 +55,24 @@ def _validated(
     return found
 
 
+def run_of(checkpoint: Path) -> Run:
+    """The directory of the run that wrote a checkpoint."""
+    return Run(checkpoint.absolute().parent.parent)
+
+
+def compare_conditions(checkpoint: Path, given: str | None, data: str, device: str) -> None:
+    """Note under which other conditions a checkpoint was trained than it is tested.
+
+    Raises `OptionError` where it was trained on other data than those of fingerprint `data`, unless it was `given`.
+    """
+    trained = run_of(checkpoint)
+    if other := trained.other_data(data):
+        require(bool(given), "checkpoint", checkpoint, f"{other}; name it to test it anyway")
+        note(f"{checkpoint} {other}")
+    if conditions := trained.other_conditions(conditions_now(device)):
+        note(f"{checkpoint} was trained under other conditions: {', '.join(conditions)}")
+
+
 def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[str, Any]) -> Path:
     """Load the weights of the checkpoint `given`, or else of the run's best, and return its path.
 
@@ -62,8 +81,10 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     """
     checkpoint = Path(given) if given else run.best
     require(checkpoint.is_file(), "checkpoint", checkpoint, "no such file; train first, or name one")
-    trained = Run(checkpoint.absolute().parent.parent)
-    changes = trained.changes(settings, within=("task", "model")) if trained.config.exists() else []
+    trained = run_of(checkpoint)
+    changes = trained.changes(settings, within=("task", "model")) if trained.settings else []
+    if trained.trained and not trained.settings:
+        changes = ["unknown, as config.yaml and manifest.json are absent or damaged"]
     difference = f"was trained with other settings: {', '.join(changes)}"
     same = not changes or bool(given)
     require(same, "checkpoint", checkpoint, f"{difference}; name it to test it anyway")

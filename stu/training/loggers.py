@@ -14,13 +14,14 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
-from stu.files import write_atomically
-from stu.training.run import Run
+from stu.files import agrees_with_checksum, is_written, note_checksum, sync, write_atomically
+from stu.training.run import DAMAGED, Run
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 SECONDS_TO_START = 30.0  # after which W&B counts as unreachable
 COLUMNS = ("step", "epoch", "metric", "value")
+Row = tuple[int, float, str, float]  # a value at an optimiser step: step, epoch, metric, value
 
 
 class MetricsCSV(Logger):
@@ -58,32 +59,61 @@ class MetricsCSV(Logger):
             writer.writerows(rows if file.tell() else [COLUMNS, *rows])
 
     @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Move out the rows after optimiser step `step`, and drop one that was cut off while it was written."""
-        if not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8")
-        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        kept = lines[:1] + [line for line in lines[1:] if _belongs(line, step)]
-        gone = [line for line in lines[1:] if not _belongs(line, step)]
+    def save(self) -> None:
+        """Send all rows to the disk, as before a checkpoint: a resumed run does not write them again."""
+        if self.path.exists():
+            note_checksum(self.path)
+
+    def rewind(self, step: int) -> list[str]:
+        """Move out the rows after optimiser step `step`, and drop one that was cut off while it was written.
+
+        Returns remarks on damage to the rows up to there; the damaged file is then kept beside it.
+        """
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return []
+        if not is_written(self.path):
+            none_lost = not step or (not self.path.exists() and agrees_with_checksum(self.path))
+            return [] if none_lost else [f"{self.path} was empty or missing: the rows up to step {step} are lost"]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
+        rows = [(f"{line}\n", row) for line in lines if (row := parse_row(line))]
+        gone = [line for line, row in rows if not _belongs(row, step)]
+        remarks = []
+        if len(rows) < len(lines) or not agrees_with_checksum(self.path):
+            copy = self.path.with_name(f"{self.path.name}{DAMAGED}")
+            write_atomically(copy, self.path.read_bytes())
+            lost = f"{len(lines) - len(rows):,} rows cannot be read, others may differ"
+            remarks.append(f"{self.path} was damaged, and is now {copy.name}: {lost}")
         if gone:
-            with self.path.with_suffix(".superseded.csv").open("a", encoding="utf-8") as file:
+            superseded = self.path.with_suffix(".superseded.csv")
+            with superseded.open("a", encoding="utf-8") as file:
                 file.writelines(gone)
-        write_atomically(self.path, "".join(kept))
+            sync(superseded)
+        kept = [line for line, row in rows if _belongs(row, step)]
+        write_atomically(self.path, "".join([",".join(COLUMNS) + "\n", *kept]))
+        note_checksum(self.path)
+        return remarks
 
 
-def _belongs(line: str, step: int) -> bool:
+def parse_row(line: str) -> Row | None:
+    """A line of a `metrics.csv`, as (step, epoch, metric, value); None where it is damaged."""
+    try:
+        [[step, epoch, metric, value]] = csv.reader([line])
+        return (int(step), float(epoch or "nan"), metric, float(value)) if "\ufffd" not in line else None
+    except (ValueError, csv.Error):
+        return None
+
+
+def _belongs(row: Row, step: int) -> bool:
     """Whether a row is of a step up to `step`; the final results always come after it."""
-    at, _, metric, _ = line.split(",")
-    return int(at) <= step and not metric.startswith(("test/", "best/"))
+    return row[0] <= step and not row[2].startswith(("test/", "best/"))
 
 
-def read_metrics(path: Path) -> list[tuple[int, float, str, float]]:
-    """The rows of a `metrics.csv`: (step, epoch, metric, value)."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            (int(row["step"]), float(row["epoch"]), row["metric"], float(row["value"])) for row in csv.DictReader(file)
-        ]
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.csv`: (step, epoch, metric, value). Raises `OptionError` for a damaged one."""
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")[1:]
+    rows = [row for line in lines if (row := parse_row(line))]
+    require(len(rows) == len(lines), "metrics", path, f"{len(lines) - len(rows):,} rows are damaged")
+    return rows
 
 
 def wandb_logger(

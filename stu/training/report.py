@@ -5,13 +5,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from stu.errors import OptionError
 from stu.task import Task
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
 from stu.training.data import SequenceData
@@ -102,7 +104,9 @@ def start(
     device: str,
     precision: str,
 ) -> None:
-    """The summary at the start of a run."""
+    """The summary at the start of a run, and what it has found."""
+    for remark in run.remarks:
+        note(remark)
     plan = data.plan
     sizes = [len(split) for split in data.splits]
     epochs = plan.total_steps / plan.steps_per_epoch
@@ -160,7 +164,12 @@ def note(text: str) -> None:
 def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
     saved = f"saved in {run.last}" if run.last.exists() else "nothing was trained yet"
-    print(f"{stop}; {saved}. The same command resumes the run.", flush=True)
+    way_on = "The same command resumes the run."
+    if run.overwrites and run.opened:
+        way_on = "The same command without overwrite=true resumes the run; with it, it starts again."
+    elif run.overwrites:
+        saved, way_on = "nothing was deleted yet", "The same command starts again."
+    print(f"{stop}; {saved}. {way_on}", flush=True)
 
 
 @rank_zero_only
@@ -177,25 +186,41 @@ def diverged(run: Run, error: Diverged) -> None:
 def exit_codes(run: Run) -> Iterator[None]:
     """Report how a run ends that does not finish, exit with its code, and release the run in any case.
 
-    128 + the signal after SIGINT and SIGTERM; 1 after a loss that is not finite, which the manifest records.
+    128 + the signal after SIGINT and SIGTERM; 1 after a loss that is not finite. The manifest records these and every
+    other error, but those that refuse the command: after them there is no directory that was not there before.
     """
+    refused = False
     try:
         yield
     except Stopped as stop:
         stopped(run, stop)
+        record(run.record_stop, stop)
         raise SystemExit(128 + stop.signal_number) from None
     except (KeyboardInterrupt, SystemExit) as end:  # before and after training Lightning's own handlers end the run
         code = getattr(end, "code", 1)
         number = {None: signal.SIGTERM, 1: signal.SIGINT}.get(code) or code - 128
-        stopped(run, Stopped(number, run.last_step))
+        signalled = Stopped(number, run.last_step)
+        stopped(run, signalled)
+        record(run.record_stop, signalled)
         raise SystemExit(128 + number) from None
     except Diverged as error:
         diverged(run, error)
-        run.record_failure(str(error))
+        record(run.record_failure, error)
         raise SystemExit(1) from None
+    except Exception as error:
+        refused = isinstance(error, OptionError | MisconfigurationException)
+        record(run.record_failure, error)
+        raise
     finally:
         close_wandb()
-        run.close()
+        run.discard() if refused else run.close()
+
+
+def record(in_manifest: Callable[[str], None], error: BaseException) -> None:
+    """Record how a run ended, in one line, unless the disk refuses that, too: what ended it is reported in any case."""
+    kind = "" if isinstance(error, Diverged | Stopped) else f"{type(error).__name__}: "
+    with suppress(OSError):
+        in_manifest(kind + " ".join(str(error).split())[:500])
 
 
 def _lengths(data: SequenceData) -> str:

@@ -10,22 +10,25 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
-from stu.files import write_atomically
+from stu.files import DELETED, is_written, remove_folder, sealed, unsealed, write_atomically
+from stu.training.lock import RunLock
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
+NO_MATTER = ("hydra-core", "wandb")  # of these, for what is computed
+DAMAGED = ".damaged"  # the end of the names under which damaged files are kept
 # Keys that do not change what is computed: they may differ when a run is resumed. `model.compile` changes the rounding,
 # as does another machine; a run of compiled blocks can so be resumed and tested where there is no compiler.
 FREE_KEYS = (
@@ -58,12 +61,17 @@ class Run:
     """The directory `path` of one run.
 
     config.yaml      the resolved configuration
-    manifest.json    versions, git state, hardware, data fingerprint, and every start
+    manifest.json    versions, git state, hardware, data fingerprint, every start, and the configuration again
     metrics.csv      all metrics
     checkpoints/     best.ckpt, last.ckpt
     figures/         PNG files, where there are any
     summary.json     written last: a run that has it is finished
+
+    A damaged file is no end of a run: an empty one counts as absent, another is kept as <name>.damaged, and what it
+    held is taken from the others. `remarks` says so, and what else this start has found.
     """
+
+    _overwritten: ClassVar[set[Path]] = set()  # by this process, whose later jobs must not delete them again
 
     @classmethod
     def named(cls, parent: Path, name: str) -> "Run":
@@ -78,60 +86,127 @@ class Run:
         self.metrics, self.summary = path / "metrics.csv", path / "summary.json"
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.best, self.last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        self.remarks: list[str] = []
+        self.overwrites = self.opened = self._recorded = (
+            False  # asked to delete what there is; claimed; in the manifest
+        )
+        self._made: list[Path] = []  # folders that this start has made, the innermost first
+        self._place = Path(os.path.realpath(path))  # where a link leads: there a run has its one lock, and is deleted
+        self._lock = RunLock(self._place)
 
     @property
     def finished(self) -> bool:
-        """Whether the run has its summary."""
-        return self.summary.exists()
+        """Whether the run has its summary, undamaged."""
+        return self._summary() is not None
 
-    def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Claim the directory for `config`: start the run, or resume it.
+    @property
+    def trained(self) -> bool:
+        """Whether there is any checkpoint."""
+        return any(is_written(path) for path in self.checkpoints.glob("*.ckpt"))
 
-        Raises `OptionError` if another process works in it or it holds a run of another configuration.
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The configuration of the run, by the manifest, which has a checksum, or by config.yaml; None: not known."""
+        settings = (self._manifest() or {}).get("settings")
+        return settings if isinstance(settings, dict) else _mapping(self.config, yaml.safe_load)
+
+    def check(self, config: Mapping[str, Any], *, data: str | None = None) -> None:
+        """Raise `OptionError` if the run has results that others would be mixed with: of other settings or other data.
+
+        data: the fingerprint of the data now.
         """
-        if getattr(rank_zero_only, "rank", 0) != 0:
+        if not (self.trained or self.finished):
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            raise OptionError("name", self.path, "another process is training this run; choose another name") from None
-        except OSError as error:
-            raise OptionError("paths.runs", self.path, f"must be a folder to write to: {error.strerror}") from error
-        if overwrite and self.config.exists():
-            shutil.rmtree(self.path)
-        if self.last.exists() or self.finished:
-            try:
-                self._check_same(config)
-            except OptionError:
-                self.close()
-                raise
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.manifest.exists():
-            write_atomically(self.manifest, json.dumps({"id": secrets.token_hex(6), "starts": []}))
-        write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-
-    def close(self) -> None:
-        """Release the directory."""
-        if self._lock.is_locked:
-            # before the release: after it, another process may already hold a lock of its own there
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
-
-    def _check_same(self, config: Mapping[str, Any]) -> None:
+        if self.settings is None:
+            write = f"the same command with --cfg job --resolve > '{self.config}' writes them"
+            unknown = "config.yaml and manifest.json are absent or damaged, so nothing says what its settings were"
+            raise OptionError("name", self.path, f"{unknown}; if they were these, {write}; or choose another name")
         if changed := self.changes(config):
             difference = ", ".join(changed[:4]) + " …" * (len(changed) > 4)
             advice = "choose another name, or overwrite=true to delete it"
             raise OptionError("name", self.path, f"holds a run with other settings: {difference}; {advice}")
+        if data and (other := self.other_data(data)):
+            advice = "bring back the files that they were made from, or choose another name"
+            raise OptionError("name", self.path, f"{other}; {advice}")
+
+    def open(self, config: Mapping[str, Any], *, overwrite: bool, data: str | None = None) -> None:
+        """Claim the directory for `config`: start the run, or resume it. All that can be refused should have been.
+
+        Raises `OptionError` if another process works in it or it holds a run of another configuration or other data
+        (their fingerprint is `data`), where `overwrite` does not delete it.
+        """
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return
+        self.overwrites = overwrite
+        try:
+            missing = [folder for folder in (self._place, *self._place.parents) if not folder.exists()]
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._made = missing[1:]
+            self._lock.acquire()
+            shutil.rmtree(self._place.with_name(f".{self._place.name}{DELETED}"), ignore_errors=True)
+            if overwrite:
+                self._delete()
+            self.check(config, data=data)
+            new = not self._place.exists()
+            self._place.mkdir(exist_ok=True)
+            self._made = [self._place, *missing[1:]] if new else []
+            self._begin(_plain(config))
+        except OSError as error:
+            self.discard()
+            raise OptionError("paths.runs", self.path, f"must be a folder to write to: {error.strerror}") from error
+        except BaseException:
+            self.discard()
+            raise
+        self.opened = True
+
+    def close(self) -> None:
+        """Release the directory."""
+        self._lock.release()
+
+    def discard(self) -> None:
+        """Release the directory after a start that was refused: where the start has made it, delete it again."""
+        if self._place in self._made and not self.trained:
+            remove_folder(self._place)
+        self.close()
+        for folder in self._made:
+            with suppress(OSError):  # others have filled it since
+                folder.rmdir()
+
+    def _delete(self) -> None:
+        """Delete the run, if this is one; what a killed process leaves of it has another name."""
+        again = self._place in self._overwritten
+        require(not again, "overwrite", True, f"an earlier job of this command made {self.path}; name its jobs apart")
+        self._overwritten.add(self._place)
+        if any(path.exists() for path in (self.config, self.manifest, self.summary, self.metrics, self.checkpoints)):
+            remove_folder(self._place)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        """Write configuration and manifest, of a new run or again; keep what was there and is damaged."""
+        manifest, written, known = self._manifest(), _mapping(self.config, yaml.safe_load), self.settings
+        if manifest is None:
+            self._replaced(self.manifest, "id and earlier starts are lost")
+            manifest = {"id": secrets.token_hex(6), "starts": []}
+        if json.dumps(_plain(written or {})) != json.dumps(_plain(known or {})):
+            self._replaced(self.config, "the manifest has the same")
+        if self.summary.exists() and not self.finished:
+            self._replaced(self.summary, "the best weights are tested again")
+        write_atomically(self.manifest, sealed(manifest | {"settings": config}))
+        write_atomically(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def _replaced(self, file: Path, instead: str) -> None:
+        """Keep a damaged file under another name, and remark that it is written anew."""
+        if is_written(file):
+            file.replace(file.with_name(file.name + DAMAGED))
+            self.remarks.append(f"{file} was damaged, and is now {file.name}{DAMAGED}: {instead}")
+        elif self.trained or file.exists():
+            self.remarks.append(f"{file} was {'empty' if file.exists() else 'missing'}: {instead}")
 
     def changes(self, config: Mapping[str, Any], within: tuple[str, ...] = ()) -> list[str]:
         """Settings of this run that differ in `config`, as "key (then → now)"; only below `within`, if given.
 
         An option that the run was made without differs unless it has its default: earlier versions may not have had it.
         """
-        before = relocated(flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
-        now = flatten(config)
+        before, now = relocated(flatten(_plain(self.settings or {}))), flatten(_plain(config))
         return [
             f"{key} ({_show(before, key)} → {_show(now, key)})"
             for key in sorted(before.keys() | now.keys())
@@ -144,7 +219,7 @@ class Run:
     @property
     def id(self) -> str:
         """A name unique to this run: an overwritten run in the same place had another one."""
-        return str(json.loads(self.manifest.read_text(encoding="utf-8"))["id"]) if self.manifest.exists() else ""
+        return (self._manifest() or {"id": ""})["id"]
 
     @property
     def last_step(self) -> int:
@@ -163,39 +238,113 @@ class Run:
 
     @rank_zero_only
     def record_start(self, *, device: str, **facts: Any) -> None:
-        """Add this start to the manifest, with facts of the run: its seed, data, metric, steps and so on."""
-        manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
-        manifest |= facts
-        manifest["starts"].append(
-            {
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": " ".join(sys.argv),
-                "resumed": self.last.exists(),
-                "git": git_state(),
-                "host": socket.gethostname(),
-                "device": device,
-                "python": platform.python_version(),
-                "packages": {name: v for name in PACKAGES if (v := _version(name))},
-            }
-        )
-        write_atomically(self.manifest, json.dumps(manifest, indent=2))
+        """Add this start to the manifest, with facts of the run: its seed, data, metric, steps and so on.
 
-    @rank_zero_only
+        A start that goes on under other conditions than the run began with says which in `remarks`.
+        """
+        manifest = self._manifest() or {"id": "", "starts": []}
+        manifest |= facts
+        start = conditions_now(device) | {"resumed": self.trained}
+        if start["resumed"] and (other := self.other_conditions(start)):
+            self.remarks.append(f"resumed under other conditions than the run began with: {', '.join(other)}")
+        manifest["starts"].append(start | ({"remarks": self.remarks} if self.remarks else {}))
+        write_atomically(self.manifest, sealed(manifest))
+        self._recorded = True
+
+    def other_data(self, now: str) -> str:
+        """In words, that this run was trained on data of another fingerprint; empty where it was not, or not known."""
+        before = str((self._manifest() or {}).get("data", now))
+        return "" if before == now else f"was trained on other data (fingerprint {before[:16]} → {now[:16]})"
+
+    def other_conditions(self, now: Mapping[str, Any]) -> list[str]:
+        """What a result depends on besides settings and data, where it differs from how this run began."""
+        starts = (self._manifest() or {"starts": []})["starts"]
+        first = next((start for start in reversed(starts) if not start.get("resumed")), None)
+        if first is None:
+            return []
+        before, after = _deciding(first), _deciding(now)
+        return [f"{key} {before[key]} → {after[key]}" for key in before if key in after and before[key] != after[key]]
+
     def record_failure(self, reason: str) -> None:
         """Record in the manifest why this start ended."""
-        manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
-        if manifest["starts"]:
-            manifest["starts"][-1]["failed"] = reason
-            write_atomically(self.manifest, json.dumps(manifest, indent=2))
+        self._record_end(failed=reason)
+
+    def record_stop(self, reason: str) -> None:
+        """Record in the manifest which signal ended this start."""
+        self._record_end(stopped=reason)
+
+    @rank_zero_only
+    def _record_end(self, **how: str) -> None:
+        manifest = self._manifest()
+        if self._recorded and manifest and manifest["starts"]:
+            manifest["starts"][-1] |= how
+            write_atomically(self.manifest, sealed(manifest))
 
     @rank_zero_only
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary: the run is finished."""
-        write_atomically(self.summary, json.dumps(summary, indent=2))
+        write_atomically(self.summary, sealed(summary))
 
     def read_summary(self) -> dict[str, Any]:
-        """The summary of a finished run."""
-        return json.loads(self.summary.read_text(encoding="utf-8"))
+        """The summary of a finished run. Raises `OptionError` where there is none."""
+        summary = self._summary()
+        require(summary is not None, "name", self.path, "is no finished run: summary.json is absent or damaged")
+        return summary or {}
+
+    def _summary(self) -> dict[str, Any] | None:
+        summary = _mapping(self.summary, unsealed)
+        return summary if summary and is_summary(summary) else None
+
+    def _manifest(self) -> dict[str, Any] | None:
+        """The manifest, None where it is absent or damaged."""
+        manifest = _mapping(self.manifest, unsealed)
+        starts = (manifest or {}).setdefault("starts", [])
+        whole = manifest and isinstance(manifest.get("id"), str) and isinstance(starts, list)
+        return manifest if whole and all(isinstance(start, dict) for start in starts) else None
+
+
+def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except Exception:  # parsers raise anything, given anything
+        return None
+    return content if isinstance(content, dict) and content else None
+
+
+def is_summary(content: Mapping[str, Any]) -> bool:
+    """Whether a mapping has all that is shown of a finished run."""
+    best = content.get("best")
+    parts = content.get("test"), content.get("baselines"), best
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(best, dict):
+        return False
+    numbers = [*content["test"].values(), *content["baselines"].values(), content.get("seconds")]
+    numbers += [best.get(key) for key in ("value", "epoch", "step")]
+    return isinstance(best.get("metric"), str) and all(isinstance(number, int | float) for number in numbers)
+
+
+def conditions_now(device: str) -> dict[str, Any]:
+    """What a start of a run says of itself: time and place, code and versions."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "git": git_state(),
+        "host": socket.gethostname(),
+        "device": device,
+        "python": platform.python_version(),
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+    }
+
+
+def _deciding(start: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the conditions of a start that its results depend on, by name."""
+    git, packages = start.get("git"), start.get("packages")
+    found = {key: start.get(key) for key in ("device", "python")}
+    if isinstance(git, dict):
+        found["commit"] = f"{git.get('commit', '')!s:.10}{' with changes' if git.get('dirty') else ''}"
+    if isinstance(packages, dict):
+        found |= {name: packages[name] for name in packages if name not in NO_MATTER}
+    return found
 
 
 def is_free(key: str) -> bool:
@@ -245,7 +394,7 @@ def run_name(overrides: list[str], choices: tuple[str, ...] = ("model", "task"))
         if key not in choices and not is_free(key) and not key.startswith("hydra"):
             kept.append(override.lstrip("+"))
     name = ",".join(sorted(kept)) or "default"
-    safe = "".join(c if (c.isascii() and c.isalnum()) or c in "=,.-_" else "-" for c in name)
+    safe = "".join(c if (c.isascii() and c.isalnum()) or c in "=,.-_+" else "-" for c in name)
     if safe == name and len(name) <= 100:
         return name
     return f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # other names may be simplified to the same
@@ -278,6 +427,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back, with keys that are texts; dates, which only damage makes, as text."""
+    return json.loads(json.dumps(config, default=str))
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:

@@ -30,6 +30,16 @@ CONFIG = {
 }
 
 
+SUMMARY = {
+    "test": {"loss": 1.0},
+    "best": {"metric": "val/loss", "value": 0.5, "step": 7, "epoch": 1.0, "val": {"loss": 0.5}},
+    "baselines": {"zero": 2.0},
+    "steps": 7,
+    "seconds": 1.5,
+    "parameters": 2,
+}
+
+
 def changed(**flat: Any) -> dict[str, Any]:
     """CONFIG with other values at dotted keys (dots written as __)."""
     config = json.loads(json.dumps(CONFIG))
@@ -49,7 +59,7 @@ def started(path: Path, *, step: int = 7, finished: bool = False) -> Run:
     run.checkpoints.mkdir()
     torch.save({"global_step": step, "state_dict": {"w": torch.ones(2)}}, run.last)
     if finished:
-        run.finish({"test": {"loss": 1.0}})
+        run.finish(SUMMARY)
     run.close()
     return run
 
@@ -177,10 +187,10 @@ class TestAtomicity:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", half)
             with pytest.raises(OSError, match="No space"):
-                run.finish({"test": {"loss": 1.0}})
+                run.finish(SUMMARY)
         assert not run.finished
-        run.finish({"test": {"loss": 1.0}})
-        assert run.read_summary() == {"test": {"loss": 1.0}}
+        run.finish(SUMMARY)
+        assert run.read_summary() == SUMMARY
 
 
 OVERRIDES = st.lists(
@@ -206,6 +216,7 @@ class TestNames:
             (["hydra.verbose=true", "checkpoints.every_minutes=1"], "default"),
             (["checkpoints.every_n_steps=1"], "checkpoints.every_n_steps=1"),
             (["model.depth=2"], "model.depth=2"),  # not the choice of the model
+            (["++optimizer.lr=1e+30"], "optimizer.lr=1e+30"),  # as a sweep writes numbers
         ],
     )
     def test_by_hand(self, overrides: list[str], name: str):
@@ -214,7 +225,7 @@ class TestNames:
     @given(OVERRIDES, st.randoms())
     def test_safe_short_and_the_same_in_any_order(self, overrides: list[str], random: Any):
         name = run_name(overrides)
-        assert re.fullmatch(r"[A-Za-z0-9=,._-]{1,100}", name)
+        assert re.fullmatch(r"[A-Za-z0-9=,._+-]{1,100}", name)
         random.shuffle(overrides)
         assert run_name(overrides) == name
 
@@ -364,7 +375,9 @@ class TestTrainPy:
     def test_the_manifest_tells_how_it_came_about(self, home: Path):
         run = runs.run_of(home, "lds", "stu", "run")
         manifest = json.loads(run.manifest.read_text())
-        assert manifest.keys() == {"id", "seed", "data", "monitor", "mode", "total_steps", "parameters", "starts"}
+        facts = {"id", "seed", "data", "monitor", "mode", "total_steps", "parameters", "starts"}
+        assert manifest.keys() == {*facts, "settings", "checksum"}
+        assert manifest["settings"] == yaml.safe_load(run.config.read_text())
         assert manifest["seed"] == 0
         weights = run.weights(run.best)
         learned = [w for name, w in weights.items() if name.startswith("model.") and w.is_floating_point()]
