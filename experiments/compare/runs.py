@@ -1,12 +1,12 @@
 """What run directories, of this version and earlier ones, say about themselves.
 
-Files are read with the standard library and yaml: `stu.training` has readers of them, but importing it imports PyTorch
-and Lightning, which takes seconds. Whatever a file contains, the result is a row, which says what is unreadable.
-(Hence not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with it.)
+Files are read with little more than the standard library: `stu.training` has readers of them, but importing it imports
+PyTorch and Lightning, which takes seconds. Whatever a file contains, the result is a row, which says what is
+unreadable. (Hence not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with
+it.)
 """
 
 import fcntl
-import json
 import math
 import os
 import statistics
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from stu.files import DELETED, agrees_with_checksum, unsealed
+from stu.locks import Holder
 
 Mode = Literal["min", "max"]
 Status = Literal["finished", "running", "stopped", "failed", "never trained"]
@@ -65,7 +68,9 @@ def find(folders: Iterable[Path]) -> Iterator[Path]:
                 below.clear()
                 continue
             seen.add(real)
-            if {"manifest.json", "config.yaml"} <= set(files):
+            below[:] = [name for name in below if not (name.startswith(".") and name.endswith(DELETED))]
+            found = {"manifest.json", "config.yaml"} & set(files)
+            if len(found) == 2 or (found and "checkpoints" in below):
                 below.clear()
                 yield Path(directory)
 
@@ -76,8 +81,8 @@ def read(path: Path) -> Row:
     finished = os.path.exists(path / "summary.json")
     unreadable: list[str] = []
     config = _read_mapping(path / "config.yaml", yaml.safe_load, unreadable)
-    manifest = _read_mapping(path / "manifest.json", json.loads, unreadable)
-    summary = _read_mapping(path / "summary.json", json.loads, unreadable) if finished else {}
+    manifest = _read_mapping(path / "manifest.json", unsealed, unreadable)
+    summary = _read_mapping(path / "summary.json", unsealed, unreadable) if finished else {}
     metrics = _read_metrics(path / "metrics.csv", unreadable)
 
     monitored = (_at(manifest, "monitor"), _at(summary, "best", "metric"))  # the manifest may be unreadable
@@ -95,7 +100,7 @@ def read(path: Path) -> Row:
         task=_printable(path.parent.parent.name),
         model=_printable(path.parent.name),
         name=_printable(path.name),
-        seed=_whole(_at(config, "seed"), _at(manifest, "seed")),
+        seed=_whole(_at(manifest, "seed"), _at(config, "seed")),  # the manifest has a checksum
         metric=metric,
         mode=mode,
         test=test,
@@ -126,18 +131,25 @@ def is_locked(lock: Path) -> bool:
     """Whether a process holds this file lock.
 
     This takes a shared lock on a file opened for reading, for a moment: unlike a `FileLock` it never creates, writes or
-    deletes the file, and processes that check at the same time do not interfere.
+    deletes the file, and processes that check at the same time do not interfere. On a file system without locks the
+    file itself is the lock, unless the process that it names is gone.
     """
     try:
         with open(lock, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:  # another one than BlockingIOError: no such file, or a file system without locks
-        return isinstance(error, BlockingIOError)
+    except BlockingIOError:
+        return True
+    except OSError:
+        try:
+            return not Holder.of(lock).is_gone
+        except OSError:
+            return False
     return False
 
 
 def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
-    if is_locked(path.with_name(f".{path.name}.lock")):
+    place = Path(os.path.realpath(path))  # beside which the lock is
+    if is_locked(place.parent / f".{place.name}.lock"):
         return "running"
     starts = _at(manifest, "starts")
     latest = starts[-1] if isinstance(starts, list) and starts else {}
@@ -164,6 +176,8 @@ def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
+        if not agrees_with_checksum(file):
+            unreadable.append(f"{file.name} is missing")
         return []
     except OSError:
         unreadable.append(f"{file.name} is unreadable")
@@ -175,6 +189,8 @@ def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
         unreadable.append(f"{file.name} has {bad:,} unreadable row{'s' * (bad > 1)}")
     if rest:
         unreadable.append(f"{file.name} ends in half a row")
+    if not agrees_with_checksum(file):
+        unreadable.append(f"{file.name} does not agree with its checksum")
     return rows
 
 
@@ -209,5 +225,5 @@ def _whole(*values: Any) -> int | None:
 
 
 def _printable(name: str) -> str:
-    """File names, and strings in JSON, may have characters that cannot be encoded."""
-    return name.encode("utf-8", errors="replace").decode("utf-8")
+    """Names of files, and texts in them, may have characters that a terminal obeys, or that cannot be encoded."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

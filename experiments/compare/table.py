@@ -51,13 +51,20 @@ def write_csv(file: Path, rows: Sequence[Row]) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) | {"unreadable": "; ".join(row.unreadable)} for row in rows)
+        for row in rows:
+            cells = asdict(row) | {"unreadable": "; ".join(row.unreadable)}
+            writer.writerow({name: _no_formula(cell) for name, cell in cells.items()})
 
 
 def write_json(file: Path, rows: Sequence[Row]) -> None:
     """Write a list of objects; unknown values are null, and so are those that are not finite, which JSON lacks."""
     content = [{key: _finite(value) for key, value in asdict(row).items()} for row in rows]
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _no_formula(cell: Any) -> Any:
+    """A text that a spreadsheet would compute gets the sign of a text, '; numbers stay."""
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(tuple("=+-@＝＋－＠")) else cell
 
 
 def _finite(value: Any) -> Any:

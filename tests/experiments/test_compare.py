@@ -1,9 +1,13 @@
 """The comparison of runs: what it reads from complete, unfinished and broken run directories, its order and files."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
+import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,6 +70,10 @@ def make_run(
     return run
 
 
+def refused_by_the_file_system(*arguments: Any) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 def shown(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     """The cells of the lines below the rule."""
     lines = capsys.readouterr().out.splitlines()
@@ -95,7 +103,7 @@ class TestARow:
         states = [read(run.path).state for run in (never, failed, early)]
         assert states == ["never trained", "failed before a step was logged", "stopped before a step was logged"]
 
-    def test_running_is_who_holds_the_lock(self, tmp_path: Path):
+    def test_running_is_who_holds_the_lock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = make_run(tmp_path, val={7: 0.3})
         lock = run.path.with_name(".a.lock")
         run.open(yaml.safe_load(run.config.read_text()), overwrite=False)
@@ -111,6 +119,14 @@ class TestARow:
         assert not is_locked(lock)
         assert read(run.path).status == "stopped"
         assert lock.read_text() == "left by kill -9"
+        with monkeypatch.context() as patch:  # without flock, where the file itself is the lock
+            patch.setattr(fcntl, "flock", refused_by_the_file_system)
+            assert is_locked(lock)
+            for pid, running in ((os.getpid(), True), (2**22 + 1, False)):
+                lock.write_text(f"{pid}\n{socket.gethostname()}\n")
+                assert is_locked(lock) == running
+            lock.write_text(f"{2**22 + 1}\nanother-host\n")
+            assert is_locked(lock)
         run.open(yaml.safe_load(run.config.read_text()), overwrite=False)  # and asking does not keep it
         run.close()
 
@@ -175,6 +191,28 @@ class TestBrokenFiles:
             file.mkdir()
         assert read(run.path).state == "finished; summary.json is unreadable; metrics.csv is unreadable"
 
+    @pytest.mark.parametrize("file", ["summary.json", "manifest.json"])
+    def test_no_flipped_bit_passes_for_a_result(self, tmp_path: Path, file: str):
+        run = make_run(tmp_path, seed=5, val={7: 0.3}, test=0.125)
+        whole, row = (run.path / file).read_bytes(), read(run.path)
+        for at in range(0, 8 * len(whole), 13):
+            flipped = bytearray(whole)
+            flipped[at // 8] ^= 1 << at % 8
+            (run.path / file).write_bytes(flipped)
+            assert (found := read(run.path)) == row or found.unreadable == (f"{file} is unreadable",)
+
+    def test_no_flipped_bit_of_the_metrics_passes(self, tmp_path: Path):
+        run = make_run(tmp_path, val={7: 0.3, 10: 0.25})
+        MetricsCSV(run.metrics).save()
+        MetricsCSV(run.metrics).log_metrics({"epoch": 2.0, "val/mse": 0.2}, step=24)  # after the last checkpoint
+        assert read(run.path).unreadable == ()
+        content = bytearray(run.metrics.read_bytes())
+        content[content.index(b"0.25") + 2] ^= 1
+        run.metrics.write_bytes(content)
+        assert read(run.path).unreadable == ("metrics.csv does not agree with its checksum",)
+        run.metrics.unlink()
+        assert read(run.path).unreadable == ("metrics.csv is missing",)
+
     @pytest.mark.parametrize("value", ["high", True, None, [1], {}, 10**400, "\ud800"])
     def test_values_of_other_kinds(self, tmp_path: Path, value: Any, capsys: Any):
         run = make_run(tmp_path, test=0.1)
@@ -229,6 +267,13 @@ class TestFinding:
         half.mkdir()
         (half / "manifest.json").touch()
         assert set(find([tmp_path])) == paths
+        damaged = make_run(tmp_path, "lds/stu/damaged")
+        damaged.checkpoints.mkdir()
+        damaged.config.unlink()  # trained, so it is not passed over
+        deleted = make_run(tmp_path, "lds/stu/deleted").path
+        deleted.rename(deleted.with_name(".deleted.deleted"))  # as a killed deletion leaves it
+        paths.add(damaged.path)
+        assert set(find([tmp_path])) == paths
         assert len(list(find([tmp_path, tmp_path / "x", tmp_path]))) == len(paths)
 
     def test_a_link_and_a_run_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -249,6 +294,24 @@ class TestTheCommand:
         assert shown(capsys) == [
             ["lds", "stu", name, "3", "mse", "0.1235", "0.5", "1,234", "1,235", "1:02:05", "finished"]
         ]
+
+    def test_names_cannot_command_a_terminal_or_a_spreadsheet(self, tmp_path: Path, capsys: Any):
+        names = {
+            "\x1b]0;title\x07": "\\x1b]0;title\\x07",
+            "=1+1": "'=1+1",
+            " @x": "' @x",
+            "-2": "'-2",
+            "plain": "plain",
+        }
+        for name in names:
+            make_run(tmp_path, f"lds/stu/{name}", test=-0.5)
+        file = tmp_path / "rows.csv"
+        assert main([str(tmp_path), "--csv", str(file)]) == 0
+        assert "\x1b" not in capsys.readouterr().out
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert {row["name"] for row in rows} == set(names.values())
+        assert {row["test"] for row in rows} == {"-0.5"}
 
     def test_the_files(self, tmp_path: Path):
         make_run(tmp_path, test=0.1)
@@ -291,7 +354,7 @@ class TestTheCommand:
         assert "finished" in done.stdout  # not cut to the 20 columns of no terminal
         imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
         assert imported >= {"experiments", "rich", "yaml"}
-        assert not imported & {"torch", "lightning", "numpy", "hydra", "stu", "data"}  # which take seconds
+        assert not imported & {"torch", "lightning", "numpy", "hydra", "data"}  # which take seconds
 
     def test_help_has_examples(self, capsys: Any):
         with pytest.raises(SystemExit, match="0"):
