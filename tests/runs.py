@@ -171,11 +171,15 @@ def run_of(home: Path, task: str, model: str, name: str) -> Run:
 
 def results(run: Run) -> dict[str, Any]:
     """All that a run computed: rows and checkpoints without times, and the summary."""
-    rows = [row for row in read_metrics(run.metrics) if not row[2].startswith("time/")]
+    return {"rows": [row for row in read_metrics(run.metrics) if not row[2].startswith("time/")], **states(run)}
+
+
+def states(run: Run) -> dict[str, Any]:
+    """The same without rows."""
     last, best = (torch.load(path, weights_only=True) for path in (run.last, run.best))
     summary = {key: value for key, value in run.read_summary().items() if key != "seconds"}
     weights = {name: state["state_dict"] for name, state in (("last", last), ("best", best))}
-    return {"rows": rows, **weights, "optimizer": last["optimizer_states"], "summary": summary}
+    return {**weights, "optimizer": last["optimizer_states"], "summary": summary}
 
 
 def assert_identical(actual: Any, expected: Any, where: str = "") -> None:

@@ -1,5 +1,6 @@
 """What a user sees: the summary at the start, progress, the table at the end, and how a run ended."""
 
+import errno
 import logging
 import signal
 import sys
@@ -31,6 +32,7 @@ from stu.training.plan import StepPlan
 from stu.training.run import Run
 
 SECONDS_BETWEEN_LINES = 10.0
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # how a disk says that it takes nothing more
 # Rich assumes 80 columns where output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
@@ -210,6 +212,9 @@ def exit_codes(run: Run) -> Iterator[None]:
     except Exception as error:
         refused = isinstance(error, OptionError | MisconfigurationException)
         record(run.record_failure, error)
+        if isinstance(error, OSError) and error.errno in FULL:
+            way_on = f"{error.strerror}; when there is room again, the run goes on from step {run.last_step}"
+            raise OptionError("paths.runs", run.path, f"cannot be written to: {way_on}") from error
         raise
     finally:
         close_wandb()

@@ -1,14 +1,21 @@
 """A run is a directory: claimed by one process, resumed by name, never redone, never mixed up with another."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,8 +23,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stu import files
 from stu.errors import OptionError
-from stu.training import MetricsCSV, Run
+from stu.files import sealed, unsealed
+from stu.training import Diverged, MetricsCSV, Run, Stopped, report
+from stu.training import run as run_module
 from stu.training.loggers import read_metrics
 from stu.training.run import FREE_KEYS, MOVED, flatten, is_free, relocated, run_name
 from tests import runs
@@ -168,11 +178,262 @@ class TestOpening:
         second.open(CONFIG, overwrite=False)
         second.close()
 
+    def test_overwriting_what_a_link_points_to(self, tmp_path: Path):
+        started(tmp_path / "disk" / "real")
+        link = tmp_path / "runs" / "run"
+        link.parent.mkdir()
+        link.symlink_to(tmp_path / "disk" / "real")
+        run, other = Run(link), Run(tmp_path / "disk" / "real")
+        run.open(changed(seed=1), overwrite=True)
+        with pytest.raises(OptionError, match="another process"):
+            other.open(CONFIG, overwrite=False)  # one run, one lock
+        assert link.is_symlink()
+        assert not run.trained
+        assert other.settings == changed(seed=1)
+        run.close()
+        assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
+
+    def test_a_kill_while_deleting_leaves_no_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        started(tmp_path / "run", finished=True)
+        run = Run(tmp_path / "run")
+        with monkeypatch.context() as killed:
+            killed.setattr(files, "sync", Mock(side_effect=KeyboardInterrupt))  # after the renaming
+            with pytest.raises(KeyboardInterrupt):
+                run.open(CONFIG, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == [".run.deleted"]
+        run.open(changed(seed=1), overwrite=False)
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+        run.close()
+
+    def test_one_command_does_not_delete_what_it_made(self, tmp_path: Path):
+        """As jobs of a sweep would that are the same run."""
+        first, second = Run(tmp_path / "run"), Run(tmp_path / "run")
+        first.open(CONFIG, overwrite=True)
+        first.close()
+        with pytest.raises(OptionError, match=r"overwrite=True: an earlier job of this command made .*run"):
+            second.open(CONFIG, overwrite=True)
+        assert first.config.exists()
+        second.open(CONFIG, overwrite=False)  # and has not kept the lock
+        second.close()
+
+    def test_other_data_are_refused(self, tmp_path: Path):
+        run = started(tmp_path / "run")
+        run.open(CONFIG, overwrite=False, data="aaa")  # not recorded by earlier versions
+        run.record_start(device="cpu", data="aaa")
+        run.open(CONFIG, overwrite=False, data="aaa")
+        with pytest.raises(OptionError, match=r"was trained on other data \(fingerprint aaa → bbb\); bring back"):
+            run.open(CONFIG, overwrite=False, data="bbb")
+        run.open(CONFIG, overwrite=True, data="bbb")
+        run.close()
+
+    def test_other_conditions_are_said_and_recorded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        run = Run(tmp_path / "run")
+        run.open(CONFIG, overwrite=False)
+        run.record_start(device="A")
+        run.close()
+        started(tmp_path / "run")
+
+        def resumed() -> Run:
+            again = Run(tmp_path / "run")
+            again.open(CONFIG, overwrite=False)
+            again.record_start(device="B")
+            again.close()
+            return again
+
+        monkeypatch.setattr(run_module, "git_state", lambda: {"commit": 40 * "c", "dirty": True})
+        monkeypatch.setattr(run_module, "version", lambda name: "0")  # also of wandb, which does not matter
+        for _ in range(2):  # compared with how it began, not with the last start
+            [remark] = resumed().remarks
+            assert remark.startswith("resumed under other conditions than the run began with: device A → B, commit ")
+            assert f"torch {version('torch')} → 0" in remark
+            assert "wandb" not in remark
+        starts = json.loads(run.manifest.read_text())["starts"]
+        assert [start.get("remarks") for start in starts] == [None, [remark], [remark]]
+
     def test_a_place_where_nothing_can_be_written(self, tmp_path: Path):
         (tmp_path / "file").touch()
         with pytest.raises(OptionError) as error:
             Run(tmp_path / "file" / "run").open(CONFIG, overwrite=False)
         assert error.value.name == "paths.runs"
+        (tmp_path / "link").symlink_to(tmp_path / "link")  # to itself
+        with pytest.raises(OptionError, match="must be a folder to write to"):
+            Run(tmp_path / "link").open(CONFIG, overwrite=True)
+
+
+class TestLocks:
+    @pytest.fixture(params=[None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], autouse=True)
+    @classmethod
+    def file_system(cls, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With locks, or with one of the answers of those without."""
+        if request.param is not None:
+            refused = OSError(request.param, "flock")
+            monkeypatch.setattr(fcntl, "flock", Mock(side_effect=refused))
+
+    def test_who_has_it_is_said(self, tmp_path: Path):
+        first, second = Run(tmp_path / "run"), Run(tmp_path / "run")
+        first.open(CONFIG, overwrite=False)
+        lock, host = tmp_path / ".run.lock", re.escape(socket.gethostname())
+        os.utime(lock, (0, time.time() - 7384))
+        where = rf"process {os.getpid()} on {host}, for 2:03:0\d, by the lock file {re.escape(str(lock))}"
+        expected = rf"another process is training this run \({where}\); choose another name, or delete that file if"
+        for _ in range(2):  # asking changes nothing
+            with pytest.raises(OptionError, match=expected):
+                second.open(CONFIG, overwrite=True)
+        first.close()
+        assert not lock.exists()
+        second.open(CONFIG, overwrite=False)
+        second.close()
+        assert not lock.exists()
+
+    def test_a_killed_process_does_not_keep_it(self, tmp_path: Path):
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        (tmp_path / ".run.lock").write_text(f"{dead.pid}\n{socket.gethostname()}\n")
+        run = Run(tmp_path / "run")
+        run.open(CONFIG, overwrite=False)
+        run.close()
+
+    def test_of_another_host_it_is_only_deleted_by_hand(self, tmp_path: Path, file_system: None):
+        lock = tmp_path / ".run.lock"
+        lock.write_text("1\nelsewhere\n")
+        run = Run(tmp_path / "run")
+        if not isinstance(fcntl.flock, Mock):
+            run.open(CONFIG, overwrite=False)  # the kernel knows better
+            run.close()
+            return
+        with pytest.raises(OptionError, match="process 1 on elsewhere, for 0:00:0"):
+            run.open(CONFIG, overwrite=False)
+        lock.unlink()
+        run.open(CONFIG, overwrite=False)
+        run.close()
+
+
+class TestDamage:
+    """`tests.training.test_damage` has what a user sees of it."""
+
+    @staticmethod
+    def opened(path: Path) -> Run:
+        run = Run(path)
+        run.open(CONFIG, overwrite=False)
+        run.close()
+        return run
+
+    @pytest.mark.parametrize("content", [None, b"", b"\xff", b"seed: 1", b"[1]", b"{" * 500])
+    def test_the_configuration_is_also_in_the_manifest(self, tmp_path: Path, content: bytes | None):
+        run = started(tmp_path / "run")
+        run.config.unlink() if content is None else run.config.write_bytes(content)
+        assert run.settings == CONFIG
+        with pytest.raises(OptionError, match=r"other settings: seed \(0 → 1\)"):
+            Run(run.path).open(changed(seed=1), overwrite=False)
+        [remark] = self.opened(run.path).remarks
+        assert "the manifest has the same" in remark
+        assert yaml.safe_load(run.config.read_text()) == CONFIG
+        kept = run.path / "config.yaml.damaged"
+        assert kept.read_bytes() == content if content else not kept.exists()
+        assert self.opened(run.path).remarks == []
+
+    @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b'{"id": 1}', b'{"id": "a", "starts": [1]}', b"\0"])
+    def test_without_a_manifest_the_configuration_counts(self, tmp_path: Path, content: bytes | None):
+        run = started(tmp_path / "run")
+        run.manifest.unlink() if content is None else run.manifest.write_bytes(content)
+        with pytest.raises(OptionError, match="other settings"):
+            Run(run.path).open(changed(seed=1), overwrite=False)
+        [remark] = self.opened(run.path).remarks
+        assert "manifest.json was" in remark
+        assert json.loads(run.manifest.read_text())["settings"] == CONFIG
+
+    def test_without_both_nothing_goes_on_unasked_or_is_to_be_deleted(self, tmp_path: Path):
+        run = started(tmp_path / "run")
+        for file in (run.config, run.manifest):
+            file.write_bytes(b"")
+        with pytest.raises(OptionError, match="nothing says what its settings were") as error:
+            run.open(CONFIG, overwrite=False)
+        assert "overwrite" not in str(error.value)
+        assert f"--cfg job --resolve > '{run.config}'" in str(error.value)
+        run.config.write_text(yaml.safe_dump(CONFIG))  # as advised
+        self.opened(run.path)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"\xff", b"{}", b'{"test": {}}', json.dumps(SUMMARY | {"test": {"loss": "x"}}).encode()]
+    )
+    def test_a_damaged_summary_is_none(self, tmp_path: Path, content: bytes):
+        run = started(tmp_path / "run", finished=True)
+        whole = run.summary.read_bytes()
+        for changed_summary in (content, whole.replace(b"0.5", b"0.7"), whole.replace(b"checksum", b"checksun", 1)):
+            run.summary.write_bytes(changed_summary)
+            assert not run.finished
+            with pytest.raises(OptionError, match=r"summary\.json is absent or damaged"):
+                run.read_summary()
+        run.summary.write_text(json.dumps(SUMMARY))  # of an earlier version
+        assert run.read_summary() == SUMMARY
+
+    def test_a_checkpoint_of_any_name_is_work(self, tmp_path: Path):
+        run = started(tmp_path / "run")
+        run.last.rename(run.best)
+        run.last.touch()  # of 0 bytes
+        with pytest.raises(OptionError, match="other settings"):
+            run.open(changed(seed=1), overwrite=False)
+
+
+class TestEnds:
+    """What `exit_codes` makes of the ways in which a run ends."""
+
+    @staticmethod
+    def ended(path: Path, error: BaseException, *, known: bool = True, overwrite: bool = False) -> Run:
+        run = Run(path)
+
+        def end() -> None:
+            run.open(CONFIG, overwrite=overwrite)
+            if known:
+                run.record_start(device="cpu")
+            raise error
+
+        with pytest.raises((type(error), SystemExit, OptionError)), report.exit_codes(run):
+            end()
+        return run
+
+    @pytest.mark.parametrize(
+        ("error", "how"),
+        [
+            (torch.OutOfMemoryError("CUDA:\nfull"), {"failed": "OutOfMemoryError: CUDA: full"}),
+            (KeyError("x"), {"failed": "KeyError: 'x'"}),
+            (OSError(errno.ENOSPC, "No space left"), {"failed": "OSError: [Errno 28] No space left"}),
+            (Diverged("not finite"), {"failed": "not finite"}),
+            (Stopped(signal.SIGTERM, 3), {"stopped": "stopped by SIGTERM after step 3"}),
+            (KeyboardInterrupt(), {"stopped": "stopped by SIGINT after step 0"}),
+        ],
+    )  # fmt: skip
+    def test_the_manifest_says_how(self, tmp_path: Path, error: BaseException, how: dict[str, str]):
+        run = self.ended(tmp_path / "run", error)
+        [start] = json.loads(run.manifest.read_text())["starts"]
+        assert {key: start.get(key) for key in ("failed", "stopped")} == {"failed": None, "stopped": None} | how
+        assert not (tmp_path / ".run.lock").exists()
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_what_is_refused_leaves_no_trace(self, tmp_path: Path, known: bool):
+        self.ended(tmp_path / "runs" / "lds" / "run", OptionError("a", 1, "must be 2"), known=known)
+        assert list(tmp_path.iterdir()) == []
+        run = started(tmp_path / "run")
+        self.ended(run.path, OptionError("a", 1, "must be 2"), known=known)
+        assert run.trained
+
+    def test_an_error_before_it_is_recorded_is_not_that_of_an_earlier_start(self, tmp_path: Path):
+        run = self.ended(tmp_path / "run", Stopped(signal.SIGTERM, 3))
+        self.ended(tmp_path / "run", ValueError(), known=False)
+        assert [start.get("failed") for start in json.loads(run.manifest.read_text())["starts"]] == [None]
+
+    def test_a_full_disk_is_one_line(self, tmp_path: Path):
+        run = started(tmp_path / "run")
+        line = "No space left; when there is room again, the run goes on from step 7"
+        with pytest.raises(OptionError, match=line), report.exit_codes(run):
+            raise OSError(errno.ENOSPC, "No space left")
+
+    @pytest.mark.parametrize("overwrite", [True, False])
+    def test_the_advice_deletes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], overwrite: bool):
+        self.ended(tmp_path / "run", Stopped(signal.SIGTERM, 3), overwrite=overwrite)
+        out = capsys.readouterr().out
+        assert ("The same command without overwrite=true resumes the run; with it" in out) == overwrite
+        assert ("The same command resumes the run." in out) != overwrite
 
 
 class TestAtomicity:
@@ -346,6 +607,47 @@ class TestMetricsCSV:
         assert read_metrics(path) == [(2, 1.0, "train/loss", 0.25), (3, 1.5, "train/loss", 0.5)]
         assert not (tmp_path / "metrics.superseded.csv").exists()
 
+    def test_damaged_rows_are_dropped_kept_and_said(self, tmp_path: Path):
+        path = tmp_path / "metrics.csv"
+        log = MetricsCSV(path)
+        for step in (1, 2, 3):
+            log.log_metrics({"epoch": step / 2, "loss": step / 4}, step=step)
+        log.save()
+        whole = path.read_bytes()
+        for damaged, rows in (
+            (whole.replace(b"2,1.0,loss", b"2,1.0\xffloss"), [1, 3]),
+            (whole.replace(b"0.5\n", b"0.7\n"), [1, 2, 3]),  # only the checksum tells
+            (whole.replace(b"\n1", b"\0" + b"1"), [2, 3]),
+            (whole[:-9], [1, 2]),
+        ):
+            path.write_bytes(damaged)
+            [remark] = log.rewind(3)
+            assert "metrics.csv was damaged, and is now metrics.csv.damaged" in remark
+            assert [row[0] for row in read_metrics(path)] == rows
+            assert (tmp_path / "metrics.csv.damaged").read_bytes() == damaged
+            assert log.rewind(3) == []
+            path.write_bytes(whole)
+            log.save()
+        for gone in (True, False):
+            path.unlink() if gone else path.write_bytes(b"")
+            [remark] = log.rewind(3)
+            assert remark.endswith("metrics.csv was empty or missing: the rows up to step 3 are lost")
+        path.write_text("step,epoch,metric,value\nhalf,a row")
+        with pytest.raises(OptionError, match="1 rows are damaged"):
+            read_metrics(path)
+
+    def test_rows_are_on_the_disk_before_a_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Whatever comes after them."""
+        path = tmp_path / "metrics.csv"
+        MetricsCSV(path).save()
+        assert not list(tmp_path.iterdir())
+        synced: list[Path] = []
+        monkeypatch.setattr(files, "sync", synced.append)
+        MetricsCSV(path).log_metrics({"epoch": 0.5, "loss": 1.0}, step=1)
+        assert synced == []
+        MetricsCSV(path).save()
+        assert synced[:2] == [path, tmp_path]
+
     def test_nothing_to_rewind(self, tmp_path: Path):
         MetricsCSV(tmp_path / "metrics.csv").rewind(3)
         assert not list(tmp_path.iterdir())
@@ -409,10 +711,8 @@ class TestTrainPy:
         assert done.code == 0
         assert "Result" in done.out
         assert "step 10/10" not in done.out
-        before.pop("config.yaml")  # says what was asked for last
-        after = self.contents(path)
-        after.pop("config.yaml")
-        assert after == before
+        assert self.contents(path) == before  # a disk that cannot be written to would do
+        assert not path.with_name(".run.lock").exists()
 
     def test_other_settings_under_its_name_are_refused(self, home: Path):
         path = runs.run_of(home, "lds", "stu", "run").path
@@ -422,6 +722,45 @@ class TestTrainPy:
         assert len(done.err.splitlines()) == 1
         assert "optimizer.lr (0.001 → 0.1), seed (0 → 3)" in done.err
         assert self.contents(path) == before
+
+    def test_what_is_refused_late_deletes_and_leaves_nothing(self, home: Path):
+        """Lightning's trainer is the last to look at its arguments."""
+        run = runs.run_of(home, "lds", "stu", "run")
+        before, beside = self.contents(run.path), sorted(run.path.parent.iterdir())
+        for name in ("run", "new"):
+            done = runs.train(home, *COMMAND, f"name={name}", "overwrite=true", "trainer.strategy=fsdp")
+            assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+        assert self.contents(run.path) == before
+        assert sorted(run.path.parent.iterdir()) == beside
+
+    def test_settings_that_nothing_says_any_more(self, home: Path):
+        run = runs.run_of(home, "lds", "stu", "unknown")
+        shutil.copytree(runs.run_of(home, "lds", "stu", "run").path, run.path)
+        for file in (run.config, run.manifest, run.summary):
+            file.write_bytes(b"")
+        command = [*COMMAND, "name=unknown"]
+        refused = runs.train(home, *command, "mode=test")
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert "config.yaml and manifest.json are absent or damaged" in refused.err
+        run.config.write_text(runs.train(home, *command, "--cfg", "job", "--resolve").out)
+        done = runs.train(home, *command)
+        assert done.code == 0, done.err
+        assert run.read_summary()["test"] == runs.run_of(home, "lds", "stu", "run").read_summary()["test"]
+
+    def test_a_test_under_other_conditions_says_so(self, home: Path):
+        run = runs.run_of(home, "lds", "stu", "elsewhere")
+        shutil.copytree(runs.run_of(home, "lds", "stu", "run").path, run.path)
+        manifest = unsealed(run.manifest.read_text())
+        manifest["starts"][0]["packages"]["torch"] = "0"
+        run.manifest.write_text(sealed(manifest | {"data": "f00"}))
+        refused = runs.train(home, *COMMAND, "name=elsewhere", "mode=test")
+        assert refused.code == 2
+        assert "was trained on other data (fingerprint f00 → " in refused.err
+        done = runs.train(home, *COMMAND, "name=elsewhere", "mode=test", f"checkpoint={run.best}")
+        assert done.code == 0
+        notes = done.err.splitlines()
+        assert [line.startswith(f"note: {run.best} was trained ") for line in notes] == [True, True]
+        assert f"under other conditions: torch 0 → {version('torch')}" in notes[1]
 
     def test_a_run_made_before_the_modules_moved_is_the_same_run(self, home: Path):
         run = runs.run_of(home, "lds", "stu", "earlier")
