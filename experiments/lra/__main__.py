@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared.files import refuse
+from stu.errors import OptionError
 from stu.files import write_atomically
 from stu.training import Run
 from stu.training.loggers import read_metrics
@@ -25,11 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for path in options.runs:
         if not Run(path).finished:
-            return refuse(f"{path}: no finished run: summary.json is missing")
+            return refuse(f"{path}: no finished run: summary.json is missing or damaged")
     file: Path = options.out / "results.json"
     if file.exists() and not options.force:
         return refuse(f"{file}: is there already; --force replaces it")
-    results = [read(path) for path in options.runs]
+    try:
+        results = [read(path) for path in options.runs]
+    except KeyError as error:
+        return refuse(f"a manifest.json or summary.json has no {error}")
+    except (OptionError, OSError) as error:
+        return refuse(error)
     options.out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(results, indent=1) + "\n")
     for result in results:
@@ -44,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The results of a finished run; `curves`: metric → [(step, value), …]."""
     run = Run(path.absolute())
-    manifest, summary = json.loads(run.manifest.read_text(encoding="utf-8")), run.read_summary()
+    manifest, summary = run.read_manifest(), run.read_summary()
     monitor = manifest["monitor"]
     curves: dict[str, list[tuple[int, float]]] = {f"{split}/{monitor}": [] for split in ("train", "val")}
     for step, _, name, value in read_metrics(run.metrics):

@@ -27,8 +27,9 @@ Row = tuple[int, float, str, float]  # a value at an optimiser step: step, epoch
 class MetricsCSV(Logger):
     """`metrics.csv` of a run: one row per value (step, epoch, metric, value), only ever appended to.
 
-    Values are written so that reading them gives back the same float. A resumed run first moves the rows after its
-    checkpoint, which it will produce again, to `metrics.superseded.csv`.
+    Values are written so that reading them gives back the same float. Rows are on the disk, and a checksum of them in a
+    hidden file, before a checkpoint is written. A resumed run first moves the rows after its checkpoint, which it will
+    produce again, to `metrics.superseded.csv`.
     """
 
     def __init__(self, path: Path) -> None:

@@ -23,7 +23,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
-from stu.files import DELETED, is_written, remove_folder, sealed, unsealed, write_atomically
+from stu.files import DELETED, is_written, remove_folder, sealed, sync, unsealed, write_atomically
 from stu.training.lock import RunLock
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
@@ -150,6 +150,8 @@ class Run:
             new = not self._place.exists()
             self._place.mkdir(exist_ok=True)
             self._made = [self._place, *missing[1:]] if new else []
+            for folder in self._made:
+                sync(folder.parent)
             self._begin(_plain(config))
         except OSError as error:
             self.discard()
@@ -177,14 +179,14 @@ class Run:
         again = self._place in self._overwritten
         require(not again, "overwrite", True, f"an earlier job of this command made {self.path}; name its jobs apart")
         self._overwritten.add(self._place)
-        if any(path.exists() for path in (self.config, self.manifest, self.summary, self.metrics, self.checkpoints)):
+        if self.trained or any(path.exists() for path in (self.config, self.manifest, self.summary)):
             remove_folder(self._place)
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Write configuration and manifest, of a new run or again; keep what was there and is damaged."""
         manifest, written, known = self._manifest(), _mapping(self.config, yaml.safe_load), self.settings
         if manifest is None:
-            self._replaced(self.manifest, "id and earlier starts are lost")
+            self._replaced(self.manifest, "its id, the fingerprint of its data and its earlier starts are lost")
             manifest = {"id": secrets.token_hex(6), "starts": []}
         if json.dumps(_plain(written or {})) != json.dumps(_plain(known or {})):
             self._replaced(self.config, "the manifest has the same")
@@ -284,6 +286,12 @@ class Run:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary: the run is finished."""
         write_atomically(self.summary, sealed(summary))
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What the manifest says. Raises `OptionError` where it is absent or damaged."""
+        manifest = self._manifest()
+        require(manifest is not None, "name", self.path, "is no run: manifest.json is absent or damaged")
+        return manifest or {}
 
     def read_summary(self) -> dict[str, Any]:
         """The summary of a finished run. Raises `OptionError` where there is none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.lra.__main__ import main
+from stu.files import unsealed
 from stu.training.loggers import read_metrics
 from tests import runs
 
@@ -44,7 +45,7 @@ def test_a_run_of_an_earlier_version_is_read(run: Path, tmp_path: Path):
     config = (old / "config.yaml").read_text().replace("data.lra.listops", "data.lra_listops")
     (old / "config.yaml").write_text(f"{config}pictures: {{when: end}}\n")
     (old / "pictures").mkdir()
-    summary = json.loads((run / "summary.json").read_text()) | {"baselines": {"free run: persistence": 0.5}}
+    summary = unsealed((run / "summary.json").read_text()) | {"baselines": {"free run: persistence": 0.5}}
     (old / "summary.json").write_text(json.dumps(summary))
     for path, out in ((run, tmp_path / "new"), (old, tmp_path / "old")):
         assert main([str(path), "--out", str(out)]) == 0
@@ -63,7 +64,17 @@ def test_nothing_is_replaced_unasked(run: Path, tmp_path: Path, capsys: pytest.C
 
 def test_an_unfinished_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: no finished run: summary.json is missing\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: no finished run: summary.json is missing or damaged\n"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "metrics.csv", "summary.json"])
+def test_a_damaged_file_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str):
+    damaged = Path(shutil.copytree(run, tmp_path / "runs" / "lra_listops" / "stu" / "one"))
+    (damaged / file).write_text("step,epoch,metric,value\n{")
+    assert main([str(damaged), "--out", str(tmp_path / "out")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert file in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_readme_quotes_its_results():
