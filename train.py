@@ -44,7 +44,7 @@ def main(config: DictConfig) -> float | None:
         # In a distributed run, another process may still see the run that the first one is about to delete.
         built = build(config) if config.overwrite or not run.finished else None
         if not config.overwrite:
-            run.check(settings)  # before what takes long
+            run.check(settings)
         if built:
             train(config, run, settings, names, *built)
         report.result(run)
@@ -72,6 +72,7 @@ def train(
     config: DictConfig, run: Run, settings: dict[str, Any], names: tuple[str, str], task: Task, model: SequenceModel
 ) -> None:
     """Fit, from the last checkpoint if there is one; test the best one; write the summary."""
+    run.require_writable()  # before what takes long
     data = load_data(config, task)
     plan = data.plan
     recipe = instantiate(config.optimizer)(model.named_parameters(), plan.total_steps)

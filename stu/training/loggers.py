@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from stu.errors import require
+from stu.errors import OptionError, require
 from stu.files import agrees_with_checksum, is_written, note_checksum, sync, write_atomically
 from stu.training.run import DAMAGED, Run
 
@@ -75,13 +75,18 @@ class MetricsCSV(Logger):
         if not is_written(self.path):
             none_lost = not step or (not self.path.exists() and agrees_with_checksum(self.path))
             return [] if none_lost else [f"{self.path} was empty or missing: the rows up to step {step} are lost"]
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            allowed = f"cannot be read: {error.strerror}; move it away to go on without its rows"
+            raise OptionError("name", self.path, allowed) from error
+        lines = content.decode(errors="replace").split("\n")[1:-1]
         rows = [(f"{line}\n", row) for line in lines if (row := parse_row(line))]
         gone = [line for line, row in rows if not _belongs(row, step)]
         remarks = []
         if len(rows) < len(lines) or not agrees_with_checksum(self.path):
             copy = self.path.with_name(f"{self.path.name}{DAMAGED}")
-            write_atomically(copy, self.path.read_bytes())
+            write_atomically(copy, content)
             lost = f"{len(lines) - len(rows):,} rows cannot be read, others may differ"
             remarks.append(f"{self.path} was damaged, and is now {copy.name}: {lost}")
         if gone:

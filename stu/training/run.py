@@ -129,6 +129,12 @@ class Run:
             advice = "bring back the files that they were made from, or choose another name"
             raise OptionError("name", self.path, f"{other}; {advice}")
 
+    def require_writable(self) -> None:
+        """Raise `OptionError` where nothing could be written into the directory, as far as one can tell beforehand."""
+        there = next((folder for folder in (self._place, *self._place.parents) if folder.exists()), self._place)
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        require(writable, "paths.runs", self.path, f"must be a folder to write to, and {there} is none")
+
     def open(self, config: Mapping[str, Any], *, overwrite: bool, data: str | None = None) -> None:
         """Claim the directory for `config`: start the run, or resume it. All that can be refused should have been.
 

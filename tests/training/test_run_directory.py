@@ -255,6 +255,10 @@ class TestOpening:
         with pytest.raises(OptionError) as error:
             Run(tmp_path / "file" / "run").open(CONFIG, overwrite=False)
         assert error.value.name == "paths.runs"
+        with pytest.raises(OptionError, match=r"and .*file is none"):
+            Run(tmp_path / "file" / "run").require_writable()
+        Run(tmp_path / "deep" / "down" / "run").require_writable()
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
         (tmp_path / "link").symlink_to(tmp_path / "link")  # to itself
         with pytest.raises(OptionError, match="must be a folder to write to"):
             Run(tmp_path / "link").open(CONFIG, overwrite=True)
@@ -632,6 +636,11 @@ class TestMetricsCSV:
             path.unlink() if gone else path.write_bytes(b"")
             [remark] = log.rewind(3)
             assert remark.endswith("metrics.csv was empty or missing: the rows up to step 3 are lost")
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(OptionError, match="cannot be read: Is a directory; move it away"):
+            log.rewind(3)
+        path.rmdir()
         path.write_text("step,epoch,metric,value\nhalf,a row")
         with pytest.raises(OptionError, match="1 rows are damaged"):
             read_metrics(path)
