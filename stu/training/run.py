@@ -142,6 +142,8 @@ class Run:
         (their fingerprint is `data`), where `overwrite` does not delete it.
         """
         if getattr(rank_zero_only, "rank", 0) != 0:
+            if not overwrite:
+                self.check(config, data=data)  # or this process would wait for a first one that has been refused
             return
         self.overwrites = overwrite
         try:

@@ -226,6 +226,18 @@ class TestOpening:
         run.open(CONFIG, overwrite=True, data="bbb")
         run.close()
 
+    def test_other_processes_of_a_distributed_run_are_refused_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        run = started(tmp_path / "run")
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(run_module.rank_zero_only, "rank", 1)
+        with pytest.raises(OptionError, match="other settings"):
+            run.open(changed(seed=1), overwrite=False)
+        for overwrite in (True, False):
+            run.open(CONFIG, overwrite=overwrite)
+        assert sorted(tmp_path.rglob("*")) == before  # they only look
+
     def test_other_conditions_are_said_and_recorded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = Run(tmp_path / "run")
         run.open(CONFIG, overwrite=False)
