@@ -90,9 +90,7 @@ def train(
     )
     data.require_enough(trainer.world_size)
     facts = report.facts(module, plan)
-    run.open(
-        settings, overwrite=config.overwrite, data=facts["data"]
-    )  # last: what is refused leaves and deletes nothing
+    run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
     if wandb := instantiate(config.logger)(run, names):
         trainer.loggers = [metrics, wandb]
     device = describe_device(trainer.strategy.root_device)

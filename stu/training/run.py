@@ -87,9 +87,8 @@ class Run:
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.best, self.last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
         self.remarks: list[str] = []
-        self.overwrites = self.opened = self._recorded = (
-            False  # asked to delete what there is; claimed; in the manifest
-        )
+        self.overwrites = False  # whether the command asks to delete what there is
+        self.opened = self._recorded = False  # whether this start has claimed the folder, and is in the manifest
         self._made: list[Path] = []  # folders that this start has made, the innermost first
         self._place = Path(os.path.realpath(path))  # where a link leads: there a run has its one lock, and is deleted
         self._lock = RunLock(self._place)
