@@ -75,6 +75,7 @@ def train(
     run.require_writable()  # before what takes long
     data = load_data(config, task)
     plan = data.plan
+    baselines = {name: float(value) for name, value in task.baselines().items()}  # not after hours
     recipe = instantiate(config.optimizer)(model.named_parameters(), plan.total_steps)
     module = SequenceModule(model, task, recipe=recipe, seed=config.seed)
     log = MetricsLog(plan, batch_size=data.batch_size, every_n_steps=config.log_every)
@@ -91,6 +92,7 @@ def train(
     data.require_enough(trainer.world_size)
     facts = report.facts(module, plan)
     run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
+    run.mend()
     if wandb := instantiate(config.logger)(run, names):
         trainer.loggers = [metrics, wandb]
     device = describe_device(trainer.strategy.root_device)
@@ -101,7 +103,7 @@ def train(
     report.start(run, names, data, module, recipe.groups, device=device, precision=config.trainer.precision)
     resumes = run.last.exists() and not config.overwrite  # which another process may still be about to delete
     trainer.fit(module, data, ckpt_path=run.last if resumes else None, weights_only=True)
-    evaluate.finish(run, trainer, module, data, checkpoints)
+    evaluate.finish(run, trainer, module, data, checkpoints, baselines)
 
 
 def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 PARTIAL = ".tmp"  # the end of the hidden names under which files are written
 DELETED = ".deleted"  # the end of the hidden names of folders that are being deleted
+DAMAGED = ".damaged"  # the end of the names under which damaged files are kept
 CHECKSUM = "checksum"  # the last entry of a sealed mapping
 
 

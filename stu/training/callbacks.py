@@ -1,9 +1,13 @@
 """Callbacks: metrics are logged, checkpoints written, signals and losses that are not finite handled."""
 
+import errno
 import math
+import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import Any, Literal
 
@@ -12,6 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from stu.errors import require
+from stu.files import PARTIAL, put_in_place
+from stu.training import states
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
 
@@ -118,7 +124,7 @@ class Checkpoints(Checkpoint):
     The last one is written after every validation, every `every_minutes` and, if given, `every_n_steps`; on SIGINT
     and SIGTERM it is written at once and `Stopped` raised (a second signal does not wait). A loss that is not finite
     raises `Diverged` before it can reach a checkpoint; it is looked for every `check_every` steps, in which a GPU is
-    waited for. Checkpoints appear whole or not at all.
+    waited for. Checkpoints appear whole or not at all; one that cannot be written raises `OptionError`.
 
     It also tells Lightning when to validate, by the `StepPlan`.
     """
@@ -143,7 +149,9 @@ class Checkpoints(Checkpoint):
         self.best_value: float | None = None
         self.best_step = 0
         self.seconds = 0.0  # of training in all earlier starts of the run
+        self.last_step = 0  # of last.ckpt
         self.signal_number: int | None = None
+        self._writer = states.Writer()
         self._handlers: dict[int, Any] = {}
         self._saved_at = self._clock = time.monotonic()
 
@@ -162,8 +170,19 @@ class Checkpoints(Checkpoint):
         self.seconds = state_dict["seconds"]
         self._clock = time.monotonic()
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have checkpoints written straight to their place."""
+        trainer.strategy.checkpoint_io = self._writer
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Install the signal handlers and schedule the next validation."""
+        """Install the signal handlers and schedule the next validation.
+
+        Raises `OptionError` where a checkpoint could not be written, on all devices.
+        """
+        if trainer.is_global_zero:
+            self._require_room(pl_module)
+        self._require_written(trainer, self.directory)
+        self.last_step = trainer.global_step
         # Lightning's own way to stop several devices at once, for which all of them would wait in every step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -184,10 +203,10 @@ class Checkpoints(Checkpoint):
         if self.plan.validates_after(step):
             return  # the checkpoint is written after the validation
         if self._should_stop(trainer):
-            self._save(trainer, "last")
+            self._save(trainer, states.LAST)
             raise Stopped(self.signal_number or signal.SIGTERM, step)
         if self._is_due(trainer, step):
-            self._save(trainer, "last")
+            self._save(trainer, states.LAST)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset Lightning's count of an interrupted validation, or it would never consider this one finished."""
@@ -210,7 +229,7 @@ class Checkpoints(Checkpoint):
         progress.reset()
         progress.increment_ready()
         progress.increment_started()
-        self._save(trainer, "last")
+        self._save(trainer, states.LAST)
         raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -223,8 +242,8 @@ class Checkpoints(Checkpoint):
             raise Diverged(f"the validation loss is not finite after step {trainer.global_step}")
         if self._improves(value):
             self.best_value, self.best_step = value, trainer.global_step
-            self._save(trainer, "best")
-        self._save(trainer, "last")
+            self._save(trainer, states.BEST)
+        self._save(trainer, states.LAST)
         if self._should_stop(trainer):
             raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
 
@@ -256,13 +275,49 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
         self._check_finite(trainer)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / f".{name}.tmp"
+        path = self.directory / name
+        partial = self.directory / f".{name}{PARTIAL}"
         trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.directory / f"{name}.ckpt")
-        trainer.strategy.barrier()
+        if trainer.is_global_zero and self._writer.failure is None:
+            self._put_in_place(partial, path)
+        if self._writer.failure is not None:
+            partial.unlink(missing_ok=True)
+        self._require_written(trainer, path)
+        if name == states.LAST:
+            self.last_step = trainer.global_step
         self._saved_at = time.monotonic()
+
+    def _put_in_place(self, partial: Path, path: Path) -> None:
+        """Keep what is replaced: of the best state there are two files from then on, and one before the last."""
+        try:
+            if path.name == states.LAST:
+                kept_as = states.COPY if self.last_step == self.best_step else states.PREVIOUS
+                states.replace_last(partial, self.directory, kept_as=kept_as)
+            else:
+                put_in_place(partial, path)
+        except OSError as error:
+            self._writer.failure = error
+
+    def _require_room(self, module: L.LightningModule) -> None:
+        """Whether there is room for the weights, at least."""
+        self._writer.needed = states.size(module.state_dict())
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.directory) as file:
+                file.write(b"1")
+            if shutil.disk_usage(self.directory).free < self._writer.needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._writer.failure = error
+
+    def _require_written(self, trainer: L.Trainer, path: Path) -> None:
+        """Raise what the first device failed to write; the others end, too, and leave it to the first to say why."""
+        failure = trainer.strategy.broadcast(self._writer.failure)
+        if failure is None:
+            return
+        if not trainer.is_global_zero:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise states.unwritable(path, failure, self._writer.needed) from failure
 
     def _check_finite(self, trainer: L.Trainer) -> None:
         """Raise `Diverged` on all devices if the loss or the weights of any are not finite."""

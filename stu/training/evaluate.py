@@ -1,12 +1,15 @@
 """After training: evaluate the best weights on the validation and test sets, write the summary; restore checkpoints."""
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from stu.errors import OptionError, require
+from stu.training import states
 from stu.training.callbacks import Checkpoints, Diverged
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
@@ -14,22 +17,34 @@ from stu.training.report import count, note
 from stu.training.run import Run, conditions_now
 
 
-def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceData, checkpoints: Checkpoints) -> None:
-    """Read the test set once, with the best weights, after they have reproduced their validation value.
+def finish(
+    run: Run,
+    trainer: L.Trainer,
+    module: SequenceModule,
+    data: SequenceData,
+    checkpoints: Checkpoints,
+    baselines: Mapping[str, float],
+) -> None:
+    """Read the test set once, with the best weights: those of the file that says so.
 
-    Raises `Diverged` if no validation gave a finite value, `RuntimeError` if the weights do not reproduce it.
+    Raises `Diverged` if no validation gave a finite value, `OptionError` if no file has the best weights any more.
     """
     task, plan = module.task, checkpoints.plan
     if checkpoints.best_value is None:
         raise Diverged(f"no validation gave a finite {task.monitor}")
-    module.load_state_dict(run.weights(run.best))
-    validation = _validated(run, trainer, module, data, checkpoints.best_value)
+    survey = states.Survey(run.checkpoints)
+    found = survey.of(states.Best(checkpoints.best_value, checkpoints.best_step))
+    require(found is not None, "name", run.path, f"the best weights are lost: {survey.damages or 'no file has them'}")
+    assert found is not None
+    module.load_state_dict(run.weights(found.path))
+    trainer.validate(module, data, verbose=False)
+    validation = module.evaluated
     trainer.test(module, data, verbose=False)
     best = {"metric": f"val/{task.monitor}", "value": checkpoints.best_value, "step": checkpoints.best_step}
     summary: dict[str, Any] = {
         "test": module.evaluated,
         "best": {**best, "epoch": plan.epoch(checkpoints.best_step), "val": validation},
-        "baselines": task.baselines(),
+        "baselines": dict(baselines),
         "steps": plan.total_steps,
         "seconds": round(checkpoints.seconds_trained, 1),
         "parameters": count(module.model),
@@ -39,25 +54,32 @@ def finish(run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceD
     for logger in trainer.loggers:
         logger.log_metrics({"epoch": plan.epoch(plan.total_steps), **last}, step=plan.total_steps)
         logger.save()
+    if remark := _difference(trainer, validation[task.monitor], checkpoints.best_value):
+        summary["note"] = f"val/{task.monitor} {remark}"
+        note(summary["note"])
+    if trainer.is_global_zero:
+        states.tidy(run.checkpoints)
     run.finish(summary)
     trainer.strategy.barrier()  # every process reads it
 
 
-def _validated(
-    run: Run, trainer: L.Trainer, module: SequenceModule, data: SequenceData, expected: float
-) -> dict[str, float]:
-    """The validation metrics of the best weights, after checking that the monitored one is that of the training."""
-    monitor = module.task.monitor
-    trainer.validate(module, data, verbose=False)
-    found, tolerance = module.evaluated, 1e-6 if module.device.type == "cpu" else 1e-2
-    if not math.isclose(found[monitor], expected, rel_tol=tolerance, abs_tol=tolerance):
-        raise RuntimeError(f"{run.best} gave {found} after {expected} in training: it was not restored")
-    return found
+def _difference(trainer: L.Trainer, found: float, expected: float) -> str:
+    """What to say of a validation value that is another one than in training by more than rounding explains.
+
+    The weights are the same to the last bit; but another machine, another number of devices or other kernels of a GPU
+    may round in another way.
+    """
+    exact = trainer.strategy.root_device.type == "cpu" and trainer.precision in ("32-true", "64-true")
+    tolerance = 1e-6 if exact else 1e-2
+    if math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance):
+        return ""
+    return f"of the best weights is {found!r} now and was {expected!r} in training: another device or other versions?"
 
 
-def run_of(checkpoint: Path) -> Run:
-    """The directory of the run that wrote a checkpoint."""
-    return Run(checkpoint.absolute().parent.parent)
+def run_of(checkpoint: Path) -> Run | None:
+    """The directory of the run that wrote a checkpoint; None where there can be none, above it."""
+    folder = checkpoint.absolute().parent.parent
+    return Run(folder) if folder.name else None
 
 
 def compare_conditions(checkpoint: Path, given: str | None, data: str, device: str) -> None:
@@ -66,6 +88,8 @@ def compare_conditions(checkpoint: Path, given: str | None, data: str, device: s
     Raises `OptionError` where it was trained on other data than those of fingerprint `data`, unless it was `given`.
     """
     trained = run_of(checkpoint)
+    if trained is None:
+        return
     if other := trained.other_data(data):
         require(bool(given), "checkpoint", checkpoint, f"{other}; name it to test it anyway")
         note(f"{checkpoint} {other}")
@@ -76,14 +100,14 @@ def compare_conditions(checkpoint: Path, given: str | None, data: str, device: s
 def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[str, Any]) -> Path:
     """Load the weights of the checkpoint `given`, or else of the run's best, and return its path.
 
-    Raises `OptionError` where there is no such checkpoint, where its weights do not fit, or where the task or the model
-    of the run had other settings. Other settings of a checkpoint named by the user are only noted.
+    Raises `OptionError` where there is no such checkpoint, or none whole, where its weights do not fit, or where the
+    task or the model of the run had other settings. Other settings of a checkpoint named by the user are only noted.
     """
-    checkpoint = Path(given) if given else run.best
-    require(checkpoint.is_file(), "checkpoint", checkpoint, "no such file; train first, or name one")
+    checkpoint = Path(given) if given else _best(run)
+    require(os.path.isfile(checkpoint), "checkpoint", checkpoint, "no such file; train first, or name one")
     trained = run_of(checkpoint)
-    changes = trained.changes(settings, within=("task", "model")) if trained.settings else []
-    if trained.trained and not trained.settings:
+    changes = trained.changes(settings, within=("task", "model")) if trained and trained.settings else []
+    if trained and trained.trained and not trained.settings:
         changes = ["unknown, as config.yaml and manifest.json are absent or damaged"]
     difference = f"was trained with other settings: {', '.join(changes)}"
     same = not changes or bool(given)
@@ -96,3 +120,16 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     if changes:
         note(f"{checkpoint} {difference}")
     return checkpoint
+
+
+def _best(run: Run) -> Path:
+    """The run's best checkpoint, or another file of the same weights where that one is damaged or missing."""
+    if states.is_whole(run.best) or not run.trained:
+        return run.best
+    survey = states.Survey(run.checkpoints)
+    damages = survey.damages or f"{run.best.name} is missing"
+    if survey.best is None:
+        others = "".join(f"; name another one, checkpoint={state.path}" for state in survey.whole[:1])
+        raise OptionError("checkpoint", run.best, f"{damages}; no other file has the best weights{others}")
+    note(f"{run.checkpoints}: {damages}; {survey.best.path.name} has the best weights, too, and is tested")
+    return survey.best.path

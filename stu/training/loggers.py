@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
-from stu.files import agrees_with_checksum, is_written, note_checksum, sync, write_atomically
-from stu.training.run import DAMAGED, Run
+from stu.files import DAMAGED, agrees_with_checksum, is_written, note_checksum, sync, write_atomically
+from stu.training.run import Run
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]

@@ -1,16 +1,18 @@
 """The one LightningModule: any backbone on any task."""
 
+from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from stu.backbone import SequenceModel
+from stu.errors import require
 from stu.rollout import batch_rollout
 from stu.task import Batch, Task
 from stu.training.optim import NamedParameters
@@ -36,6 +38,9 @@ class SequenceModule(L.LightningModule):
         self.train_metrics.apply(_persist)  # a resumed run continues with half-filled metrics
         self.eval_metrics = _metrics(task)
         self.rollout_metrics = nn.ModuleDict(task.rollout.metrics() if task.rollout else {})
+        require(
+            task.monitor in self.eval_metrics, "monitor", task.monitor, f"must be one of {', '.join(self.eval_metrics)}"
+        )
         self.evaluated: dict[str, float] = {}  # results of the last evaluation
         self.first_bad_batch: Tensor | None = None  # the batch whose loss was not finite; stays on the device
 
@@ -55,8 +60,11 @@ class SequenceModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the metrics of an evaluation."""
-        self._scored_step(batch, self.eval_metrics)
+        """Update the metrics of an evaluation; before training, try all that the test will do."""
+        if self._trainer is not None and self.trainer.sanity_checking:
+            self.test_step(batch, batch_idx)
+        else:
+            self._scored_step(batch, self.eval_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the metrics of an evaluation, and those of rollouts where the task has them."""
@@ -82,6 +90,27 @@ class SequenceModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Keep the results."""
         self.evaluated = compute(self.eval_metrics) | compute(self.rollout_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the half-filled metrics of every device, and, in the place of the first one's, those of all together."""
+        if self.trainer.world_size == 1:
+            return
+        every: list[Any] = [None] * self.trainer.world_size
+        distributed.all_gather_object(every, dict(self.train_metrics.state_dict()))
+        checkpoint["train_metrics"] = every
+        with ExitStack() as together:
+            for metric in self.train_metrics.values():
+                together.enter_context(cast(Metric, metric).sync_context())
+            checkpoint["state_dict"] |= self.train_metrics.state_dict(prefix="train_metrics.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with this device's metrics; on another number of devices, the first one goes on with those of all."""
+        every, rank = checkpoint.get("train_metrics", ()), self.trainer.global_rank
+        if len(every) == self.trainer.world_size:
+            mine = every[rank]
+        else:
+            mine = self.train_metrics.state_dict() if rank > 0 else {}
+        checkpoint["state_dict"] |= {f"train_metrics.{name}": value for name, value in mine.items()}
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule, the schedule stepped with the optimiser."""

@@ -23,12 +23,12 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
-from stu.files import DELETED, is_written, remove_folder, sealed, sync, unsealed, write_atomically
+from stu.files import DAMAGED, DELETED, is_written, remove_folder, sealed, sync, unsealed, write_atomically
+from stu.training import states
 from stu.training.lock import RunLock
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 NO_MATTER = ("hydra-core", "wandb")  # of these, for what is computed
-DAMAGED = ".damaged"  # the end of the names under which damaged files are kept
 # Keys that do not change what is computed: they may differ when a run is resumed. `model.compile` changes the rounding,
 # as does another machine; a run of compiled blocks can so be resumed and tested where there is no compiler.
 FREE_KEYS = (
@@ -63,7 +63,7 @@ class Run:
     config.yaml      the resolved configuration
     manifest.json    versions, git state, hardware, data fingerprint, every start, and the configuration again
     metrics.csv      all metrics
-    checkpoints/     best.ckpt, last.ckpt
+    checkpoints/     best.ckpt, last.ckpt; until it is finished also those that replace them after damage
     figures/         PNG files, where there are any
     summary.json     written last: a run that has it is finished
 
@@ -85,7 +85,7 @@ class Run:
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
         self.metrics, self.summary = path / "metrics.csv", path / "summary.json"
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
-        self.best, self.last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
+        self.best, self.last = self.checkpoints / states.BEST, self.checkpoints / states.LAST
         self.remarks: list[str] = []
         self.overwrites = False  # whether the command asks to delete what there is
         self.opened = self._recorded = False  # whether this start has claimed the folder, and is in the manifest
@@ -100,8 +100,8 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether there is any checkpoint."""
-        return any(is_written(path) for path in self.checkpoints.glob("*.ckpt"))
+        """Whether it has a checkpoint, be it damaged; one of 0 bytes counts as none."""
+        return any(is_written(self.checkpoints / name) for name in states.NAMES)
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -233,17 +233,28 @@ class Run:
     @property
     def last_step(self) -> int:
         """Optimiser steps in the last checkpoint, 0 without one."""
-        if not self.last.exists():
-            return 0
-        return int(torch.load(self.last, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+        return states.latest_step(self.checkpoints)
+
+    def mend(self) -> None:
+        """Replace damaged checkpoints by whole ones, before the run goes on, and remark it.
+
+        Raises `OptionError` where a damaged one cannot be replaced.
+        """
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self.remarks += states.mend(self.checkpoints)
 
     @staticmethod
     def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-        """The weights in a checkpoint, on the CPU."""
+        """The weights in a checkpoint, on the CPU, after its checksums were compared."""
         try:
-            return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        except Exception as error:  # other files raise errors of many kinds
-            raise OptionError("checkpoint", checkpoint, "is not a checkpoint of a run, or is incomplete") from error
+            weights = states.read(checkpoint)["state_dict"]
+            require(isinstance(weights, Mapping), "checkpoint", checkpoint, "has no weights")
+            return weights
+        except OSError as error:
+            raise OptionError("checkpoint", checkpoint, f"cannot be read: {error.strerror}") from error
+        except (states.Damaged, KeyError, TypeError) as error:
+            allowed = f"is not a checkpoint of a run, or is damaged ({error})"
+            raise OptionError("checkpoint", checkpoint, allowed) from error
 
     @rank_zero_only
     def record_start(self, *, device: str, **facts: Any) -> None:

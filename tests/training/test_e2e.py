@@ -217,7 +217,7 @@ class TestStopping:
             (PLAIN, (KILL, MODULE + "training_step", 7), 4, {6}),
             (PLAIN, (KILL, MODULE + "training_step", 1), 0, set()),
             (PLAIN, (KILL, MODULE + "validation_step", 3), 8, {9}),  # in mid-validation
-            (PLAIN, (KILL, SAVE, 4), 8, {9, 10}),  # when the best is written, the last not yet
+            (PLAIN, (KILL, SAVE, 4), 10, set()),  # when the best is written, the last not yet: it goes on from the best
             (PLAIN, (KILL, MODULE + "on_test_epoch_start", 1), 20, set()),
             (TWICE, (KILL, MODULE + "training_step", 14), 4, {6}),  # between the halves of a step
             (OTHER, (KILL, MODULE + "training_step", 16), 12, {15}),

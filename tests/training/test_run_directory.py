@@ -67,7 +67,8 @@ def started(path: Path, *, step: int = 7, finished: bool = False) -> Run:
     run = Run(path)
     run.open(CONFIG, overwrite=False)
     run.checkpoints.mkdir()
-    torch.save({"global_step": step, "state_dict": {"w": torch.ones(2)}}, run.last)
+    kept = {"Checkpoints": {"best_value": None, "best_step": 0}}
+    torch.save({"global_step": step, "callbacks": kept, "state_dict": {"w": torch.ones(2)}}, run.last)
     if finished:
         run.finish(SUMMARY)
     run.close()
@@ -799,6 +800,24 @@ class TestTrainPy:
         run.config.write_text(earlier)
         refused = runs.train(home, *COMMAND, "name=earlier", "optimizer.lr=0.1")
         assert "other settings: optimizer.lr (0.001 → 0.1); choose" in refused.err
+
+    def test_checkpoints_that_are_damaged_or_elsewhere(self, home: Path):
+        run = runs.run_of(home, "lds", "stu", "damaged")
+        shutil.copytree(runs.run_of(home, "lds", "stu", "run").path, run.path)
+        elsewhere = shutil.copy(run.best, home / "elsewhere.ckpt")
+        best = run.best.read_bytes()
+        run.best.write_bytes(best[: len(best) // 2])
+        command = (*COMMAND, "name=damaged", "mode=test")
+        tested, other = runs.train(home, *command), runs.train(home, *command, f"checkpoint={elsewhere}")
+        assert (tested.code, other.code, other.err) == (0, 0, "")
+        same = r"note: \S+: best.ckpt is damaged \(.*\); last.ckpt has the best weights, too, and is tested\n"
+        assert re.fullmatch(same, tested.err)
+        values = [re.findall(r"test (\w+) +([\d.]+)", done.out) for done in (tested, other)]
+        assert values[0] == values[1] != []
+        run.last.write_bytes(b"damaged")
+        refused = runs.train(home, *command)
+        assert refused.code == 2
+        assert re.fullmatch(r"error: checkpoint=\S+: last.ckpt is damaged .*, best.ckpt is .*\n", refused.err)
 
     def test_two_at_once_are_refused(self, home: Path):
         with_lock = runs.run_of(home, "lds", "stu", "locked")

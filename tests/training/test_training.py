@@ -9,17 +9,19 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torchmetrics import MeanSquaredError, Metric
 
 from stu.backbone import SequenceModel
 from stu.encoders import LinearEncoder
+from stu.errors import OptionError
 from stu.heads import StepHead
-from stu.task import Batch, Splits, Task, scored_steps
+from stu.task import Batch, Rollout, Splits, Task, scored_steps
 from stu.training import Diverged, SequenceModule
 from tests.generate import read_trajectories, trajectory
 from tests.models import MODELS, small_backbone
 from tests.runs import Training
+from tests.training.devices import counting, half_filled_metrics
 
 
 class Lengths:
@@ -208,6 +210,26 @@ class TestMetrics:
         assert training.rows("time/sequences_per_second") == {2: 3.0, 4: 3.0}
         assert training.rows("time/data_share") == {2: 0.25, 4: 0.25}
 
+    def test_every_device_goes_on_with_its_own_half_filled_metrics(self, tmp_path: Path):
+        losses = torch.rand(5, 2) ** 9  # steps, devices
+        torch.save({"losses": losses}, tmp_path / "job.pt")
+        multiprocessing.start_processes(half_filled_metrics, (str(tmp_path),), nprocs=2, start_method="forkserver")
+        for rank in range(2):
+            found = torch.load(tmp_path / f"rank{rank}.pt")
+            assert found["row"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+            assert found["again"] == found["row"]  # to the last bit
+        # on another number of devices, nothing is counted twice or left out
+        checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        for count in (1, 3):
+            values = []
+            for rank in range(count):
+                module = counting(rank, world_size=count)
+                module.on_load_checkpoint(loaded := checkpoint | {"state_dict": dict(checkpoint["state_dict"])})
+                module.load_state_dict(loaded["state_dict"])
+                values.append(module.train_metrics["loss"].metric_state)
+            assert float(sum(v["mean_value"] for v in values)) == pytest.approx(float(losses[:3].sum()), rel=1e-6)
+            assert float(sum(v["weight"] for v in values)) == 6
+
 
 class TestRandomness:
     def test_what_a_step_draws_depends_on_seed_step_and_device_alone(self):
@@ -280,6 +302,28 @@ def test_fitting_leaves_the_test_set_alone(tmp_path: Path):
         training.trainer.test(training.module, training.data, verbose=False)
 
 
+def test_what_the_test_does_is_tried_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError
+
+    class Rolling(Steps):
+        rollout = Rollout(2, 3, dict)
+
+    monkeypatch.setattr("stu.training.module.batch_rollout", failing)
+    training = Training(tmp_path, Rolling(test=Untouchable), model())
+    with pytest.raises(ZeroDivisionError):
+        training.fit()
+    assert training.trainer.global_step == 0
+
+
+def test_a_metric_that_nobody_measures_cannot_be_monitored(tmp_path: Path):
+    class Unmeasured(Steps):
+        monitor = "accuracy"
+
+    with pytest.raises(OptionError, match="monitor=accuracy: must be one of loss, mse"):
+        SequenceModule(model(), Unmeasured())
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
     def test_the_best_is_that_of_the_monitored_metric(self, tmp_path: Path, mode: Literal["min", "max"], best: int):
@@ -324,7 +368,8 @@ class TestCheckpoints:
         options = {"checkpoints": {"every_n_steps": 3}, "max_steps": 7, "max_epochs": None, "val_check_interval": 5.0}
         Training(tmp_path, Steps(), model(), callbacks=[Saves()], **options).fit()
         assert saved == [3, 6, 7, 7]  # at the end, after the validation, the best and the last
-        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        names = ["best.ckpt", "last.ckpt", "previous.ckpt"]
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
 
     def test_saved_when_minutes_have_passed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         clock = [0.0]

@@ -1,0 +1,247 @@
+"""The files of a run's checkpoints: written beside their places, read with their checksums, replaced where damaged.
+
+last.ckpt        the latest state, from which a run resumes
+best.ckpt        the state after the best validation
+previous.ckpt    the latest state before that of last.ckpt
+best-copy.ckpt   the state of best.ckpt once more
+
+The last two are there until a run is finished: whichever file is damaged, another one takes its place.
+"""
+
+import errno
+import io
+import shutil
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from stu.errors import OptionError
+from stu.files import DAMAGED, is_written, put_in_place, replacing
+
+LAST, BEST, PREVIOUS, COPY = NAMES = ("last.ckpt", "best.ckpt", "previous.ckpt", "best-copy.ckpt")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Damaged(Exception):
+    """A file is no checkpoint of a run, or not as it was written."""
+
+
+class Best(NamedTuple):
+    """The best validation so far: its value, None before the first, and its optimiser step."""
+
+    value: float | None
+    step: int
+
+
+class State(NamedTuple):
+    """What a whole checkpoint holds."""
+
+    path: Path
+    step: int
+    best: Best
+
+    @property
+    def is_best(self) -> bool:
+        """Whether these are the best weights so far."""
+        return self.best.value is not None and self.best.step == self.step
+
+
+class Writer(TorchCheckpointIO):
+    """Writes checkpoints straight to their place, where Lightning fills its memory and $TMPDIR first.
+
+    failure: why the latest was not written; raised by nobody here, for several devices have to learn of it together.
+    """
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+        self.needed = 0  # bytes of the latest checkpoint that was not written
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file; it may be half there after a failure. Where the disk is full, spare files make room."""
+        for spare in (PREVIOUS, COPY, None):
+            self.failure = self._failure(checkpoint, Path(path))
+            if self.failure is None:
+                return
+            if spare is None or self.failure.errno not in FULL:
+                break
+            Path(path).with_name(spare).unlink(missing_ok=True)
+        torch.save(checkpoint, counter := _Counter())
+        self.needed = counter.size
+
+    @staticmethod
+    def _failure(checkpoint: dict[str, Any], path: Path) -> OSError | None:
+        try:
+            with path.open("wb") as file:
+                torch.save(checkpoint, file)
+        except OSError as error:
+            return error
+        except RuntimeError as error:  # what PyTorch makes of an OSError of the file
+            if not isinstance(error.__context__, OSError):
+                raise
+            return error.__context__
+        return None
+
+
+class _Counter(io.BytesIO):
+    """Counts the bytes that are written to it."""
+
+    size = 0
+
+    def write(self, data: Any, /) -> int:
+        self.size += len(data)
+        return len(data)
+
+
+def size(weights: Mapping[str, Any]) -> int:
+    """Bytes of all tensors."""
+    return sum(x.nbytes for x in weights.values() if isinstance(x, torch.Tensor))
+
+
+def unwritable(path: Path, error: OSError, needed: int) -> OptionError:
+    """What to raise where a checkpoint of so many bytes cannot be written."""
+    room = f"{needed / 2**10:,.0f} KiB" if needed < 2**20 else f"{needed / 2**20:,.0f} MiB"
+    advice = "earlier checkpoints are as they were, and the same command goes on from them"
+    return OptionError("paths.runs", path, f"cannot be written, which takes {room}: {error.strerror}; {advice}")
+
+
+def replace_last(partial: Path, folder: Path, *, kept_as: str) -> None:
+    """Put `partial` in the place of last.ckpt, whose old file is kept under another name, where links can be made."""
+    last, kept = folder / LAST, folder / kept_as
+    if is_written(last):
+        link = kept.with_name(f".{kept.name}.link")
+        link.unlink(missing_ok=True)
+        with suppress(OSError):  # file systems without links keep fewer files
+            link.hardlink_to(last)
+            link.replace(kept)
+    put_in_place(partial, last)
+
+
+def read(path: Path, *, tensors: bool = True) -> dict[str, Any]:
+    """A checkpoint, on the CPU, after all of its checksums were compared; tensors: with what is in them.
+
+    Raises `Damaged`, and `OSError` where the file cannot be opened.
+    """
+    with path.open("rb"):
+        pass
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+            # what PyTorch would read as something else: a folder, or data of another size
+            odd = any(part.external_attr or part.compress_size != part.file_size for part in file.infolist())
+        if wrong is not None or odd:
+            raise Damaged(f"wrong checksum of {wrong}" if wrong else "wrong table of contents")
+        return _loaded(path, tensors=tensors)
+    except Damaged:
+        raise
+    except Exception as error:  # of many kinds
+        raise Damaged(" ".join(f"{error or type(error).__name__}".split())[:100]) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `read` would read it."""
+    try:
+        read(path, tensors=False)
+    except (Damaged, OSError):
+        return False
+    return True
+
+
+def checked(path: Path) -> State:
+    """What a checkpoint holds, after all of its checksums were compared. Raises as `read`."""
+    return _state(path, read(path, tensors=False))
+
+
+def latest_step(folder: Path) -> int:
+    """Optimiser steps of the latest state, 0 where there is none; checksums are not compared."""
+    steps = [0]
+    for name in NAMES:
+        with suppress(Exception):  # what is damaged counts as absent
+            steps.append(_state(folder / name, _loaded(folder / name, tensors=False)).step)
+    return max(steps)
+
+
+class Survey:
+    """What of a run's checkpoints is whole: `latest`, the latest state whose best weights are there too, and `best`.
+
+    damaged: path → what is wrong with it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.damaged, self.whole = folder, dict[Path, str](), list[State]()
+        for path in (folder / name for name in NAMES):
+            try:
+                if is_written(path):
+                    self.whole.append(checked(path))
+                elif path.exists():
+                    self.damaged[path] = "empty"
+            except Damaged as error:
+                self.damaged[path] = str(error)
+            except OSError as error:
+                raise OptionError("paths.runs", path, f"cannot be read: {error.strerror}") from error
+        self.whole.sort(key=lambda state: -state.step)  # of equal steps the order of NAMES stays
+        self.latest = next((state for state in self.whole if state.best.value is None or self.of(state.best)), None)
+        self.best = None if self.latest is None else self.of(self.latest.best)
+
+    def of(self, best: Best) -> State | None:
+        """A whole checkpoint of these best weights."""
+        return next((state for state in self.whole if state.is_best and state.best == best), None)
+
+    @property
+    def damages(self) -> str:
+        """What is damaged, in words."""
+        return ", ".join(f"{path.name} is damaged ({reason})" for path, reason in self.damaged.items())
+
+
+def mend(folder: Path) -> list[str]:
+    """Have last.ckpt and best.ckpt whole, the latest there are, or neither; returns remarks on what was damaged.
+
+    Damaged files that are replaced are kept under another name. Raises `OptionError` where nothing can replace them:
+    before training goes on, not after.
+    """
+    survey = Survey(folder)
+    nothing_but_empty = not survey.whole and all(not is_written(path) for path in survey.damaged)
+    if survey.latest is None and not nothing_but_empty:
+        lost, advice = "no other checkpoint is there", "overwrite=true starts again"
+        for late in survey.whole[:1]:
+            lost = f"no file has the weights of the best validation, of step {late.best.step:,}"
+            advice += f", mode=test checkpoint={late.path} tests those of step {late.step:,}"
+        raise OptionError("name", folder.parent, f"{survey.damages or f'{BEST} is missing'}; {lost}; {advice}")
+    remarks = [] if survey.latest else [f"{path} is empty: the run starts again" for path in survey.damaged]
+    for name, state in ((LAST, survey.latest), (BEST, survey.best)):
+        path, reason = folder / name, survey.damaged.get(folder / name)
+        if state is None or state.path == path:
+            continue
+        if reason is not None:
+            remarks.append(f"{path} is damaged ({reason}); {state.path.name}, of step {state.step:,}, takes its place")
+            if is_written(path):
+                path.replace(path.with_name(path.name + DAMAGED))
+                remarks[-1] += f"; it is kept as {path.name}{DAMAGED}"
+        try:
+            with replacing(path) as partial:
+                shutil.copyfile(state.path, partial)
+        except OSError as error:
+            raise unwritable(path, error, state.path.stat().st_size) from error
+    return remarks
+
+
+def tidy(folder: Path) -> None:
+    """Delete the files that are there for damage alone: the run needs no more than the best and the last."""
+    for name in (PREVIOUS, COPY):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _loaded(path: Path, *, tensors: bool) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu" if tensors else "meta", weights_only=True)
+
+
+def _state(path: Path, checkpoint: dict[str, Any]) -> State:
+    try:
+        kept = checkpoint["callbacks"]["Checkpoints"]
+        return State(path, int(checkpoint["global_step"]), Best(kept["best_value"], kept["best_step"]))
+    except (KeyError, TypeError, IndexError) as error:
+        raise Damaged("no state of a run in it") from error
