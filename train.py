@@ -20,8 +20,10 @@ from stu.cli import errors
 from stu.cli.check import check
 from stu.errors import require
 from stu.training import MetricsCSV, MetricsLog, Run, SequenceData, SequenceModule, StepPlan, evaluate, report
+from stu.training.cluster import part
 from stu.training.plan import check_trainer, make_trainer
 from stu.training.run import describe_device, run_name
+from stu.training.signals import leaving
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -29,15 +31,16 @@ from stu.training.run import describe_device, run_name
 def main(config: DictConfig) -> float | None:
     """One run; returns its best monitored *validation* value, so that no sweep can select on the test set."""
     check(config)
-    check_trainer(config.trainer)
     report.quiet()
+    check_trainer(config.trainer, instantiate(config.trainer, _partial_=True), sweeping=errors.sweeping())
     job = HydraConfig.get()
     names = job.runtime.choices["task"], job.runtime.choices["model"]
     name = run_name(list(job.overrides.task)) if config.name is None else str(config.name)
     run = Run.named(Path(config.paths.runs, *names), name)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if config.mode == "test":
-        test(config, run, settings)
+        with leaving():
+            test(config, run, settings)
         return None
     run.overwrites = config.overwrite
     with report.exit_codes(run):
@@ -87,7 +90,7 @@ def train(
         instantiate(config.trainer, _partial_=True),
         callbacks=[figures, log, report.progress(plan, log), checkpoints],
         logger=[metrics],
-        default_root_dir=run.path,
+        default_root_dir=run.checkpoints,
     )
     data.require_enough(trainer.world_size)
     facts = report.facts(module, plan)
@@ -112,10 +115,12 @@ def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     module = SequenceModule(model, task, seed=config.seed)
     checkpoint = evaluate.restore(module, run, config.checkpoint, settings)
     data = load_data(config, task)
-    trainer = make_trainer(instantiate(config.trainer, _partial_=True), logger=False, enable_progress_bar=False)
+    make = instantiate(config.trainer, _partial_=True)
+    trainer = make_trainer(make, logger=False, enable_progress_bar=False, default_root_dir=run.checkpoints)
     device = describe_device(trainer.strategy.root_device)
     evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
     trainer.test(module, data, verbose=False)
+    part(trainer)
     report.tested(checkpoint, module.evaluated, task)
 
 

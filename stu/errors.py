@@ -16,13 +16,17 @@ class OptionError(ValueError):
         return type(self), (self.name, self.value, self.allowed)  # pickled whole, for other processes
 
 
+class CommandError(OptionError):
+    """An option that no job of a command can have, so that a sweep ends with it."""
+
+
 def require_length(length: int, longest: float) -> None:
     """Raise `OptionError` where an input has more steps than `seq_len`; formats nothing else, for `torch.compile`."""
     if length > longest:
         raise OptionError("seq_len", longest, f"is below the input's {length} steps")
 
 
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raise `OptionError(name, value, allowed)` unless `condition` holds."""
+def require(condition: bool, name: str, value: object, allowed: str, error: type[OptionError] = OptionError) -> None:
+    """Raise `error(name, value, allowed)` unless `condition` holds."""
     if not condition:
-        raise OptionError(name, value, allowed)
+        raise error(name, value, allowed)

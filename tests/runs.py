@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -144,12 +145,17 @@ def _options(node: Any, key: str, sizes: Mapping[str, int]) -> Iterator[str]:
             yield from _options(node[name], f"{key}.{name}", sizes)
 
 
-def signalled(number: int, where: str, call: int, times: int = 1) -> Callable[[], None]:
-    """An `at` of `start`: the process sends itself signal `number` before call 1, 2, … of a "module:Class.method"."""
-    return partial(_signal_at, number, where, call, times)
+def signalled(number: int, where: str, call: int, times: int = 1, *, group: bool = False) -> Callable[[], None]:
+    """An `at` of `start`: the process sends itself signal `number` before call 1, 2, … of a "module:Class.method".
+
+    group: another process sends it, and to the processes that this one has started, too.
+    """
+    return partial(_signal_at, number, where, call, times, group)
 
 
-def _signal_at(number: int, where: str, call: int, times: int) -> None:
+def _signal_at(number: int, where: str, call: int, times: int, group: bool) -> None:
+    if group:
+        os.setsid()
     owner, name = where.rsplit(".", 1)
     cls = resolve_name(owner)
     method, calls = getattr(cls, name), count(1)
@@ -158,7 +164,11 @@ def _signal_at(number: int, where: str, call: int, times: int) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
             for _ in range(times):
-                os.kill(os.getpid(), number)
+                if group:
+                    subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"], start_new_session=True)
+                    time.sleep(0.2)  # until those that end have ended
+                else:
+                    os.kill(os.getpid(), number)
         return method(*args, **kwargs)
 
     setattr(cls, name, wrapped)

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stu.cli.check import Refused, nodes, suggestion
 from stu.cli.usage import folded, options_of
-from stu.errors import OptionError
+from stu.errors import CommandError, OptionError
 
 USAGE = 2  # exit code of a command that asks for something impossible
 STOPPED = 128  # exit codes from here on: stopped by a signal
@@ -38,13 +39,13 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
             return job(config)
         except Exception as error:
             line = None if TRACEBACKS else _line(error, config)
-            if not _sweeping():
+            if not sweeping() or isinstance(error, CommandError):
                 if line is None:
                     raise
-                _fail(line)
+                _fail(line, told=_told_by_another(error))
             _report(line or traceback.format_exc())
         except SystemExit as end:
-            if not _sweeping() or (isinstance(end.code, int) and end.code >= STOPPED):
+            if not sweeping() or (isinstance(end.code, int) and end.code >= STOPPED):
                 raise
         FAILED.append(" ".join(HydraConfig.get().overrides.task))
         return math.nan
@@ -70,20 +71,36 @@ def run(main: Callable[[], object]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if TRACEBACKS:
             raise
-        _fail(_line(error, None) or _flat(str(error)))
+        _fail(_line(error, None) or _flat(str(error)), told=_told_by_another(error))
     except ValueError as error:
         if TRACEBACKS or "Config group override must be" not in str(error):  # `model=null`
             raise
-        _fail(f"{_flat(str(error))}; a group takes the name of an option")
+        _fail(f"{_flat(str(error))}; a group takes the name of an option", told=_told_by_another(error))
 
 
-def _sweeping() -> bool:
+def sweeping() -> bool:
+    """Whether this is one job of several of the same command."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _fail(line: str) -> NoReturn:
-    _report(line)
+def _fail(line: str, *, told: bool = False) -> NoReturn:
+    if not told:
+        _report(line)
     raise SystemExit(USAGE) from None
+
+
+def _told_by_another(error: BaseException) -> bool:
+    """Whether another process on this machine, started for the same command by torchrun or srun, refuses it, too.
+
+    Not where this process alone may be wrong: after all have met, or where only variables say that there are others.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+    certain = "SLURM_STEP_ID" in os.environ or not isinstance(error, CommandError)
+    several = os.environ.get("SLURM_NTASKS", "1") != "1"
+    return certain and several and os.environ.get("SLURM_LOCALID", "0") != "0"
 
 
 def _report(line: str) -> None:

@@ -18,13 +18,15 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from stu.errors import require
 from stu.files import PARTIAL, put_in_place
 from stu.training import states
+from stu.training.cluster import Agreed
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
+from stu.training.signals import PERSONAL, Handlers, hurries
 
 AGREE_EVERY = 10  # steps after which several devices agree whether to stop or save
 
 
-class Stopped(Exception):
+class Stopped(Agreed):
     """The run was stopped by a signal; everything is in the last checkpoint."""
 
     def __init__(self, signal_number: int, step: int) -> None:
@@ -32,7 +34,7 @@ class Stopped(Exception):
         self.signal_number, self.step = signal_number, step
 
 
-class Diverged(Exception):
+class Diverged(Agreed):
     """The loss is not finite."""
 
 
@@ -121,8 +123,9 @@ class MetricsLog(Callback):
 class Checkpoints(Checkpoint):
     """Keeps `best.ckpt`, by the monitored validation metric, and `last.ckpt`, from which a run resumes.
 
-    The last one is written after every validation, every `every_minutes` and, if given, `every_n_steps`; on SIGINT
-    and SIGTERM it is written at once and `Stopped` raised (a second signal does not wait). A loss that is not finite
+    The last one is written after every validation, every `every_minutes` and, if given, `every_n_steps`; on SIGINT,
+    SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 it is written at once and `Stopped` raised (a second signal does not wait, if
+    it `hurries`). A loss that is not finite
     raises `Diverged` before it can reach a checkpoint; it is looked for every `check_every` steps, in which a GPU is
     waited for. Checkpoints appear whole or not at all; one that cannot be written raises `OptionError`.
 
@@ -152,7 +155,7 @@ class Checkpoints(Checkpoint):
         self.last_step = 0  # of last.ckpt
         self.signal_number: int | None = None
         self._writer = states.Writer()
-        self._handlers: dict[int, Any] = {}
+        self._handlers: Handlers | None = None
         self._saved_at = self._clock = time.monotonic()
 
     @property
@@ -185,8 +188,7 @@ class Checkpoints(Checkpoint):
         self.last_step = trainer.global_step
         # Lightning's own way to stop several devices at once, for which all of them would wait in every step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._handlers = Handlers(self._on_signal)
         self._saved_at = time.monotonic()
         self._schedule_validation(trainer, trainer.global_step)
 
@@ -204,7 +206,7 @@ class Checkpoints(Checkpoint):
             return  # the checkpoint is written after the validation
         if self._should_stop(trainer):
             self._save(trainer, states.LAST)
-            raise Stopped(self.signal_number or signal.SIGTERM, step)
+            raise self._stopped(trainer)
         if self._is_due(trainer, step):
             self._save(trainer, states.LAST)
 
@@ -230,7 +232,7 @@ class Checkpoints(Checkpoint):
         progress.increment_ready()
         progress.increment_started()
         self._save(trainer, states.LAST)
-        raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
+        raise self._stopped(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best, then the last, whose state includes the best."""
@@ -245,7 +247,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, states.BEST)
         self._save(trainer, states.LAST)
         if self._should_stop(trainer):
-            raise Stopped(self.signal_number or signal.SIGTERM, trainer.global_step)
+            raise self._stopped(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the signal handlers."""
@@ -331,16 +333,25 @@ class Checkpoints(Checkpoint):
         if _agree(trainer, not bool(finite)):
             raise Diverged(f"the weights are not finite after step {trainer.global_step}")
 
+    def _stopped(self, trainer: L.Trainer) -> Stopped:
+        """The same on all devices, whichever of them the signal has reached."""
+        number = torch.tensor(self.signal_number or 0, device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            number = trainer.strategy.reduce(number, reduce_op="max")
+        return Stopped(int(number), trainer.global_step)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.signal_number is None:
+            self.signal_number = number
+        elif hurries(number, self.signal_number):
             self._restore_signals()
             raise SystemExit(128 + number)
-        self.signal_number = number
+        elif number in PERSONAL:
+            self.signal_number = number
 
     def _restore_signals(self) -> None:
-        while self._handlers:
-            number, handler = self._handlers.popitem()
-            signal.signal(number, handler)
+        if self._handlers is not None:
+            self._handlers.restore()
 
 
 def _agree_at_times(trainer: L.Trainer, decision: bool) -> bool:

@@ -12,6 +12,7 @@ from stu.errors import OptionError, require
 from stu.task import Batch, Examples, Splits, Task
 from stu.training.plan import StepPlan
 from stu.training.resident import Resident
+from stu.training.signals import spare
 
 SHARE = 0.25  # of a GPU's free memory, that a split may take unasked
 
@@ -99,6 +100,7 @@ class SequenceData(L.LightningDataModule):
             "collate_fn": self.task.collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": spare,
             "pin_memory": self._device.type == "cuda",  # Lightning's copies to the GPU then wait for nothing
         }
 

@@ -11,6 +11,7 @@ import lightning as L
 from stu.errors import OptionError, require
 from stu.training import states
 from stu.training.callbacks import Checkpoints, Diverged
+from stu.training.cluster import part
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
 from stu.training.report import count, note
@@ -60,7 +61,7 @@ def finish(
     if trainer.is_global_zero:
         states.tidy(run.checkpoints)
     run.finish(summary)
-    trainer.strategy.barrier()  # every process reads it
+    part(trainer)  # every process reads it
 
 
 def _difference(trainer: L.Trainer, found: float, expected: float) -> str:

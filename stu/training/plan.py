@@ -1,6 +1,7 @@
 """How long a run is and when it validates, counted in optimiser steps."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -8,8 +9,10 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator
 
 from stu.errors import OptionError, require
+from stu.training.cluster import Started, check_processes, environments
 
 # Arguments of a Trainer that would end or shorten a run without its `StepPlan` knowing.
 UNSUPPORTED = (
@@ -34,10 +37,21 @@ PASSED = (
     "enable_model_summary",
     "use_distributed_sampler",
 )
+# What this machine must have for an `accelerator`.
+ACCELERATORS = {
+    "gpu": (CUDAAccelerator, MPSAccelerator),
+    "cuda": (CUDAAccelerator,),
+    "mps": (MPSAccelerator,),
+    "tpu": (XLAAccelerator,),
+}
 
 
-def check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for arguments of a Trainer that a run does not support or this machine does not have."""
+def check_trainer(arguments: Mapping[str, Any], make: partial[L.Trainer], *, sweeping: bool = False) -> None:
+    """Raise `OptionError` for arguments of a Trainer that a run does not support or this machine does not have.
+
+    A Trainer is made from them as a trial, and its processes compared with those that were started for this command,
+    so that nothing is refused after the data have been prepared. sweeping: the command has several jobs.
+    """
     for key in (*UNSUPPORTED, *PASSED):
         reason = "set max_epochs or max_steps" if key in UNSUPPORTED else "train.py sets it itself"
         require(key not in arguments, f"trainer.{key}", arguments.get(key), f"not supported; {reason}")
@@ -47,9 +61,29 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
         limit = arguments[key]
         allowed = "must be above 0: a checkpoint is chosen and tested"
         require(limit is None or limit > 0, f"trainer.{key}", limit, allowed)
-    accelerator = arguments["accelerator"]
-    present = accelerator not in ("gpu", "cuda") or torch.cuda.is_available()
-    require(present, "trainer.accelerator", accelerator, "there is no GPU here; use trainer=cpu")
+    accelerator, devices, nodes = arguments["accelerator"], arguments["devices"], arguments.get("num_nodes", 1)
+    present = accelerator not in ACCELERATORS or has(*ACCELERATORS[accelerator])
+    missing = "GPU" if accelerator in ("gpu", "cuda") else str(accelerator).upper()
+    require(present, "trainer.accelerator", accelerator, f"there is no {missing} here; use trainer=cpu")
+    require(nodes >= 1, "trainer.num_nodes", nodes, "must be at least 1")
+    if accelerator == "cpu" or (accelerator == "auto" and not has(CUDAAccelerator, MPSAccelerator, XLAAccelerator)):
+        cores, precision = os.cpu_count() or 1, arguments["precision"]
+        fits = devices == "auto" or (str(devices).isdecimal() and 1 <= int(devices) <= cores)
+        require(fits, "trainer.devices", devices, f"must be 1 … {cores} (the CPU cores here) or auto, which is 1")
+        allowed = "needs a GPU; a CPU computes in 32-true, bf16-mixed or 64-true"
+        require(precision not in ("16-mixed", 16), "trainer.precision", precision, allowed)
+    elif isinstance(devices, Sequence) and not isinstance(devices, str):
+        unlike = 0 < len(devices) == len(set(devices))
+        require(unlike, "trainer.devices", devices, "must be how many, or a list of unlike GPUs")
+    else:
+        require(str(devices) not in ("0", "-0"), "trainer.devices", devices, "must be above 0, or auto for all")
+    trial = make_trainer(make, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    check_processes(trial, sweeping=sweeping)
+
+
+def has(*kinds: type[Accelerator]) -> bool:
+    """Whether this machine has any of these."""
+    return any(kind.is_available() for kind in kinds)
 
 
 def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
@@ -58,12 +92,16 @@ def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
     Raises `OptionError` with Lightning's objection to what was configured.
     """
     configured = dict(make.keywords)
+    arguments["callbacks"] = [*arguments.get("callbacks", ()), Started()]
+    configured["plugins"] = [*environments(), *(configured.get("plugins") or ())]
     set_matmul_precision(configured.pop("matmul_precision", "high"), on_gpu=configured.get("accelerator") != "cpu")
     try:
-        return make.func(**configured | StepPlan.trainer_arguments | arguments)
-    except (TypeError, ValueError, MisconfigurationException) as error:
+        trainer = make.func(**configured | StepPlan.trainer_arguments | arguments)
+    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         asked = {key: configured.get(key) for key in ("accelerator", "devices", "strategy", "precision")}
         raise OptionError("trainer", asked, f"Lightning refuses this: {error}".partition("\n")[0]) from error
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # ours do
+    return trainer
 
 
 def set_matmul_precision(precision: str, *, on_gpu: bool) -> None:

@@ -24,12 +24,14 @@ from torch import nn
 from stu.errors import OptionError
 from stu.task import Task
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
+from stu.training.cluster import tells_of_a_loss
 from stu.training.data import SequenceData
 from stu.training.loggers import close_wandb
 from stu.training.module import SequenceModule
 from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
 from stu.training.run import Run
+from stu.training.signals import leaving
 
 SECONDS_BETWEEN_LINES = 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # how a disk says that it takes nothing more
@@ -84,6 +86,7 @@ def quiet() -> None:
     """Silence messages of libraries that the tables state better, or that do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what trainer.profiler was asked for
     for message in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
@@ -91,6 +94,7 @@ def quiet() -> None:
         ".*treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.13
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*functional.all_reduce is deprecated.*",  # torch 2.13; its replacement is not in 2.7
+        ".*`srun` command is available.*",  # on any machine of a cluster
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -188,19 +192,21 @@ def diverged(run: Run, error: Diverged) -> None:
 def exit_codes(run: Run) -> Iterator[None]:
     """Report how a run ends that does not finish, exit with its code, and release the run in any case.
 
-    128 + the signal after SIGINT and SIGTERM; 1 after a loss that is not finite. The manifest records these and every
-    other error, but those that refuse the command: after them there is no directory that was not there before.
+    128 + the signal after one that stops a run; 1 after a loss that is not finite, and where another process of the run
+    is gone. The manifest records these and every other error, but those that refuse the command: after them there is no
+    directory that was not there before.
     """
     refused = False
     try:
-        yield
+        with leaving():
+            yield
     except Stopped as stop:
         stopped(run, stop)
         record(run.record_stop, stop)
         raise SystemExit(128 + stop.signal_number) from None
-    except (KeyboardInterrupt, SystemExit) as end:  # before and after training Lightning's own handlers end the run
+    except (KeyboardInterrupt, SystemExit) as end:  # before and after training; Lightning makes 1 of SIGINT
         code = getattr(end, "code", 1)
-        number = {None: signal.SIGTERM, 1: signal.SIGINT}.get(code) or code - 128
+        number = signal.SIGINT if code == 1 else code - 128
         signalled = Stopped(number, run.last_step)
         stopped(run, signalled)
         record(run.record_stop, signalled)
@@ -210,6 +216,11 @@ def exit_codes(run: Run) -> Iterator[None]:
         record(run.record_failure, error)
         raise SystemExit(1) from None
     except Exception as error:
+        if isinstance(error, RuntimeError) and tells_of_a_loss(error):
+            lost = RuntimeError("another process of this run has ended or cannot be reached")
+            print(f"error: {lost}: {' '.join(str(error).split())}. The same command resumes the run", file=sys.stderr)
+            record(run.record_failure, lost)
+            raise SystemExit(1) from None
         refused = isinstance(error, OptionError | MisconfigurationException)
         record(run.record_failure, error)
         if isinstance(error, OSError) and error.errno in FULL:

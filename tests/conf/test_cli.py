@@ -54,7 +54,10 @@ EARLY: Refused = [
     (("log_every=often",), ("log_every=often: must be an integer",)),
     (("paths.runs=null",), ("paths.runs=None: must be a string",)),
     (("trainer.matmul_precision=low",), ("trainer.matmul_precision=low: must be one of highest, high, medium",)),
-    (("trainer.strategy=dpp",), ("trainer.strategy=dpp: must be one of auto, ddp, fsdp",)),
+    (("trainer.strategy=dpp",), ("trainer.strategy=dpp: must be one of auto, ddp",)),
+    (("trainer.strategy=fsdp",), ("trainer.strategy=fsdp: must be one of auto, ddp",)),
+    (("trainer.precision=transformer-engine",), ("trainer.precision=transformer-engine: must be one of 32-true",)),
+    (("+trainer.profiler=xla",), ("trainer.profiler=xla: must be one of simple, advanced",)),
     (("model.mixer._target_=stu.STUU",), ("model.mixer._target_=stu.STUU: cannot be imported",)),
     # a key that the code sets itself
     (
@@ -86,8 +89,8 @@ LATE: Refused = [
     (("log_every=0",), ("log_every=0: must be at least 1",)),
     (("checkpoints.every_n_steps=0",), ("checkpoints.every_n_steps=0: must be at least 1",)),
     (("trainer.max_epochs=null",), ("trainer.max_steps=-1", "max_steps or max_epochs")),
-    (("trainer.devices=0",), ("trainer=", "devices=0")),
-    (("trainer.devices=-3",), ("trainer=", "-3", "should be an int > 0")),
+    (("trainer.devices=0",), ("trainer.devices=0: must be 1 … ",)),
+    (("trainer.devices=-3",), ("trainer.devices=-3: must be 1 … ", "auto")),
     (("name=..",), ("name=", "must be a plain folder name")),
     (("name=a/b",), ("name=", "must be a plain folder name")),
     (("+trainer.logger=true",), ("trainer.logger=True", "train.py sets it itself")),

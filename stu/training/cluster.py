@@ -1,0 +1,170 @@
+"""How many processes a command consists of, and who started them: itself, SLURM's srun, or torchrun."""
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from functools import partial
+
+import lightning as L
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import DistError
+
+from stu import errors
+from stu.errors import CommandError
+
+require = partial(errors.require, error=CommandError)
+# Where launchers say which process this is; Lightning believes them, whatever the Trainer's devices are.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+MPI_RANKS = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MPI_LOCALRANKID"}  # of mpirun's processes
+PORTS = 15_000, 10_000  # of SLURM's jobs: from, how many
+
+
+class Slurm(SLURMEnvironment):
+    """SLURM's processes, without checkpoints of Lightning's own, which it would load in place of what it is given.
+
+    `check_processes` asks for more than the check that is left out, and accepts `srun --ntasks`, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)
+
+    @staticmethod
+    def _validate_srun_variables() -> None:
+        pass
+
+    @property
+    def main_port(self) -> int:
+        """Another one for each job and for each step of a job: they may share a node."""
+        start, count = PORTS
+        job, step = number("SLURM_JOB_ID", 0), number("SLURM_STEP_ID", 0)
+        os.environ.setdefault("MASTER_PORT", str(start + (job + 1_009 * step) % count))
+        return number("MASTER_PORT", 0)
+
+
+class Agreed(Exception):
+    """An end that all processes of a run come to together."""
+
+
+class Started(Callback):
+    """The end of those processes that this one has started."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave none behind that waits for this one; nor let this one, which still has to report, end with them."""
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, SystemExit) and launcher is not None:
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+        elif isinstance(exception, Agreed):
+            getattr(launcher, "procs", []).clear()  # from which Lightning reads that one of them did not end with 0
+
+
+def environments() -> list[ClusterEnvironment]:
+    """What a Trainer is given as plugins: SLURM, where it has started the processes and torchrun has not.
+
+    Where nobody has, that is said, too: Lightning would start MPI to find out, wherever mpi4py is installed, which ends
+    the process where MPI itself is not set up.
+    """
+    if TorchElasticEnvironment.detect():
+        return []
+    if by_slurm():
+        return [Slurm()]
+    by_others = LSFEnvironment.detect() or not MPI_RANKS.isdisjoint(os.environ)
+    return [] if by_others else [LightningEnvironment()]
+
+
+def by_slurm() -> bool:
+    """Whether the processes are tasks of SLURM: not in a shell in an allocation, unless srun started several there."""
+    return SLURMEnvironment.detect() or number("SLURM_STEP_NUM_TASKS", 1) > 1
+
+
+def check_processes(trainer: L.Trainer, *, sweeping: bool) -> None:
+    """Raise `CommandError` unless the processes are as many as the Trainer asks for, and can meet; note their rank.
+
+    sweeping: this is one job of several of the same command. A second process repeats the whole command, so it would
+    meet the first one in another job.
+    """
+    asked = trainer.num_devices * trainer.num_nodes
+    words = f"trainer.devices={trainer.num_devices} x num_nodes={trainer.num_nodes}"
+    variable, started = launched()
+    alone = "; a run on one device: srun --ntasks=1" if variable.startswith("SLURM") else ""
+    allowed = f"processes were started, but {words} is {asked}: let them match{alone}"
+    require(started in (None, asked), variable, started, allowed)
+    if asked == 1:
+        for variable in RANKS:
+            rank = number(variable, 0)
+            allowed = f"this process is one of several, {words} is one; unset it, or let devices x num_nodes match"
+            require(rank == 0, variable, rank, allowed)
+    require(trainer.world_size == asked, "trainer.devices", trainer.num_devices, f"{trainer.world_size} were started")
+    allowed = "a sweep trains on one device: a run on several is a command of its own, without -m"
+    require(not sweeping or asked == 1, "trainer.devices", trainer.num_devices, allowed)
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+    if asked > 1:
+        check_meeting(trainer)
+
+
+def check_meeting(trainer: L.Trainer) -> None:
+    """Raise `CommandError` where the processes cannot find each other: by Lightning's rules, or in a port in use."""
+    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]  # of all with several processes
+    try:
+        environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+    except ValueError as error:
+        raise CommandError("trainer.devices", trainer.num_devices, str(error)) from error
+    if TorchElasticEnvironment.detect():
+        return  # torchrun has opened the port itself
+    if not environment.creates_processes_externally and trainer.num_nodes == 1:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # whatever another launcher has left there: all of them are here
+    port = number("MASTER_PORT", 0)
+    alone = isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
+    allowed = "says that a launcher has started this process, but not where they meet: set MASTER_PORT too, or unset it"
+    require(not alone or port > 0, "LOCAL_RANK", os.environ.get("LOCAL_RANK"), allowed)
+    port = environment.main_port if isinstance(environment, Slurm) else port
+    if port > 0 and trainer.is_global_zero:
+        allowed = "this port is in use, or not allowed; choose another one, or unset it"
+        require(is_free(port), "MASTER_PORT", port, allowed)
+
+
+def launched() -> tuple[str, int | None]:
+    """How many processes a launcher has started for this command, and the variable that says so."""
+    if TorchElasticEnvironment.detect():
+        return "WORLD_SIZE", number("WORLD_SIZE", 1)
+    if by_slurm():
+        return "SLURM_NTASKS", number("SLURM_NTASKS", 1)
+    if LSFEnvironment.detect():
+        return "JSM_NAMESPACE_SIZE", number("JSM_NAMESPACE_SIZE", 1)
+    return "", None
+
+
+def tells_of_a_loss(error: RuntimeError) -> bool:
+    """Whether an error means that another process of the run has ended, or cannot be reached."""
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
+
+
+def part(trainer: L.Trainer) -> None:
+    """Leave the other processes after they have come as far as this one, without taking them by surprise."""
+    trainer.strategy.barrier()
+    with suppress(RuntimeError):  # the others may be gone, but only after they have left the first one
+        trainer.strategy.barrier()
+
+
+def number(variable: str, default: int) -> int:
+    """A number from the environment."""
+    text = os.environ.get(variable, str(default))
+    require(text.isdecimal(), variable, repr(text), "must be a number")
+    return int(text)
+
+
+def is_free(port: int) -> bool:
+    """Whether a process could listen there."""
+    try:
+        with socket.socket() as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(("", port))
+    except (OSError, OverflowError):
+        return False
+    return True
