@@ -1,8 +1,9 @@
 """Train a model on a task, or test a trained one: python train.py model=stu task=lra_listops. See --help."""
 
 # ruff: noqa: E402
-from stu.cli import threads, usage
+from stu.cli import output, threads, usage
 
+output.guard()
 usage.answer()  # --help, before the imports that take seconds
 threads.wait_briefly()
 
@@ -115,8 +116,8 @@ def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     module = SequenceModule(model, task, seed=config.seed)
     checkpoint = evaluate.restore(module, run, config.checkpoint, settings)
     data = load_data(config, task)
-    make = instantiate(config.trainer, _partial_=True)
-    trainer = make_trainer(make, logger=False, enable_progress_bar=False, default_root_dir=run.checkpoints)
+    make, callbacks = instantiate(config.trainer, _partial_=True), [report.evaluation_progress()]
+    trainer = make_trainer(make, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
     device = describe_device(trainer.strategy.root_device)
     evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
     trainer.test(module, data, verbose=False)

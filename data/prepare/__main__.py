@@ -6,6 +6,7 @@ The configuration is that of train.py, composed and checked in the same way.
 # ruff: noqa: E402
 import sys
 
+from stu.cli import output
 from stu.cli.usage import CONF, options_of
 
 HELP = """\
@@ -25,9 +26,11 @@ Examples:
   python -m data.prepare task=lra_pathfinder task.data.train=1000 task.data.val=100 task.data.test=100 figures=.
   python -m data.prepare task=all"""
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports that take seconds
-    print(HELP.format(tasks=", ".join(options_of("task"))))
-    raise SystemExit(0)
+if __name__ == "__main__":
+    output.guard()
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before the imports that take seconds
+        print(HELP.format(tasks=", ".join(options_of("task"))))
+        raise SystemExit(0)
 
 import shlex
 import traceback

@@ -74,7 +74,7 @@ def _build(target: Path, spec: Mapping[str, object], build: Callable[[Path], Non
 def tracked(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Iterator[Item]]:
     """Yield an iterator over `items` that shows its progress on stderr: a bar on a terminal, else occasional lines."""
     console = Console(stderr=True)
-    if console.is_terminal:
+    if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
         with Progress(console=console, transient=True) as bar:
             yield iter(bar.track(items, total, description=title))
     else:

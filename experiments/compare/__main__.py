@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.compare import table
 from experiments.compare.runs import best_first, find, read
-from experiments.shared.files import refuse, runs_folder
+from experiments.shared.files import command, refuse, runs_folder
 
 EXAMPLES = """\
 examples:
@@ -53,4 +53,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

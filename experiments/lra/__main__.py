@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.files import refuse
+from experiments.shared.files import command, refuse
 from stu.errors import OptionError
 from stu.files import write_atomically
 from stu.training import Run
@@ -86,4 +86,4 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -1,6 +1,7 @@
 """The command line: python -m experiments.memory_horizon. See --help."""
 
 from experiments.memory_horizon import study
+from experiments.shared.files import command
 from experiments.shared.study import Study
 
-raise SystemExit(Study(study).main())
+command(Study(study).main)

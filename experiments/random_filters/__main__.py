@@ -1,6 +1,7 @@
 """The command line: python -m experiments.random_filters. See --help."""
 
 from experiments.random_filters import study
+from experiments.shared.files import command
 from experiments.shared.study import Study
 
-raise SystemExit(Study(study).main())
+command(Study(study).main)

@@ -2,7 +2,17 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from stu.cli import output
+
+
+def command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command line and exit with its code; what it prints may get lost, but does not end it."""
+    output.guard()
+    raise SystemExit(main())
 
 
 def runs_folder() -> Path:

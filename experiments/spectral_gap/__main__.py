@@ -1,6 +1,7 @@
 """The command line: python -m experiments.spectral_gap. See --help."""
 
+from experiments.shared.files import command
 from experiments.shared.study import Study
 from experiments.spectral_gap import study
 
-raise SystemExit(Study(study).main())
+command(Study(study).main)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.shared.arguments import count, positive
-from experiments.shared.files import refuse, runs_folder
+from experiments.shared.files import command, refuse, runs_folder
 from stu.cli.usage import options_of
 
 EXAMPLES = """\
@@ -83,4 +83,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

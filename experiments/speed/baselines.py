@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
+from experiments.shared.files import command
 from experiments.shared.machine import origin
 from experiments.speed.bench import Data, Settings, synchronize
 from experiments.speed.candidates import Size, build, find
@@ -107,4 +108,4 @@ def _table(size: Size, pairs: Sequence[Pair]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

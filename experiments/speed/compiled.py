@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 
+from experiments.shared.files import command
 from experiments.shared.machine import origin
 from experiments.speed.bench import Settings, synchronize, without_zeros
 from experiments.speed.candidates import Candidate, Size, find
@@ -79,4 +80,4 @@ def _row(name: str, eager: Timing, compiled: Timing) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +24,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.shared.arguments import count as whole
-from experiments.shared.files import refuse
+from experiments.shared.files import command, refuse
 from experiments.speed.bench import Bench, Data, Settings, device_of
 from experiments.speed.candidates import Size, find
 from stu.cli.usage import options_of
@@ -192,4 +191,4 @@ def _write(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

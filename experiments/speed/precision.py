@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.shared.files import refuse
+from experiments.shared.files import command, refuse
 from experiments.shared.machine import origin
 from experiments.speed.bench import without_zeros
 from experiments.speed.candidates import Size, build, find
@@ -200,4 +200,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from scipy.fft import next_fast_len
 from torch import Tensor
 
+from experiments.shared.files import command
 from experiments.speed.bench import synchronize
 from experiments.speed.measure import interleaved
 from stu.ops import recurrence
@@ -93,4 +94,4 @@ def _forward_backward(algorithm: Callable[[Tensor, Tensor], Tensor], drive: Tens
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

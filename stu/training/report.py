@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import signal
 import sys
 import time
@@ -35,8 +36,9 @@ from stu.training.signals import leaving
 
 SECONDS_BETWEEN_LINES = 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # how a disk says that it takes nothing more
+SECONDS_OF_SPEED = 30.0  # over which the speed is smoothed
 # Rich assumes 80 columns where output is not a terminal.
-console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
 
 
 def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -217,9 +219,10 @@ def exit_codes(run: Run) -> Iterator[None]:
         raise SystemExit(1) from None
     except Exception as error:
         if isinstance(error, RuntimeError) and tells_of_a_loss(error):
-            lost = RuntimeError("another process of this run has ended or cannot be reached")
+            lost = "another process of this run has ended or cannot be reached"
             print(f"error: {lost}: {' '.join(str(error).split())}. The same command resumes the run", file=sys.stderr)
-            record(run.record_failure, lost)
+            with suppress(OSError):
+                run.record_failure(lost)
             raise SystemExit(1) from None
         refused = isinstance(error, OptionError | MisconfigurationException)
         record(run.record_failure, error)
@@ -254,7 +257,41 @@ def _shape(module: SequenceModule) -> str:
 
 def progress(plan: StepPlan, log: MetricsLog) -> AnyProgressBar:
     """A bar on a terminal, a line every few seconds elsewhere."""
-    return ProgressBar(plan, log) if sys.stdout.isatty() else ProgressLines(plan, log)
+    return ProgressBar(plan, log) if _overwrites_lines() else ProgressLines(plan, log)
+
+
+def evaluation_progress() -> AnyProgressBar:
+    """The same where nothing is trained."""
+    return RichProgressBar(refresh_rate=1, leave=False) if _overwrites_lines() else EvaluationLines()
+
+
+def _overwrites_lines() -> bool:
+    """Whether a bar moves: not in a pipe, whatever colours are asked for, nor on a terminal that is dumb."""
+    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+
+
+class Speed:
+    """Sequences per second of training, of which those of half a minute count most."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size, self.sequences, self.seconds = batch_size, 0.0, 0.0
+
+    def start(self, step: int) -> None:
+        """Start the clock, or start it again after something that does not count."""
+        self.step, self.clock = step, time.monotonic()
+
+    def update(self, step: int) -> None:
+        """Count the steps since the last call."""
+        now = time.monotonic()
+        kept = math.exp((self.clock - now) / SECONDS_OF_SPEED)
+        self.sequences = kept * self.sequences + (step - self.step) * self.batch_size
+        self.seconds = kept * self.seconds + now - self.clock
+        self.step, self.clock = step, now
+
+    def shown(self, latest: Mapping[str, float]) -> dict[str, float]:
+        """The latest metrics of each kind that a progress display has room for, and the speed."""
+        metrics = {name: value for name, value in latest.items() if name.startswith(("train/", "val/"))}
+        return metrics | ({"seq/s": self.sequences / self.seconds} if self.seconds else {})
 
 
 class ProgressBar(RichProgressBar):
@@ -262,59 +299,108 @@ class ProgressBar(RichProgressBar):
 
     def __init__(self, plan: StepPlan, log: MetricsLog) -> None:
         super().__init__(refresh_rate=1, leave=False)
-        self.plan, self.log_of_metrics = plan, log
+        self.plan, self.log_of_metrics, self.speed = plan, log, Speed(log.batch_size)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Training {self.plan.total_steps / self.plan.steps_per_epoch:.3g} epochs"
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self.speed.start(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure."""
+        self.speed.update(trainer.global_step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave out the validation."""
+        super().on_validation_end(trainer, pl_module)
+        self.speed.start(trainer.global_step)
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The latest of each kind."""
-        return {name: f"{value:.4g}" for name, value in shown(self.log_of_metrics.latest).items()}
+        return {name: f"{value:.4g}" for name, value in self.speed.shown(self.log_of_metrics.latest).items()}
 
 
-class ProgressLines(AnyProgressBar):
-    """Progress for logs and pipes."""
+class EvaluationLines(AnyProgressBar):
+    """Progress of validation and test for logs and pipes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_line = time.monotonic()
+
+    def disable(self) -> None:
+        """Lightning disables the bars of all processes but the first; here each line checks its process itself."""
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *which: int
+    ) -> None:
+        """A line, if the last one is some seconds old."""
+        if trainer.sanity_checking:
+            self._evaluated(trainer, "trying the validation", batch_idx, sum(trainer.num_sanity_val_batches))
+        else:
+            best = "" if trainer.state.fn == "fit" else " the best weights"
+            self._evaluated(trainer, f"validating{best}", batch_idx, sum(trainer.num_val_batches))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *which: int
+    ) -> None:
+        """A line, if the last one is some seconds old."""
+        self._evaluated(trainer, "testing", batch_idx, sum(trainer.num_test_batches))
+
+    def _evaluated(self, trainer: L.Trainer, doing: str, batch: int, batches: float) -> None:
+        if self._is_due(trainer):
+            print(f"{doing}: batch {batch + 1:,} of {batches:,}", flush=True)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        now = time.monotonic()
+        due = trainer.is_global_zero and now - self.last_line > SECONDS_BETWEEN_LINES
+        if due:
+            self.last_line = now
+        return due
+
+
+class ProgressLines(EvaluationLines):
+    """Progress of a whole run for logs and pipes."""
 
     def __init__(self, plan: StepPlan, log: MetricsLog) -> None:
         super().__init__()
-        self.plan, self.log_of_metrics = plan, log
-        self.started = self.last_line = time.monotonic()
-        self.first_step = 0
+        self.plan, self.log_of_metrics, self.speed = plan, log, Speed(log.batch_size)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.started = self.last_line = time.monotonic()
         self.first_step = trainer.global_step
-
-    def disable(self) -> None:
-        """Lightning disables the bars of all processes but the first; here each line checks its process itself."""
+        self.speed.start(self.first_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A line, if the last one is some seconds old."""
-        now, step = time.monotonic(), trainer.global_step
-        if trainer.is_global_zero and now - self.last_line > SECONDS_BETWEEN_LINES and step > self.first_step:
-            self.last_line = now
-            left = (now - self.started) / (step - self.first_step) * (self.plan.total_steps - step)
+        step = trainer.global_step
+        self.speed.update(step)
+        if step > self.first_step and self._is_due(trainer):
+            left = (self.last_line - self.started) / (step - self.first_step) * (self.plan.total_steps - step)
             self._line(trainer, f"time left {duration(left)}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A line after every validation."""
-        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.speed.start(trainer.global_step)  # without the validation
+        if trainer.is_global_zero:
+            self.last_line = time.monotonic()
             self._line(trainer, "validated")
 
     def _line(self, trainer: L.Trainer, remark: str) -> None:
-        step, latest = trainer.global_step, shown(self.log_of_metrics.latest)
+        step, latest = trainer.global_step, self.speed.shown(self.log_of_metrics.latest)
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in latest.items())
         print(
             f"step {step}/{self.plan.total_steps} ({step / self.plan.total_steps:.0%})  "
             f"epoch {self.plan.epoch(step):.2f}  {metrics}  {remark}",
             flush=True,
         )
-
-
-def shown(latest: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that a progress display has room for."""
-    short = {"time/sequences_per_second": "seq/s"}
-    return {short.get(k, k): v for k, v in latest.items() if k.startswith(("train/", "val/")) or k in short}

@@ -655,10 +655,9 @@ def test_progress(terminal, monkeypatch, capsys):
     """A bar on a terminal, lines elsewhere, never on stdout; nothing is lost on the way."""
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_LINES", -1.0)
     monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    if terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # asks for colours, not for a bar
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with tracked(iter(range(3000)), "counting", 3000) as numbers:
         assert list(itertools.islice(numbers, 2000)) == list(range(2000))
         assert sum(1 for _ in numbers) == 1000

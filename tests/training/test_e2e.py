@@ -361,6 +361,8 @@ class TestSweeps:
         command = runs.small("task=lds", "model=stu", "trainer.max_steps=2")
         done = runs.train(tmp_path, "-m", *command, "seed=0,1")
         assert (done.code, done.err) == (0, "")
+        announced = [line.split(":")[0] for line in done.out.splitlines() if line.endswith(("seed=0", "seed=1"))]
+        assert announced == ["job 1 of 2", "job 2 of 2"]
         made = sorted((tmp_path / "runs" / "lds" / "stu").iterdir())
         assert len(made) == 2
         assert sorted(yaml.safe_load(Run(path).config.read_text())["seed"] for path in made) == [0, 1]
