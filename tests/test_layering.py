@@ -112,7 +112,7 @@ def test_what_only_training_needs_is_imported_only_there(path: Path):
 
 @pytest.mark.parametrize("path", under("stu/ops"))
 def test_operations_rest_on_nothing(path: Path):
-    assert {name for name in ours(path) if not within(name, "stu.ops", "stu.errors")} == set()
+    assert {name for name in ours(path) if not within(name, "stu.ops", "stu.errors", "stu.files")} == set()
 
 
 @pytest.mark.parametrize("path", under("stu/reference"))
@@ -146,7 +146,7 @@ def test_training_knows_no_mixer(path: Path):
 
 @pytest.mark.parametrize("path", [p for p in under("data") if p.id not in COMMANDS])
 def test_data_sees_what_a_task_is_made_of(path: Path):
-    allowed = ("stu.task", "stu.encoders", "stu.heads", "stu.errors")
+    allowed = ("stu.task", "stu.encoders", "stu.heads", "stu.errors", "stu.files")
     assert {name for name in ours(path) if not within(name, *allowed)} == set()
     assert {name for name in imports(path) if within(name, "lightning", "conf", "train", *HYDRA)} == set()
 

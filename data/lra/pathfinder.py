@@ -22,7 +22,7 @@ from torch import nn
 
 from data.lra.pathfinder_images import CHUNK, Bytes, Geometry, Images, NoRoom, draw
 from data.store.arrow import read_arrays, write_arrays
-from data.store.cache import in_processes, tracked
+from data.store.cache import in_processes, seal, tracked
 from data.store.pixels import PixelClassification
 from data.store.stored import LabelledData, LabelledExamples
 from stu.encoders import LinearEncoder
@@ -194,6 +194,7 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
         with tracked(self.chunks(missing), f"Pathfinder, files of {CHUNK:,} images", len(missing)) as stream:
             for chunk, columns in zip(missing, stream, strict=True):
                 write_arrays(shard(folder, chunk), columns)
+                seal(folder, self.spec)
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
         """The columns of the chunks of these numbers; only the very last chunk is smaller than `CHUNK`."""
@@ -207,11 +208,11 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
         except NoRoom as error:
             raise OptionError("side", self.side, f"leaves no room for such contours: {error}") from error
 
-    def examples(self, split: str) -> ImageExamples:
+    def opened(self, folder: Path, split: str) -> ImageExamples:
         """The images of one split; the splits follow each other as in `Splits`."""
         index = Splits._fields.index(split)
         start = sum(self.sizes[:index])
-        return ImageExamples(self.prepare(), start, start + self.sizes[index])
+        return ImageExamples(folder, start, start + self.sizes[index])
 
 
 @final

@@ -25,6 +25,7 @@ from data.store.sources import sha256
 from data.store.stored import LabelledExamples
 from data.store.tokens import BYTES, ROWS, SEQUENCE, TokenClassification, TokenColumn, TokenData, Tokens
 from stu.errors import OptionError, require
+from stu.files import write_atomically
 from stu.heads import TwoTowerHead
 from stu.task import Batch, Splits
 
@@ -170,12 +171,14 @@ class RetrievalData(TokenData[PairExamples]):
         facts = path.stat()
         key = fingerprint({"path": str(path.resolve()), "size": facts.st_size, "time": facts.st_mtime_ns})
         note = Path(self.dir).expanduser() / self.name / f"{key}.sha256"
-        if note.is_file() and (digest := note.read_text()):
-            return digest
+        with suppress(OSError, ValueError):  # no note, or a damaged one, or one that earlier versions did not sign
+            digest, signature = note.read_text().rsplit(maxsplit=1)
+            if signature == fingerprint({"key": key, "sha256": digest}):
+                return digest
         digest = sha256(path)
         with suppress(OSError):  # a folder that cannot be written to is reported when the data are built
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(digest)
+            write_atomically(note, f"{digest} {fingerprint({'key': key, 'sha256': digest})}\n")
         return digest
 
     def build(self, folder: Path) -> None:

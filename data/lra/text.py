@@ -24,6 +24,7 @@ from data.store.cache import tracked
 from data.store.sources import HubData, divided
 from data.store.tokens import BYTES, ROWS, SCHEMA, TokenClassification, TokenData, TokenExamples, Tokens, list_array
 from stu.errors import require
+from stu.files import write_atomically
 from stu.task import Splits
 
 VERSION = 1  # increment when the same options produce different examples, or the same examples different files
@@ -132,7 +133,7 @@ class TextData(TokenData[TokenExamples]):
             known = vocabulary(splits["train"]["text"], self.seq_len)
             token_of = np.full(CODE_POINTS, UNKNOWN, np.uint8)
             token_of[known] = np.arange(UNKNOWN + 1, UNKNOWN + 1 + len(known))
-            (folder / "vocabulary.json").write_text(json.dumps([chr(point) for point in known]))
+            write_atomically(folder / "vocabulary.json", json.dumps([chr(point) for point in known]))
             encode = partial(character_tokens, longest=self.seq_len, token_of=token_of)
         for split, table in splits.items():
             write(folder / f"{split}.arrow", table, encode)

@@ -8,14 +8,20 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from stu.files import replacing
+
+END = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of a complete stream; without them it may end at any batch
+
 
 @contextmanager
 def arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchStreamWriter]:
-    """A writer of record batches to a new file, which is called `path` once it is complete."""
-    partial = path.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    """A writer of record batches to a new file, which is called `path` once it is complete and on the disk."""
+    with (
+        replacing(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
         yield writer
-    partial.rename(path)
 
 
 def write_arrays(path: Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -34,6 +40,21 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def table_of(path: Path) -> pa.Table:
     """The memory-mapped table of an Arrow file."""
     return Dataset.from_file(str(path)).data
+
+
+def rows_of(path: Path, *, validate: bool = False) -> int:
+    """The number of rows of an Arrow file. validate: read all of it; raises `ValueError` unless it is whole."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        rows = 0
+        for batch in batches:
+            rows += batch.num_rows
+            if validate:
+                batch.validate(full=True)
+        if validate:
+            file.seek(max(0, file.size() - len(END)))
+            if file.read() != END:
+                raise ValueError("it has no end")
+    return rows
 
 
 def _column(array: np.ndarray) -> pa.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.store.cache import cached, fingerprint
-from stu.task import Classification, Data, Examples
+from stu.task import Classification, Data, Examples, Splits
 
 E_co = TypeVar("E_co", bound=Examples, covariant=True)
 
@@ -38,12 +38,21 @@ class StoredData(Data, Generic[E_co]):
         """Write the files into `folder`."""
 
     @abstractmethod
+    def opened(self, folder: Path, split: str) -> E_co:
+        """The memory-mapped examples of train, val or test that were built into `folder`."""
+
     def examples(self, split: str) -> E_co:
         """The memory-mapped examples of train, val or test, built first if necessary."""
+        return self.opened(self.prepare(), split)
 
     def prepare(self) -> Path:
-        """The folder of the data, built first if necessary."""
-        return cached(self.dir, self.name, self.spec, self.build, resumable=self.resumable)
+        """The folder of the data, built first if necessary, or again where files are damaged."""
+        return cached(self.dir, self.name, self.spec, self.build, resumable=self.resumable, probe=self.probe)
+
+    def probe(self, folder: Path) -> None:
+        """Open all that is read of `folder`; raises where it cannot be."""
+        for split in Splits._fields:
+            self.opened(folder, split)
 
     def fingerprint(self) -> str:
         """SHA-256 of `spec`, shortened."""
@@ -57,9 +66,9 @@ class LabelledData(StoredData[E_co]):
     num_classes: ClassVar[int]
     reader: ClassVar[type[Any]]
 
-    def examples(self, split: str) -> E_co:
+    def opened(self, folder: Path, split: str) -> E_co:
         """The examples in <split>.arrow."""
-        return self.reader(self.prepare() / f"{split}.arrow")
+        return self.reader(folder / f"{split}.arrow")
 
 
 class LabelledExamples(ABC):

@@ -37,6 +37,7 @@ from data.systems.identification import lagged, least_squares
 from data.systems.system import first_sequences, mean_square
 from stu.encoders import LinearEncoder
 from stu.errors import require
+from stu.files import write_atomically
 from stu.task import Regression, Rollout, Splits
 
 VERSION = 1  # increment when the same options produce different trajectories, or the same ones different files
@@ -141,17 +142,22 @@ class TrajectoryData(StoredData["Windows"]):
                 mean, std = samples.mean((0, 1)), samples.std((0, 1))
                 std[std == 0] = 1
                 units = {"mean": mean.tolist(), "deviation": std.tolist()}
-                (folder / "units.json").write_text(json.dumps(units) + "\n")
+                write_atomically(folder / "units.json", json.dumps(units) + "\n")
             write_arrays(folder / f"{split}.arrow", {"samples": ((samples - mean) / std).astype(np.float32)})
 
-    def units(self) -> tuple[Reals, Reals]:
+    def units(self, folder: Path | None = None) -> tuple[Reals, Reals]:
         """Mean and standard deviation of the training split per channel, (C + F,) each, in the units of the system."""
-        units = json.loads((self.prepare() / "units.json").read_text())
+        units = json.loads(((folder or self.prepare()) / "units.json").read_text())
         return np.array(units["mean"]), np.array(units["deviation"])
 
-    def examples(self, split: str) -> "Windows":
+    def opened(self, folder: Path, split: str) -> "Windows":
         """The sequences of one split."""
-        return Windows(self, split)
+        return Windows(self, folder, split)
+
+    def probe(self, folder: Path) -> None:
+        """Open all that is read of `folder`."""
+        super().probe(folder)
+        self.units(folder)
 
 
 @final
@@ -163,13 +169,13 @@ class Windows:
 
     lengths = None  # all sequences are equally long
 
-    def __init__(self, data: TrajectoryData, split: str) -> None:
-        self.data, self.split = data, split
-        rows = read_arrays(data.prepare() / f"{split}.arrow")["samples"]  # (n, T (C + F))
+    def __init__(self, data: TrajectoryData, folder: Path, split: str) -> None:
+        self.data, self.folder, self.split = data, folder, split
+        rows = read_arrays(folder / f"{split}.arrow")["samples"]  # (n, T (C + F))
         self.samples: Samples = rows.reshape(-1, data.length, data.inputs)
 
-    def __reduce__(self) -> tuple[type["Windows"], tuple[TrajectoryData, str]]:
-        return Windows, (self.data, self.split)
+    def __reduce__(self) -> tuple[type["Windows"], tuple[TrajectoryData, Path, str]]:
+        return Windows, (self.data, self.folder, self.split)
 
     def __len__(self) -> int:
         return int(getattr(self.data, self.split))

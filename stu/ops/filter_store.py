@@ -9,6 +9,8 @@ from uuid import uuid4
 
 import numpy as np
 
+from stu.files import put_in_place
+
 STORED = 1 << 20  # numbers in a file: fewer are computed in a moment and not stored
 
 Eigenpairs = tuple[np.ndarray, np.ndarray]  # (K,) and (L, K)
@@ -60,6 +62,6 @@ def _write(file: Path, eigenvalues: np.ndarray, filters: np.ndarray) -> None:
         try:
             with partial.open("wb") as stream:
                 np.savez(stream, eigenvalues=eigenvalues, filters=filters)
-            partial.replace(file)
+            put_in_place(partial, file)
         finally:
             partial.unlink(missing_ok=True)

@@ -322,6 +322,30 @@ def test_damaged_files_are_replaced(stored, folder):
     assert recomputed > 0.8 * len(damaged)  # dates and the like may be anything
 
 
+def test_no_damage_of_a_file_gives_other_filters(monkeypatch, tmp_path):
+    """Truncations, emptyings and flipped bits, anywhere in the file."""
+    monkeypatch.setenv("STU_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(filter_store, "STORED", 1)
+    random, (rows, columns) = np.random.default_rng(0), (40, 5)
+    whole = random.standard_normal(columns), random.standard_normal((rows, columns))
+
+    def read():
+        return filter_store.stored("x", filters.__file__, (rows, columns), lambda: whole)
+
+    read()
+    (file,) = (tmp_path / "filters").iterdir()
+    content = file.read_bytes()
+    for number in range(60):
+        place = int(random.integers(len(content)))
+        flipped = content[:place] + bytes([content[place] ^ (1 << int(random.integers(8)))]) + content[place + 1 :]
+        file.write_bytes([flipped, flipped, content[:place], content[:place] + bytes(len(content) - place)][number % 4])
+        for _ in range(2):
+            assert all(np.array_equal(found, right) for found, right in zip(read(), whole, strict=True))
+        if number % 4 > 1:
+            assert file.read_bytes()[-22:] == content[-22:], "the file is whole again"
+
+
 @pytest.mark.parametrize(
     "arrays",
     [

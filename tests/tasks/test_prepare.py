@@ -537,14 +537,30 @@ class TestCommand:
 
     def test_a_file_of_the_cache_that_was_cut(self, command: Any, tmp_path: Path):
         asked = ("task=lra_listops", *LISTOPS, *SIZES)
-        assert command(*asked).code == 0
+        first = command(*asked)
+        assert first.code == 0
         [file] = tmp_path.glob("data/lra_listops/*/val.arrow")
-        file.write_bytes(file.read_bytes()[:-700])
+        content = file.read_bytes()
+        file.write_bytes(content[:-700])
         done = command(*asked)
+        assert (done.code, done.out) == (0, first.out)
+        [line] = done.err.splitlines()
+        assert line.startswith(f"note: damaged: {file} has {len(content) - 700} bytes, not {len(content)} as spec.json")
+        assert file.read_bytes() == content
+
+    def test_data_that_were_stored_wrongly(self, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Whole files whose contents the task does not take."""
+
+        def refuse(self: Task, examples: object) -> None:
+            raise ValueError("no such token")
+
+        monkeypatch.setattr(ListOps, "collate", refuse)
+        done = command("task=lra_listops", *LISTOPS, *SIZES)
         assert done.code == USAGE
+        [folder] = tmp_path.glob("data/lra_listops/*/")
         [line] = done.err.splitlines()
         assert line.startswith("error: task=lra_listops: the data are invalid: ")
-        assert line.endswith(f"remove the folder {file.parent.name} from the cache to have them rebuilt")
+        assert line.endswith(f"remove the folder {folder.name} from the cache to have them rebuilt")
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
