@@ -20,7 +20,7 @@ from stu import SequenceModel, Task
 from stu.cli import errors
 from stu.cli.check import check
 from stu.errors import require
-from stu.training import MetricsCSV, MetricsLog, Run, SequenceData, SequenceModule, StepPlan, evaluate, report
+from stu.training import MetricsCSV, MetricsLog, Run, SequenceData, SequenceModule, StepPlan, WandbLog, evaluate, report
 from stu.training.cluster import part
 from stu.training.plan import check_trainer, make_trainer
 from stu.training.run import describe_device, run_name
@@ -32,6 +32,7 @@ from stu.training.signals import leaving
 def main(config: DictConfig) -> float | None:
     """One run; returns its best monitored *validation* value, so that no sweep can select on the test set."""
     check(config)
+    wandb: WandbLog = instantiate(config.logger)
     report.quiet()
     check_trainer(config.trainer, instantiate(config.trainer, _partial_=True), sweeping=errors.sweeping())
     job = HydraConfig.get()
@@ -50,7 +51,7 @@ def main(config: DictConfig) -> float | None:
         if not config.overwrite:
             run.check(settings)
         if built:
-            train(config, run, settings, names, *built)
+            train(config, run, settings, names, wandb, *built)
         report.result(run)
         return float(run.read_summary()["best"]["value"])
 
@@ -73,7 +74,13 @@ def load_data(config: DictConfig, task: Task) -> SequenceData:
 
 
 def train(
-    config: DictConfig, run: Run, settings: dict[str, Any], names: tuple[str, str], task: Task, model: SequenceModel
+    config: DictConfig,
+    run: Run,
+    settings: dict[str, Any],
+    names: tuple[str, str],
+    wandb: WandbLog,
+    task: Task,
+    model: SequenceModel,
 ) -> None:
     """Fit, from the last checkpoint if there is one; test the best one; write the summary."""
     run.require_writable()  # before what takes long
@@ -90,15 +97,14 @@ def train(
     trainer = make_trainer(
         instantiate(config.trainer, _partial_=True),
         callbacks=[figures, log, report.progress(plan, log), checkpoints],
-        logger=[metrics],
+        logger=[metrics, wandb],
         default_root_dir=run.checkpoints,
     )
     data.require_enough(trainer.world_size)
     facts = report.facts(module, plan)
     run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
     run.mend()
-    if wandb := instantiate(config.logger)(run, names):
-        trainer.loggers = [metrics, wandb]
+    wandb.start(run, names)
     device = describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
     run.record_start(device=device, seed=config.seed, **facts)

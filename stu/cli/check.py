@@ -35,7 +35,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "paths.data": str,
 }
 # How many of their leading arguments these nodes get from the code.
-PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "logger": 2, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
+PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
 RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
 
 
@@ -123,6 +123,9 @@ def described(hint: Any) -> str:
         return f"an integer in {hint.start} … {hint.stop - 1}"
     if origin is tuple and ... not in arguments:
         return f"a list of {len(arguments)}: {', '.join(map(described, arguments))}"
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        each = described(arguments[0])
+        return f"a list of {each.split()[1]}s" if each.startswith(("a ", "an ")) else f"a list, each {each}"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))
 

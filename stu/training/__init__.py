@@ -7,6 +7,7 @@ from stu.training.loggers import MetricsCSV
 from stu.training.module import SequenceModule
 from stu.training.plan import StepPlan
 from stu.training.run import Run
+from stu.training.wandb_log import WandbLog
 
 __all__ = ["Checkpoints", "Diverged", "Figures", "MetricsCSV", "MetricsLog", "Run", "SequenceData", "SequenceModule"]
-__all__ += ["StepPlan", "Stopped"]
+__all__ += ["StepPlan", "Stopped", "WandbLog"]

@@ -171,14 +171,13 @@ class Checkpoints(Checkpoint):
         """Restore it."""
         self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
         self.seconds = state_dict["seconds"]
-        self._clock = time.monotonic()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have checkpoints written straight to their place."""
         trainer.strategy.checkpoint_io = self._writer
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Install the signal handlers and schedule the next validation.
+        """Start the clock, install the signal handlers and schedule the next validation.
 
         Raises `OptionError` where a checkpoint could not be written, on all devices.
         """
@@ -189,7 +188,7 @@ class Checkpoints(Checkpoint):
         # Lightning's own way to stop several devices at once, for which all of them would wait in every step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self._handlers = Handlers(self._on_signal)
-        self._saved_at = time.monotonic()
+        self._saved_at = self._clock = time.monotonic()
         self._schedule_validation(trainer, trainer.global_step)
 
     def on_train_batch_end(

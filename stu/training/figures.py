@@ -24,8 +24,8 @@ from stu.task import Batch, Examples, Rollout, Task
 from stu.training import plots, report
 from stu.training.callbacks import Checkpoints
 from stu.training.data import SequenceData
-from stu.training.loggers import log_figure
 from stu.training.module import SequenceModule
+from stu.training.wandb_log import log_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,25 +1,16 @@
-"""Where metrics are logged: `metrics.csv` always, and Weights & Biases by default."""
+"""Where metrics are always logged: `metrics.csv`."""
 
 import csv
-import logging
-import netrc
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
-from urllib.parse import urlparse
+from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
 from stu.files import DAMAGED, agrees_with_checksum, is_written, note_checksum, sync, write_atomically
-from stu.training.run import Run
 
-log = logging.getLogger(__name__)
-WandbMode = Literal["auto", "online", "offline", "disabled"]
-SECONDS_TO_START = 30.0  # after which W&B counts as unreachable
 COLUMNS = ("step", "epoch", "metric", "value")
 Row = tuple[int, float, str, float]  # a value at an optimiser step: step, epoch, metric, value
 
@@ -120,70 +111,3 @@ def read_metrics(path: Path) -> list[Row]:
     rows = [row for line in lines if (row := parse_row(line))]
     require(len(rows) == len(lines), "metrics", path, f"{len(lines) - len(rows):,} rows are damaged")
     return rows
-
-
-def wandb_logger(
-    run: Run,
-    names: tuple[str, str],
-    *,
-    tags: Sequence[str] = (),
-    mode: WandbMode = "auto",
-    project: str = "stu",
-    entity: str | None = None,
-) -> Logger | None:
-    """A Weights & Biases logger, or None where it is disabled or cannot start.
-
-    names: of task and model, the group and the tags of the W&B run; the same run directory continues the same W&B run.
-    mode "auto": online where an API key is configured, else offline in the run directory; never a prompt.
-    """
-    require(mode in get_args(WandbMode), "mode", mode, f"must be one of {', '.join(get_args(WandbMode))}")
-    if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled" or getattr(rank_zero_only, "rank", 0) != 0:
-        return None
-    import wandb  # takes a second to import
-
-    arguments: dict[str, Any] = {
-        "dir": run.path,
-        "id": run.id,
-        "name": f"{names[1]}/{run.path.name}",
-        "group": names[0],
-        "tags": [*names, *tags],
-        "project": project,
-        "entity": entity,
-        "resume": "allow",
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=SECONDS_TO_START),
-    }
-    online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_MODE") != "offline" and _has_key())
-    for where in ("online", "offline") if online else ("offline",):
-        try:
-            experiment = wandb.init(mode=where, **arguments)
-        except Exception as error:  # logging must never end a run
-            log.warning("Weights & Biases did not start %s: %s", where, " ".join(str(error).split()))
-            wandb.teardown()  # a half-started service would keep the run's id
-            continue
-        experiment.define_metric("trainer/global_step")
-        experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        return WandbLogger(experiment=experiment, log_model=False)
-    return None
-
-
-def log_figure(logger: Logger, name: str, file: Path, step: int) -> None:
-    """Log a PNG to W&B; other loggers do not take images."""
-    if isinstance(logger, WandbLogger):
-        logger.log_image(name, [str(file)], step=step)
-
-
-def close_wandb() -> None:
-    """Finish the W&B run of this process, if there is one, so that the next run of a sweep starts its own."""
-    if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        run.finish()
-
-
-def _has_key() -> bool:
-    """Whether an API key is configured (environment or netrc), without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -27,12 +27,12 @@ from stu.task import Task
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
 from stu.training.cluster import tells_of_a_loss
 from stu.training.data import SequenceData
-from stu.training.loggers import close_wandb
 from stu.training.module import SequenceModule
 from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
 from stu.training.run import Run
 from stu.training.signals import leaving
+from stu.training.wandb_log import close_wandb
 
 SECONDS_BETWEEN_LINES = 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # how a disk says that it takes nothing more

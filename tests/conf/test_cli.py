@@ -45,6 +45,8 @@ EARLY: Refused = [
     (("optimizer.betas=[0.9]",), ("optimizer.betas=[0.9]: must be a list of 2",)),
     (("optimizer.groups=3",), ("optimizer.groups=3: must be",)),
     (("logger.mode=of",), ("logger.mode=of: must be one of auto, online, offline, disabled",)),
+    (("logger.tags=[1,2]",), ("logger.tags=[1, 2]: must be a list of strings",)),
+    (("logger.tags=mine",), ("logger.tags=mine: must be a list of strings",)),
     (("mode=tst",), ("mode=tst: must be one of train, test",)),
     (("overwrite=maybe",), ("overwrite=maybe: must be true or false",)),
     (("loader.device_resident=maybe",), ("device_resident=maybe: must be true or false or one of auto",)),

@@ -143,8 +143,10 @@ def test_every_optimizer_is_made_from_parameters_and_a_budget(option: str):
 
 @pytest.mark.parametrize("option", options_of("logger"))
 def test_every_logger_takes_what_a_run_logs(option: str, tmp_path: Path):
-    make = instantiate(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
-    assert make(Run(tmp_path), ("task", "model")) is None
+    logger = instantiate(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
+    logger.start(Run(tmp_path), ("task", "model"))
+    logger.log_metrics({"loss": 1.0}, step=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_nodes_of_the_root_are_calls():

@@ -10,7 +10,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -21,8 +20,8 @@ from stu.cli.check import check
 from stu.errors import OptionError
 from stu.rollout import batch_rollout
 from stu.task import Batch, Rollout, Splits, Task
-from stu.training import Figures, figures, plots
-from stu.training.loggers import MetricsCSV, log_figure
+from stu.training import Figures, MetricsCSV, WandbLog, figures, plots
+from stu.training.wandb_log import log_figure
 from tests import runs
 from tests.models import composed, small_backbone
 from tests.runs import Training
@@ -379,11 +378,11 @@ class Experiment:
 def test_weights_and_biases_gets_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "one.png"
     figures.save(plots.filters([torch.randn(4, 2)]), file)
-    shown: list[tuple[str, list[str], int]] = []
-    monkeypatch.setattr(WandbLogger, "log_image", lambda self, key, images, step: shown.append((key, images, step)))
-    log_figure(object.__new__(WandbLogger), "figures/filters", file, 5)
+    shown: list[tuple[str, Path, int]] = []
+    monkeypatch.setattr(WandbLog, "log_image", lambda self, *arguments: shown.append(arguments))
+    log_figure(WandbLog(), "figures/filters", file, 5)
     log_figure(MetricsCSV(tmp_path / "metrics.csv"), "figures/filters", file, 5)
-    assert shown == [("figures/filters", [str(file)], 5)]
+    assert shown == [("figures/filters", file, 5)]
     assert names(tmp_path) == ["one.png"]
 
 

@@ -371,6 +371,20 @@ class TestCheckpoints:
         names = ["best.ckpt", "last.ckpt", "previous.ckpt"]
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
 
+    def test_time_is_counted_from_the_first_step_of_each_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        clock = [0.0]
+        monkeypatch.setattr("stu.training.callbacks.time.monotonic", lambda: clock[0])
+
+        class Takes(L.Callback):
+            def on_train_batch_start(self, *arguments: Any) -> None:
+                clock[0] += 1.0  # a step
+
+        options = {"max_steps": 3, "max_epochs": None, "val_check_interval": 1.0}
+        training = Training(tmp_path, Steps(), model(), callbacks=[Takes()], **options)
+        training.checkpoints.load_state_dict({"best_value": None, "best_step": 0, "seconds": 7.0})  # of earlier starts
+        clock[0] += 1000.0  # what else starts
+        assert training.fit().checkpoints.seconds_trained == 7 + 3
+
     def test_saved_when_minutes_have_passed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         clock = [0.0]
         monkeypatch.setattr("stu.training.callbacks.time.monotonic", lambda: clock[0])
