@@ -297,7 +297,7 @@ class Checkpoints(Checkpoint):
             else:
                 put_in_place(partial, path)
         except OSError as error:
-            self._writer.failure = error
+            self._writer.failure, self._writer.needed = error, partial.stat().st_size
 
     def _require_room(self, module: L.LightningModule) -> None:
         """Whether there is room for the weights, at least."""

@@ -91,15 +91,14 @@ def check_processes(trainer: L.Trainer, *, sweeping: bool) -> None:
     """
     asked = trainer.num_devices * trainer.num_nodes
     words = f"trainer.devices={trainer.num_devices} x num_nodes={trainer.num_nodes}"
+    for variable in RANKS if asked == 1 else ():
+        rank = number(variable, 0)
+        ways = "start one task for each run (srun --ntasks=1), let devices x num_nodes match, or unset it"
+        require(rank == 0, variable, rank, f"this process is one of several, but {words} is one: {ways}")
     variable, started = launched()
     alone = "; a run on one device: srun --ntasks=1" if variable.startswith("SLURM") else ""
     allowed = f"processes were started, but {words} is {asked}: let them match{alone}"
     require(started in (None, asked), variable, started, allowed)
-    if asked == 1:
-        for variable in RANKS:
-            rank = number(variable, 0)
-            allowed = f"this process is one of several, {words} is one; unset it, or let devices x num_nodes match"
-            require(rank == 0, variable, rank, allowed)
     require(trainer.world_size == asked, "trainer.devices", trainer.num_devices, f"{trainer.world_size} were started")
     allowed = "a sweep trains on one device: a run on several is a command of its own, without -m"
     require(not sweeping or asked == 1, "trainer.devices", trainer.num_devices, allowed)
@@ -117,12 +116,15 @@ def check_meeting(trainer: L.Trainer) -> None:
         raise CommandError("trainer.devices", trainer.num_devices, str(error)) from error
     if TorchElasticEnvironment.detect():
         return  # torchrun has opened the port itself
-    if not environment.creates_processes_externally and trainer.num_nodes == 1:
-        os.environ["MASTER_ADDR"] = "127.0.0.1"  # whatever another launcher has left there: all of them are here
-    port = number("MASTER_PORT", 0)
-    alone = isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
-    allowed = "says that a launcher has started this process, but not where they meet: set MASTER_PORT too, or unset it"
-    require(not alone or port > 0, "LOCAL_RANK", os.environ.get("LOCAL_RANK"), allowed)
+    port, nodes = number("MASTER_PORT", 0), trainer.num_nodes
+    if isinstance(environment, LightningEnvironment):
+        started = environment.creates_processes_externally
+        allowed = "says that a launcher has started this process, but not where they meet: set MASTER_PORT, or unset it"
+        require(not started or port > 0, "LOCAL_RANK", os.environ.get("LOCAL_RANK"), allowed)
+        allowed = "needs srun or torchrun, or MASTER_ADDR, MASTER_PORT and NODE_RANK for a command on each node"
+        require(nodes == 1 or port > 0, "trainer.num_nodes", nodes, allowed)
+        if nodes == 1 and not started:
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # whatever another launcher has left there: all of them are here
     port = environment.main_port if isinstance(environment, Slurm) else port
     if port > 0 and trainer.is_global_zero:
         allowed = "this port is in use, or not allowed; choose another one, or unset it"

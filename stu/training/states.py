@@ -161,7 +161,7 @@ def latest_step(folder: Path) -> int:
     steps = [0]
     for name in NAMES:
         with suppress(Exception):  # what is damaged counts as absent
-            steps.append(_state(folder / name, _loaded(folder / name, tensors=False)).step)
+            steps.append(int(_loaded(folder / name, tensors=False)["global_step"]))
     return max(steps)
 
 
@@ -213,11 +213,14 @@ def mend(folder: Path) -> list[str]:
         raise OptionError("name", folder.parent, f"{survey.damages or f'{BEST} is missing'}; {lost}; {advice}")
     remarks = [] if survey.latest else [f"{path} is empty: the run starts again" for path in survey.damaged]
     for name, state in ((LAST, survey.latest), (BEST, survey.best)):
-        path, reason = folder / name, survey.damaged.get(folder / name)
+        path = folder / name
         if state is None or state.path == path:
             continue
-        if reason is not None:
-            remarks.append(f"{path} is damaged ({reason}); {state.path.name}, of step {state.step:,}, takes its place")
+        reason = f"is damaged ({survey.damaged[path]})" if path in survey.damaged else ""
+        if any(other.path == path and other.step > state.step for other in survey.whole):
+            reason = "is whole, but the weights of its best validation are lost"
+        if reason:
+            remarks.append(f"{path} {reason}; {state.path.name}, of step {state.step:,}, takes its place")
             if is_written(path):
                 path.replace(path.with_name(path.name + DAMAGED))
                 remarks[-1] += f"; it is kept as {path.name}{DAMAGED}"
@@ -230,9 +233,9 @@ def mend(folder: Path) -> list[str]:
 
 
 def tidy(folder: Path) -> None:
-    """Delete the files that are there for damage alone: the run needs no more than the best and the last."""
-    for name in (PREVIOUS, COPY):
-        (folder / name).unlink(missing_ok=True)
+    """Delete what is there for damage alone, or was left by a killed process: a finished run has no use for it."""
+    for path in (folder / PREVIOUS, folder / COPY, *folder.glob(".*.ckpt.*")):
+        path.unlink(missing_ok=True)
 
 
 def _loaded(path: Path, *, tensors: bool) -> dict[str, Any]:

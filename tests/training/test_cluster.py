@@ -29,6 +29,7 @@ from tests.models import composed
 TASK = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lds", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 ONE = {**TASK, "SLURM_NTASKS": "1"}
 TWO = {**TASK, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+NODES = {**TASK, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}
 BY_HAND = {**TASK, "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}  # as salloc calls it
 ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 SMALL = runs.small("task=lds", "model=stu", "log_every=5")
@@ -71,11 +72,12 @@ def configured(*overrides: str) -> DictConfig:
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere"}, BOTH, 0),  # left over from another launcher
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "MASTER_PORT": "12910", "WORLD_SIZE": "2"}, BOTH, 1),
         ({"LOCAL_RANK": "1", "MASTER_PORT": "12910", "RANK": "0"}, BOTH, 1),
+        ({"MASTER_PORT": "12910", "NODE_RANK": "1"}, ("+trainer.num_nodes=2",), 1),
         (ONE, (), 0),
         (TWO, BOTH, 0),
         ({**TWO, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, BOTH, 1),
         ({**TASK, "SLURM_NTASKS": "2"}, BOTH, 0),  # srun --ntasks=2
-        ({**TWO, "SLURM_PROCID": "1", "SLURM_NODEID": "1"}, ("+trainer.num_nodes=2", "trainer.devices=1"), 1),
+        ({**NODES, "SLURM_PROCID": "1", "SLURM_NODEID": "1"}, ("+trainer.num_nodes=2",), 1),
         ({**ONE, "SLURM_NTASKS_PER_NODE": "4"}, (), 0),  # srun --ntasks=1 in a larger allocation
         (BY_HAND, BOTH, 0),
         ({**BY_HAND, "SLURM_STEP_NUM_TASKS": "1"}, BOTH, 0),  # srun --pty bash
@@ -89,8 +91,6 @@ def configured(*overrides: str) -> DictConfig:
 def test_processes_that_are_as_many_as_the_trainer_asks_for(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], overrides: tuple[str, ...], rank: int
 ):
-    if "SLURM_NNODES" not in variables and "+trainer.num_nodes=2" in overrides:
-        variables = {**variables, "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}
     assert checked(monkeypatch, variables, *overrides) == rank
 
 
@@ -103,7 +103,7 @@ def test_processes_that_are_as_many_as_the_trainer_asks_for(
         ({"RANK": "one"}, (), ("RANK='one': must be a number",)),
         (ONE, BOTH, ("SLURM_NTASKS=1: ", "trainer.devices=2 x num_nodes=1 is 2", "srun --ntasks=1")),
         (TWO, (), ("SLURM_NTASKS=2: ", "trainer.devices=1 x num_nodes=1 is 1", "srun --ntasks=1")),
-        ({**TWO, "SLURM_PROCID": "1"}, (), ("SLURM_NTASKS=2: ",)),
+        ({**TWO, "SLURM_PROCID": "1"}, (), ("SLURM_PROCID=1: ", "trainer.devices=1 x num_nodes=1", "srun --ntasks=1")),
         ({**TWO, "SLURM_NTASKS_PER_NODE": "1"}, BOTH, ("trainer.devices=2: ", "ntasks-per-node=1")),
         ({**TWO, "SLURM_NNODES": "2"}, BOTH, ("trainer.devices=2: ", "nodes=2")),
         ({**BY_HAND, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}, (), ("SLURM_NTASKS=2: ",)),
@@ -112,6 +112,7 @@ def test_processes_that_are_as_many_as_the_trainer_asks_for(
         ({**ELASTIC, "WORLD_SIZE": "2"}, (), ("WORLD_SIZE=2: ",)),
         ({"LOCAL_RANK": "0"}, BOTH, ("LOCAL_RANK=0: ", "MASTER_PORT")),  # nobody would start the other process
         ({"MASTER_PORT": "99999"}, BOTH, ("MASTER_PORT=99999: ",)),
+        ({}, ("+trainer.num_nodes=2",), ("trainer.num_nodes=2: needs srun or torchrun", "NODE_RANK")),
     ],
 )  # fmt: skip
 def test_processes_that_would_hang_or_be_lost(
