@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.ops.precision import to_float64
+from stu.resources import require_memory
 
 Positions = Literal["none", "learned", "sinusoidal", "rotary"]
 
@@ -21,6 +22,7 @@ class TokenEncoder(nn.Module):
     def __init__(self, d_model: int, *, vocab_size: int) -> None:
         super().__init__()
         require(vocab_size >= 1, "vocab_size", vocab_size, "must be at least 1")
+        require_memory(4 * vocab_size * d_model, {"vocab_size": vocab_size, "d_model": d_model})
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=1.0)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stu.errors import require
 from stu.heads import Pool, PooledHead, StepHead
 from stu.ops.padding import real_first
+from stu.resources import require_memory
 
 if TYPE_CHECKING:  # slow to import, and only training needs it
     from torchmetrics import Metric
@@ -87,6 +88,10 @@ class Data(ABC):
         """Raise `OptionError` unless the option `name` is at least `least`. why: the end of the message."""
         require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}{why}")
 
+    def require_memory(self, size: float, *names: str, why: str = "") -> None:
+        """Raise `OptionError` for the largest of the options `names` where `size` bytes exceed the memory."""
+        require_memory(size, {name: getattr(self, name) for name in names}, why)
+
 
 class Rollout(NamedTuple):
     """How models are tested on their own predictions: they continue a sequence step by step.
@@ -120,6 +125,7 @@ class Task(ABC):
     def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
         same = data.seq_len is None or seq_len == data.seq_len
         require(same, "seq_len", seq_len, f"must be the data's, {data.seq_len}")
+        require_memory(8 * seq_len, {"seq_len": seq_len})  # of one channel, in one batch of one sequence
         self.seq_len, self.causal, self.data = seq_len, causal, data
 
     def prepare(self) -> None:

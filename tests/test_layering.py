@@ -146,7 +146,8 @@ def test_training_knows_no_mixer(path: Path):
 
 @pytest.mark.parametrize("path", [p for p in under("data") if p.id not in COMMANDS])
 def test_data_sees_what_a_task_is_made_of(path: Path):
-    allowed = ("stu.task", "stu.encoders", "stu.heads", "stu.errors", "stu.files", "stu.locks")
+    parts = ("task", "encoders", "heads", "errors", "files", "locks", "resources")
+    allowed = [f"stu.{part}" for part in parts]
     assert {name for name in ours(path) if not within(name, *allowed)} == set()
     assert {name for name in imports(path) if within(name, "lightning", "conf", "train", *HYDRA)} == set()
 

@@ -104,9 +104,8 @@ class CIFARData(LabelledData[PixelExamples]):
     def build(self, folder: Path) -> None:
         """Write train.arrow, val.arrow and test.arrow."""
         sizes = {"train": {"val": self.val, "train": self.train}, "test": {"test": self.test}}
-        for official, parts in sizes.items():
-            table = CIFAR10.table(official, self.source)
-            for split, part in divided(table, sizes=parts, seed=self.seed).items():
+        for official, table in CIFAR10.tables(self.source).items():
+            for split, part in divided(table, sizes=sizes[official], seed=self.seed).items():
                 labels = part["label"].to_numpy().astype(np.uint8)
                 pixels = self.pixels(part["img.bytes"], split)
                 write_arrays(folder / f"{split}.arrow", {"pixels": pixels, "label": labels})

@@ -6,7 +6,7 @@ Sources: Nangia and Bowman, "ListOps" (1804.06028); Tay et al., "Long Range Aren
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,25 +16,27 @@ from typing import final
 import numpy as np
 import pyarrow as pa
 
-from data.lra.listops_trees import DIGITS, VOCABULARY, Bounds, Tree, distinct_trees
+from data.lra.listops_trees import DIGITS, VOCABULARY, Bounds, Tree, digest, distinct_trees, grown_bytes, value_of
 from data.store.arrow import arrow_file
 from data.store.cache import tracked
-from data.store.sources import sha256
+from data.store.sources import folder_of, noting_repeats, sha256
 from data.store.tokens import ROWS, SCHEMA, TokenClassification, TokenData, TokenExamples
 from stu.errors import OptionError, require
 from stu.heads import Pool
+from stu.resources import require_disk
 from stu.task import Splits
 
 VERSION = 1  # increment when the same options produce different examples, or the same examples different files
 
 CLASSES = len(DIGITS)
 TOKEN_OF = {symbol.encode(): token for token, symbol in enumerate(VOCABULARY) if token}
+KNOWN = 100  # bytes by which a tree is known, so that none comes twice
 LABEL_OF = {digit.encode(): label for label, digit in enumerate(DIGITS)}
 
 
 def official_files(source: str) -> dict[str, Path]:
     """Split → basic_<split>.tsv, or basic_<split>.tsv.gz, in the folder `source`."""
-    folder = Path(source).expanduser()
+    folder = folder_of(source, "basic_train.tsv, basic_val.tsv and basic_test.tsv, or .tsv.gz")
     plain = {split: folder / f"basic_{split}.tsv" for split in Splits._fields}
     files = {split: path if path.is_file() else path.with_suffix(".tsv.gz") for split, path in plain.items()}
     missing = ", ".join(plain[split].name for split, path in files.items() if not path.is_file())
@@ -72,9 +74,14 @@ def parsed(columns: list[bytes], max_length: int) -> Tree:
     if label not in LABEL_OF:
         raise ValueError(f"label {label.decode(errors='replace')!r}, must be 0…9")
     try:
-        return bytes(map(TOKEN_OF.__getitem__, symbols)), LABEL_OF[label]
+        tokens = bytes(map(TOKEN_OF.__getitem__, symbols))
     except KeyError as error:
         raise ValueError(f"unknown symbol {error.args[0].decode(errors='replace')!r}") from None
+    if text.count(b"(") != text.count(b")"):
+        raise ValueError("its parentheses do not match")
+    if (value := value_of(tokens)) != LABEL_OF[label]:
+        raise ValueError(f"label {LABEL_OF[label]}, must be {value}, the value of the tree")
+    return tokens, value
 
 
 def write(path: Path, trees: Iterable[Tree], total: int | None = None) -> int:
@@ -114,6 +121,20 @@ class ListOpsData(TokenData[TokenExamples]):
         above = self.min_length + 1
         require(self.max_length > above, "max_length", self.max_length, f"must be above min_length + 1 = {above}")
         require(2 <= self.max_args <= 1000, "max_args", self.max_args, "must be 2…1000")
+        self.require_memory(KNOWN * sum(self.sizes.values()), *Splits._fields)
+        self.require_memory(grown_bytes(self.bounds), "max_length", "max_depth")
+        self.require_disk(free=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Trees of each split that are drawn."""
+        return {split: getattr(self, split) for split in Splits._fields}
+
+    def require_disk(self, *, free: bool) -> None:
+        """Raise `OptionError` where the trees that are to be drawn take more than there is, or is free."""
+        if self.source is None:
+            size, options = self.min_length * sum(self.sizes.values()), {**self.sizes, "min_length": self.min_length}
+            require_disk(size, options, self.dir, free=free)
 
     @property
     def bounds(self) -> Bounds:
@@ -124,21 +145,22 @@ class ListOpsData(TokenData[TokenExamples]):
     def spec(self) -> dict[str, object]:
         """The options of the generator, or the contents of the official files."""
         if self.source is None:
-            sizes = {split: getattr(self, split) for split in Splits._fields}
-            return {"version": VERSION, "seed": self.seed, **sizes, **self.bounds._asdict()}
+            return {"version": VERSION, "seed": self.seed, **self.sizes, **self.bounds._asdict()}
         digests = {split: sha256(path) for split, path in official_files(self.source).items()}
         return {"version": VERSION, "max_length": self.max_length, "sha256": digests}
 
     def build(self, folder: Path) -> None:
         """Write train.arrow, val.arrow and test.arrow."""
         if self.source is not None:
+            known: set[Hashable] = set()
             for split, path in official_files(self.source).items():
-                write(folder / f"{split}.arrow", read_official(path, self.max_length))
+                trees = noting_repeats(read_official(path, self.max_length), digest, split, known)
+                write(folder / f"{split}.arrow", trees)
             return
-        trees = distinct_trees(self.seed, self.bounds)
-        for split in Splits._fields:
-            size = getattr(self, split)
-            found = write(folder / f"{split}.arrow", islice(trees, size), size)
+        self.require_disk(free=True)
+        drawn = distinct_trees(self.seed, self.bounds)
+        for split, size in self.sizes.items():
+            found = write(folder / f"{split}.arrow", islice(drawn, size), size)
             require(found == size, split, size, f"only {found} trees are left; ask for fewer or widen the bounds")
 
 

@@ -56,14 +56,47 @@ def distinct_trees(seed: int, bounds: Bounds) -> Iterator[Tree]:
     fresh: deque[int] = deque(maxlen=PATIENCE)
     for number in count():
         known = len(seen)
-        for tokens, value in draw_trees(np.random.default_rng([seed, number]), bounds):
-            digest = hashlib.blake2b(tokens, digest_size=16).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield tokens, value
+        for tree in draw_trees(np.random.default_rng([seed, number]), bounds):
+            if (key := digest(tree)) not in seen:
+                seen.add(key)
+                yield tree
         fresh.append(len(seen) - known)
         if len(fresh) == PATIENCE and 1000 * sum(fresh) <= len(seen):
             return
+
+
+def digest(tree: Tree) -> bytes:
+    """What stands for the tokens of a tree where many are compared."""
+    return hashlib.blake2b(tree[0], digest_size=16).digest()
+
+
+def value_of(tokens: bytes) -> int:
+    """The value of one tree, read token by token. Raises `ValueError` where the tokens are no tree."""
+    values: list[list[int]] = [[]]  # of the arguments so far: of the root, then of every open operator
+    operators: list[int] = []
+    for token in tokens:
+        if token < MIN:
+            values[-1].append(token - ZERO)
+        elif token < CLOSE:
+            operators.append(token)
+            values.append([])
+        else:
+            arguments = values.pop()
+            if not (operators and arguments):
+                raise ValueError("a bracket closes nothing")
+            values[-1].append(applied_to(operators.pop(), arguments))
+    if operators or len(values[0]) != 1:
+        raise ValueError(f"{len(operators)} open brackets and {len(values[0])} values, must be 0 and 1")
+    return values[0][0]
+
+
+def applied_to(operator: int, arguments: list[int]) -> int:
+    """What `applied` computes for many nodes, for one."""
+    if operator == SM:
+        return sum(arguments) % 10
+    ordered = sorted(arguments)
+    low, high = {MIN: (0, 0), MAX: (-1, -1), MED: ((len(ordered) - 1) // 2, len(ordered) // 2)}[operator]
+    return (ordered[low] + ordered[high]) // 2
 
 
 def draw_trees(random: np.random.Generator, bounds: Bounds) -> Iterator[Tree]:
@@ -87,6 +120,8 @@ def grow(random: np.random.Generator, bounds: Bounds) -> tuple[list[Integers], I
     lengths = np.ones(ROOTS, np.int64)
     arities = []
     for _ in range(bounds.max_depth - 1):
+        if not len(tree):  # nothing grows any more
+            break
         draw = random.integers(ODDS * (bounds.max_args - 1), size=len(tree))
         arity = np.where(draw < bounds.max_args - 1, draw + 2, 0)
         operator = np.flatnonzero(arity)
@@ -95,6 +130,18 @@ def grow(random: np.random.Generator, bounds: Bounds) -> tuple[list[Integers], I
         arities.append(arity)
         tree = np.repeat(tree, arity)
     return [*arities, np.zeros(len(tree), np.int64)], lengths
+
+
+def grown_bytes(bounds: Bounds) -> float:
+    """About the memory that `grow` takes: several numbers for every node of its trees."""
+    branching = (bounds.max_args + 2) / 2 / ODDS  # children of a node, on average
+    nodes, level = 1.0, 1.0
+    for _ in range(min(bounds.max_depth, 2**10)):
+        level *= branching
+        nodes += level
+        if nodes > bounds.max_length:
+            break
+    return 48 * ROOTS * min(nodes, bounds.max_length)
 
 
 def with_symbols(random: np.random.Generator, arities: list[Integers], kept: NDArray[np.bool_]) -> list[Level]:

@@ -20,19 +20,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from data.lra.pathfinder_images import CHUNK, Bytes, Geometry, Images, NoRoom, draw
+from data.lra.pathfinder_images import CHUNK, Bytes, Geometry, Images, NoRoom, draw, drawing_bytes
 from data.store.arrow import read_arrays, write_arrays
 from data.store.cache import in_processes, seal, tracked
 from data.store.pixels import PixelClassification
+from data.store.sources import files, folder_of
 from data.store.stored import LabelledData, LabelledExamples
 from stu.encoders import LinearEncoder
 from stu.errors import OptionError, require
 from stu.heads import Pool
+from stu.resources import require_disk
 from stu.task import Batch, Splits
 
 VERSION = 1  # increment when the same options produce different images, or the same images different files
 
 CLASSES = 2
+OFFICIAL = "metadata/*.npy and imgs/*/*.png"
+MAGIC = b"\x93NUMPY"  # how arrays start
+LEVELS = 255  # of grey above black
 HELD_OUT = 10  # one official image in ten is for validation, and one in ten for testing
 
 
@@ -48,33 +53,51 @@ def official_records(source: str) -> list[Record]:
     """The images listed by the metadata in the folder `source`, in order, without empty files.
 
     A line has the folder of an image, its name, a number, the label, and more. The files are plain text whatever they
-    are called or, straight from the generator, arrays of such columns.
+    are called or, straight from the generator, arrays of such columns. No image may be listed twice, or lie elsewhere.
     """
-    folder = Path(source).expanduser()
-    lists = sorted(folder.glob("metadata/*.npy"), key=lambda path: (len(path.name), path.name))
-    require(bool(lists), "source", source, "must hold the official files: metadata/*.npy and imgs/*/*.png")
-    records = [record for path in lists for record in read_metadata(folder, path) if record.size]
+    folder = folder_of(source, OFFICIAL)
+    lists = sorted(files(folder, "metadata/*.npy"), key=lambda path: (len(path.name), path.name))
+    require(bool(lists), "source", source, f"must hold the official files: {OFFICIAL}")
+    listed: dict[Path, str] = {}  # image → where
+    records = [record for path in lists for record in read_metadata(folder, path, listed) if record.size]
     require(len(records) >= HELD_OUT, "source", source, f"must hold at least {HELD_OUT} images")
     return records
 
 
-def read_metadata(folder: Path, path: Path) -> Iterator[Record]:
-    """The images in `folder` that the lines of the metadata file at `path` describe."""
+def read_metadata(folder: Path, path: Path, listed: dict[Path, str]) -> Iterator[Record]:
+    """The images in `folder` that the lines of the metadata file at `path` describe; adds them to those `listed`."""
     try:
-        content = path.read_bytes()
-        plain = not content.startswith(b"\x93NUMPY")
-        lines = map(str.split, content.decode().splitlines()) if plain else np.load(path).astype(str).tolist()
-    except (OSError, ValueError) as error:
+        lines = metadata_lines(path)
+    except Exception as error:  # NumPy raises many kinds
         raise OptionError("source", str(path), f"cannot be read: {error}") from error
     for line, columns in enumerate(lines, 1):
         try:
+            if len(columns) < 4:
+                raise ValueError(f"{len(columns)} columns, must be at least 4")
             where, name, _, label, *_ = columns
             if label not in ("0", "1"):
                 raise ValueError(f"label {label!r}, must be 0 or 1")
-            image = folder / where / name
-            yield Record(image, int(label), image.stat().st_size)
+            inside = Path(where, name)
+            if inside.is_absolute() or ".." in inside.parts:
+                raise ValueError(f"{inside} must be the path of an image from {folder}")
+            if inside in listed:
+                raise ValueError(f"{inside} is listed twice, first in {listed[inside]}")
+            listed[inside] = f"{path.name}, line {line}"
+            yield Record(folder / inside, int(label), (folder / inside).stat().st_size)
         except (OSError, ValueError) as error:
             raise OptionError("source", str(path), f"line {line}: {error}") from error
+
+
+def metadata_lines(path: Path) -> list[list[str]]:
+    """The columns of every line of a metadata file, plain text or an array."""
+    with path.open("rb") as file:
+        is_array = file.read(len(MAGIC)) == MAGIC
+    if not is_array:
+        return [line.split() for line in path.read_text("utf-8").splitlines()]
+    array = np.load(path)
+    if array.ndim != 2 or array.dtype.kind not in "US":
+        raise ValueError(f"an array of {array.ndim} dimensions and type {array.dtype}, must be one of rows of texts")
+    return array.astype(str).tolist()
 
 
 def read_official(records: Sequence[Record], side: int) -> dict[str, np.ndarray]:
@@ -85,6 +108,8 @@ def read_official(records: Sequence[Record], side: int) -> dict[str, np.ndarray]
             with Image.open(record.path) as image:
                 if image.size != (side, side):
                     raise ValueError("its size is {} × {}".format(*image.size))
+                if image.mode[0] in "IF":  # of which 8 bits would keep the dark half only
+                    raise ValueError(f"its mode is {image.mode}, more than 8 bits per pixel")
                 row[:] = np.asarray(image.convert("L"))
         except Exception as error:  # Pillow raises many kinds
             allowed = f"must be an image of {side} × {side} pixels: {error}"
@@ -148,15 +173,36 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
         least = {"train": 1, "val": 1, "test": 1, "seed": 0, "border": 1, "seed_distance": 1, "paddle_length": 1}
         for name, bound in {**least, "contour_length": 3, "distractor_paddles": 0}.items():
             self.require_least(name, bound)
-        for name in ("marker_radius", "continuity", "target_contrast", "distractor_contrast"):
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "must be above 0")
+        require(0 < self.continuity < math.inf, "continuity", self.continuity, "must be above 0")
+        for name in ("target_contrast", "distractor_contrast"):
+            seen = 1 / LEVELS < getattr(self, name) < LEVELS
+            require(seen, name, getattr(self, name), f"must be above 1/{LEVELS} and below {LEVELS}: markers have 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1, or null")
         frame = 2 * max(self.border, 2 * self.seed_distance)
         require(self.side > frame, "side", self.side, f"must be above {frame} for this border and seed_distance")
+        fits = 0 < 2 * self.marker_radius <= self.side
+        require(fits, "marker_radius", self.marker_radius, f"must be above 0 and at most half of side={self.side}")
+        cells = self.side**2
+        for name in ("contour_length", "distractor_paddles"):
+            require(getattr(self, name) <= cells, name, getattr(self, name), f"must be at most side² = {cells}")
         require(0.25 < self.thickness <= self.side, "thickness", self.thickness, "must be above 0.25 and at most side")
         margins = list(self.margins)
         distinct = bool(margins) and min(margins) >= 1 and len(set(margins)) == len(margins)
         require(distinct, "margins", margins, "must be different numbers, at least 1")
+        longest = self.longest_swing
+        require(
+            self.paddle_length < longest, "paddle_length", self.paddle_length, f"must be below {longest}, to fit in"
+        )
+        widest = longest - self.paddle_length
+        require(max(margins) <= widest, "margins", margins, f"must be at most {widest}, to fit in with paddle_length")
+        self.require_memory(drawing_bytes(self.geometry), "side", "contour_length", "distractor_paddles")
+        self.require_disk(free=False)
+
+    def require_disk(self, *, free: bool) -> None:
+        """Raise `OptionError` where the images that are to be drawn take more than there is, or is free."""
+        if self.source is None:
+            options = dict(zip(Splits._fields, self.sizes, strict=True))
+            require_disk(self.side**2 * sum(options.values()), options, self.dir, free=free)
 
     @property
     def geometry(self) -> Geometry:
@@ -184,7 +230,7 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
             geometry = {**vars(self.geometry), "margins": list(self.margins)}
             sizes = dict(zip(Splits._fields, self.sizes, strict=True))
             return {"version": VERSION, "seed": self.seed, **sizes, **geometry}
-        folder = Path(self.source).expanduser()
+        folder = folder_of(self.source, OFFICIAL)
         lines = [f"{path.relative_to(folder)} {label} {size}\n" for path, label, size in self.records]
         return {"version": VERSION, "side": self.side, "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
@@ -202,6 +248,7 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
             for chunk in numbers:
                 yield read_official(self.records[chunk * CHUNK :][:CHUNK], self.side)
             return
+        self.require_disk(free=True)
         jobs = [(self.geometry, self.seed, chunk, min(CHUNK, sum(self.sizes) - chunk * CHUNK)) for chunk in numbers]
         try:
             yield from map(columns_of, in_processes(draw, jobs, self.workers))

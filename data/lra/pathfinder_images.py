@@ -73,6 +73,11 @@ class Geometry:
         """Distractors that are tried, not all of which find room."""
         return self.distractor_paddles // self.distractor_length
 
+    @property
+    def longest_swing(self) -> int:
+        """An upper bound of the length of a paddle and its margin: the joint before it and its tip are in the image."""
+        return 3 * self.side // 2 + 2
+
 
 class Images(NamedTuple):
     """n images and the facts about them.
@@ -159,7 +164,9 @@ def stepped(positions: Integers, steps: Reals, distance: int) -> Integers:
 
 def free_cells(taken: Flags, footprint: Integers) -> Integers:
     """The cells (n,) of a flat image with no taken cell at the offsets `footprint` (C, 2), if these are inside."""
-    blocked = np.full(taken.shape, not len(footprint))
+    if not len(footprint) or (abs(footprint) >= taken.shape).any():  # from no cell are all of them inside
+        return np.empty(0, np.int64)
+    blocked = np.zeros(taken.shape, np.bool_)
     height, width = taken.shape
     for y, x in footprint.tolist():
         here = blocked[max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)]
@@ -265,6 +272,25 @@ class Stencils:
 
 
 stencils_of = lru_cache(Stencils)
+
+
+def drawing_bytes(geometry: Geometry) -> float:
+    """About the memory that `draw` takes: tables, the occupancy of all slots, the random numbers and the images."""
+    margin = max(geometry.margins)
+    swing = geometry.paddle_length + margin
+    stamp = 2 * (swing + math.ceil(geometry.thickness) + margin) + 1
+    row = geometry.side + 2 * max(stamp, 2 * swing + 1)
+    moves = math.ceil(2 * math.pi * swing)
+    directions = len(DEGREES) + moves
+    tables = directions * (8 * moves + 36 * stamp**2) + 8 * len(DEGREES) * geometry.side**2
+    draws = 8 * geometry.distractors * DISTRACTOR_TRIES * draws_of_distractor(geometry)
+    slots = SLOTS * (2 * row**2 + 32 * geometry.contour_length)
+    return len(geometry.margins) * tables + slots + CHUNK * (draws + geometry.side**2) + 8 * BATCH * row**2
+
+
+def draws_of_distractor(geometry: Geometry) -> int:
+    """Random numbers that a distractor may take."""
+    return 2 * FIRST_TRIES + NEXT_TRIES * (geometry.distractor_length - 1)
 
 
 # Contours
@@ -533,8 +559,7 @@ def draw(geometry: Geometry, seed: int, chunk: int, size: int = CHUNK) -> Images
     facts = stream(FACTS).random((size, 3)) * (2, len(geometry.margins), 2)
     labels, margins, start = facts.astype(np.int64).T
     ends = np.stack((start, np.where(labels, start, 1 - start)), 1)
-    draws = 2 * FIRST_TRIES + NEXT_TRIES * (geometry.distractor_length - 1)
-    u = stream(DISTRACTORS).random((size, geometry.distractors, DISTRACTOR_TRIES, draws))
+    u = stream(DISTRACTORS).random((size, geometry.distractors, DISTRACTOR_TRIES, draws_of_distractor(geometry)))
     pixels, markers = np.empty((size, geometry.side, geometry.side), np.uint8), np.empty((size, 2, 2), np.int16)
     count = np.empty(size, np.uint8)
     for index in np.unique(margins).tolist():

@@ -7,11 +7,12 @@ Sources: Radev et al., "The ACL anthology network corpus" (2013); Tay et al., "L
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from data.store.arrow import arrow_file, table_of
 from data.store.cache import fingerprint, tracked
-from data.store.sources import sha256
+from data.store.sources import files, folder_of, noting_repeats, sha256
 from data.store.stored import LabelledExamples
 from data.store.tokens import BYTES, ROWS, SEQUENCE, TokenClassification, TokenColumn, TokenData, Tokens
 from stu.errors import OptionError, require
@@ -45,19 +46,15 @@ Pair = tuple[bytes, bytes, int]  # two texts and the label
 
 def official_files(source: str | None) -> dict[str, Path]:
     """Split → its tsv file, in the folder `source` or below it."""
-    found = {split: path for split, name in FILES.items() if (path := search(source, name))}
-    missing = ", ".join(name for split, name in FILES.items() if split not in found)
-    allowed = f"must be a folder with the official files, of {RELEASE} when unpacked; missing: {missing}"
-    require(not missing, "source", source, allowed)
-    return found
-
-
-def search(source: str | None, name: str) -> Path | None:
-    """The file of that name in the folder `source`, or at most three levels below it."""
-    if source is None:
-        return None
-    folder = Path(source).expanduser()
-    return next((path for depth in range(4) for path in sorted(folder.glob("*/" * depth + name))), None)
+    wanted = f"the official files, {', '.join(FILES.values())}, of {RELEASE} when unpacked"
+    require(source is not None, "source", source, f"must be a folder with {wanted}")
+    folder = folder_of(str(source), wanted)
+    found = {split: files(folder, name, below=3) for split, name in FILES.items()}
+    missing = ", ".join(FILES[split] for split, paths in found.items() if not paths)
+    require(not missing, "source", source, f"must be a folder with {wanted}; missing: {missing}")
+    twice = next((paths for paths in found.values() if len(paths) > 1), [])
+    require(not twice, "source", source, f"must have each file once; has {' and '.join(map(str, twice))}")
+    return {split: path for split, [path] in found.items()}
 
 
 def read_official(path: Path) -> Iterator[Pair]:
@@ -183,19 +180,21 @@ class RetrievalData(TokenData[PairExamples]):
 
     def build(self, folder: Path) -> None:
         """Write documents.arrow, train.arrow, val.arrow and test.arrow."""
+        known: set[Hashable] = set()
         with arrow_file(folder / "documents.arrow", DOCUMENTS) as file:
             documents = DocumentWriter(file)
             for split, path in official_files(self.source).items():
-                self.write(folder / f"{split}.arrow", split, path, documents)
+                self.write(folder / f"{split}.arrow", split, path, documents, known)
             documents.flush()
 
-    def write(self, target: Path, split: str, path: Path, documents: DocumentWriter) -> None:
-        """Write the first pairs of a file, as many as the split has, as numbers of documents."""
+    def write(self, target: Path, split: str, path: Path, documents: DocumentWriter, known: set[Hashable]) -> None:
+        """Write the first pairs of a file, as many as the split has, as numbers of documents; known: those of train."""
         size, most = getattr(self, split), PUBLISHED[split]
         pairs = read_official(path)
         with tracked(islice(pairs, size), f"Retrieval {split}", size) as stream:
-            rows = [(documents.number(first[: self.seq_len]), documents.number(second[: self.seq_len]), label)
-                    for first, second, label in stream]  # fmt: skip
+            numbered = ((documents.number(first[: self.seq_len]), documents.number(second[: self.seq_len]), label)
+                        for first, second, label in stream)  # fmt: skip
+            rows = list(noting_repeats(numbered, itemgetter(0, 1), split, known))
         require(len(rows) == size, split, size, f"{path} has only {len(rows):,} lines")
         more = size == most and next(pairs, None) is not None
         require(not more, "source", str(path), f"must have {most:,} lines, has more")

@@ -40,6 +40,7 @@ IMDB = HubData(
 )
 
 UNKNOWN = 1  # the token of a character that is not in the vocabulary
+MOST = 2**8 - 1 - UNKNOWN  # characters that have a token of their own: a token is one byte
 RARE = 15  # characters seen less often in the training texts are not in the vocabulary, as in S4's code
 CODE_POINTS = 0x110000
 
@@ -131,6 +132,8 @@ class TextData(TokenData[TokenExamples]):
         encode: Encode = partial(byte_tokens, longest=self.seq_len)
         if self.tokens == "characters":
             known = vocabulary(splits["train"]["text"], self.seq_len)
+            allowed = f"must be bytes: {len(known):,} characters occur {RARE} times in train, {MOST} can have a token"
+            require(len(known) <= MOST, "tokens", self.tokens, allowed)
             token_of = np.full(CODE_POINTS, UNKNOWN, np.uint8)
             token_of[known] = np.arange(UNKNOWN + 1, UNKNOWN + 1 + len(known))
             write_atomically(folder / "vocabulary.json", json.dumps([chr(point) for point in known]))
@@ -140,7 +143,7 @@ class TextData(TokenData[TokenExamples]):
 
     def reviews(self) -> dict[str, pa.Table]:
         """The texts and labels of every split."""
-        tables = {split: IMDB.table(split, self.source) for split in IMDB.rows}
+        tables = IMDB.tables(self.source)
         for split, table in tables.items():
             row = pc.index(pc.equal(pc.binary_length(table["text"]), 0), True).as_py()
             require(row < 0, "source", self.source, f"{split} has an empty text in row {row}")

@@ -32,6 +32,10 @@ class RecallData(SyntheticData):
 
     vocab_size: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_memory(8 * self.vocab_size, "vocab_size")  # of one count of all tokens
+
     @property
     @abstractmethod
     def answers(self) -> range:

@@ -1,12 +1,15 @@
 """Published data: read from a folder or from the Hugging Face hub, identified, and checked before use."""
 
 import hashlib
+import os
 import re
 import ssl
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -20,8 +23,11 @@ from numpy.typing import NDArray
 from data.store.arrow import table_of
 from stu.errors import OptionError, require
 
+Example = TypeVar("Example")
+
 TIMEOUT = 5.0  # seconds within which the hub must answer
-LAYOUTS = ("**/{}*.parquet", "{}/data*.arrow")  # as on the hub, and as `save_to_disk` writes
+LAYOUTS = {"{}*.parquet": 4, "{}/data*.arrow": 0}  # as on the hub, folders below included; as `save_to_disk` writes
+SHARD = re.compile(r"-(\d+)-of-(\d+)")  # in the name of a file
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,16 @@ class HubData:
             return {"hub": self.name, "revision": self.revision}
         return {"sha256": {split: [sha256(path) for path in self.local(source, split)] for split in self.rows}}
 
+    def tables(self, source: str | None) -> dict[str, pa.Table]:
+        """The checked `columns` of all splits, the first of which is for training; a note says what others repeat."""
+        tables = {split: self.table(split, source) for split in self.rows}
+        first, *others = tables
+        content = next(iter(self.columns))
+        for split in others:
+            repeated = pc.sum(pc.is_in(tables[split][content], tables[first][content])).as_py() or 0
+            note_repeats(split, repeated, tables[split].num_rows)
+        return tables
+
     def table(self, split: str, source: str | None) -> pa.Table:
         """The checked `columns` of a split, from the folder `source`, or from the hub if it is None."""
         if source is None:
@@ -53,14 +69,17 @@ class HubData:
 
     def local(self, source: str, split: str) -> list[Path]:
         """The files of a split in the folder `source`: as many as their names promise."""
-        folder = Path(source).expanduser()
-        paths = next((paths for layout in LAYOUTS if (paths := sorted(folder.glob(layout.format(split))))), [])
-        of = max((int(match[1]) for path in paths if (match := re.search(r"-of-(\d+)\.", path.name))), default=1)
-        allowed = (
-            f"must hold {split}*.parquet, or {split}/data*.arrow as save_to_disk writes it; {len(paths)} of {of} files "
-            f"are there. Published: {self.published}"
-        )
-        require(len(paths) == of, "source", source, allowed)
+        wanted = f"{split}*.parquet, or {split}/data*.arrow as save_to_disk writes it"
+        folder = folder_of(source, self.published)
+        found = (files(folder, layout.format(split), below) for layout, below in LAYOUTS.items())
+        paths = next(filter(None, found), [])
+        shards = [SHARD.search(path.name) for path in paths]
+        of = max((int(shard[2]) for shard in shards if shard), default=1)
+        # each once: not the copy of one in place of another
+        whole = sorted(int(shard[1]) if shard else 0 for shard in shards) == list(range(of))
+        names = f" ({', '.join(str(path.relative_to(folder)) for path in paths)})" if paths else ""
+        allowed = f"must hold {wanted}; {len(paths)} of {of} files are there{names}. Published: {self.published}"
+        require(whole, "source", source, allowed)
         return paths
 
     @property
@@ -75,7 +94,8 @@ class HubData:
             table = pq.read_table(path, partitioning=None) if path.suffix == ".parquet" else table_of(path).table
             table.validate(full=True)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise OptionError("source", str(path), f"cannot be read, or not to its end: {error}") from error
+            reason = " ".join(str(error).split())
+            raise OptionError("source", str(path), f"cannot be read, or not to its end: {reason}") from error
         return self.selected(table, str(path))
 
     def fetched(self, split: str) -> pa.Table:
@@ -100,10 +120,14 @@ class HubData:
         """The `columns` of a table, which must have them."""
         flat = table.flatten()
         has = dict(zip(flat.column_names, flat.schema.types, strict=True))
-        fits = all(name in has and compatible(has[name], kind) for name, kind in self.columns.items())
-        allowed = f"must have the columns {described(self.columns)}; has {described(has)}"
+        once = all(flat.column_names.count(name) == 1 for name in self.columns)
+        fits = once and all(compatible(has[name], kind) for name, kind in self.columns.items())
+        allowed = f"must have the columns {described(self.columns)}, each once; has {described(has)}"
         require(fits, "source", source, allowed)
-        return flat.select(list(self.columns)).cast(pa.schema(self.columns))
+        try:
+            return flat.select(list(self.columns)).cast(pa.schema(self.columns))
+        except pa.ArrowException as error:  # a value too large for the type
+            raise OptionError("source", source, f"must have the columns {described(self.columns)}: {error}") from error
 
     def checked(self, table: pa.Table, split: str, source: str) -> pa.Table:
         """A split, which must have no missing value, no surplus row, and no label that is not a class."""
@@ -116,6 +140,50 @@ class HubData:
         row = pc.index(pc.invert(pc.is_in(table[label], pa.array(range(self.classes)))), True).as_py()
         require(row < 0, "source", source, f"{split} has a label in row {row} that is not 0 … {last}")
         return table
+
+
+def folder_of(source: str, content: str) -> Path:
+    """The folder that `source` names, ~ being the user's home. content: what it must hold, for the message."""
+    require(bool(source), "source", source, f"must be a folder with {content}, or null")
+    try:
+        folder = Path(source).expanduser()
+        os.scandir(folder).close()
+    except (OSError, RuntimeError, ValueError) as error:  # not there, not a folder, not allowed; no such user; no path
+        raise OptionError("source", source, f"must be a folder with {content}: {error}") from error
+    return folder
+
+
+def files(folder: Path, pattern: str, below: int = 0) -> list[Path]:
+    """The files in `folder`, or in folders at most `below` levels below it, that match `pattern`, sorted.
+
+    Hidden ones are left out: systems and programs leave them in every folder.
+    """
+    try:
+        found = [path for depth in range(below + 1) for path in folder.glob("*/" * depth + pattern)]
+    except OSError as error:  # a folder that disappears, or cannot be read
+        raise OptionError("source", str(folder), f"cannot be searched: {error}") from error
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def noting_repeats(
+    examples: Iterable[Example], key: Callable[[Example], Hashable], split: str, known: set[Hashable]
+) -> Iterator[Example]:
+    """The examples of a split, noting how many of val and test are in train, whose keys are collected in `known`."""
+    repeated = total = 0
+    for example in examples:
+        total += 1
+        if split == "train":
+            known.add(key(example))
+        else:
+            repeated += key(example) in known
+        yield example
+    note_repeats(split, repeated, total)
+
+
+def note_repeats(split: str, repeated: int, total: int) -> None:
+    """Say that examples of a split, where there are some, tell nothing of new ones."""
+    if repeated:
+        print(f"note: {repeated:,} of {total:,} examples of {split} are in train, too", file=sys.stderr, flush=True)
 
 
 def compatible(found: pa.DataType, wanted: pa.DataType) -> bool:

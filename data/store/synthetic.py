@@ -5,7 +5,7 @@ n sequences, L length, R random numbers per sequence, K choices per sequence
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,12 @@ class OnDemandData(Data):
     test: int
     seed: int = 0
 
+    def require_room(self, size: float) -> None:
+        """Raise `OptionError` unless there is memory for a sequence of `size` bytes, and for the order of all."""
+        self.require_memory(8 * self.train + 40 * max(self.val, self.test), *Splits._fields)
+        others = [one.name for one in fields(self) if one.name not in ("seed", *Splits._fields)]
+        self.require_memory(size, *(name for name in others if isinstance(getattr(self, name), int)))
+
     @abstractmethod
     def sequences(self, split: int, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (n, L, …) and targets (n, …) of some sequences of a split, given as its place in `Splits`."""
@@ -128,6 +134,7 @@ class SyntheticData(OnDemandData):
         for split in Splits._fields:
             self.require_least(split, 1)
         require(0 <= self.seed < 2**128, "seed", self.seed, "must be at least 0 and below 2^128")
+        self.require_room(8 * self.num_uniforms + 16 * self.seq_len)  # random numbers; inputs and targets
 
     @property
     @abstractmethod

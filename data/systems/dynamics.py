@@ -8,7 +8,7 @@ samples at a time, so that the state and the force at one sample determine the n
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import final
 
 import numpy as np
@@ -17,10 +17,17 @@ from scipy.integrate import solve_ivp
 from data.store.synthetic import Reals
 from stu.errors import require
 
+EVALUATIONS = 20_000  # of the equations per sample, at most, on average: a second
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics(ABC):
     """x'(t) = f(x(t), u(t)), from random states; the equations are written for many trajectories at once."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(abs(value) < math.inf, field.name, value, "must be a finite number")
 
     @property
     @abstractmethod
@@ -68,6 +75,7 @@ class Pendulum(Dynamics):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.length > 0, "length", self.length, "must be above 0")
         require(self.damping >= 0, "damping", self.damping, "must be at least 0")
 
@@ -113,6 +121,7 @@ class DoublePendulum(Dynamics):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("length1", "length2", "mass1", "mass2"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         require(self.damping >= 0, "damping", self.damping, "must be at least 0")
@@ -196,6 +205,7 @@ class Lorenz96(Dynamics):
     forcing: float = 8.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.sites >= 4, "sites", self.sites, "must be at least 4")
 
     @property
@@ -247,19 +257,30 @@ def simulate(system: Dynamics, start: Reals, levels: Reals, *, dt: float, hold: 
 
     Dormand and Prince's method of order 8 with its interpolant of order 7, restarted at every level. In no step does
     the estimated error of a trajectory (root mean square over its states) exceed tolerance · (1 + |x|): the method
-    bounds the error over all n together, and so gets a tolerance smaller by √n.
+    bounds the error over all n together, and so gets a tolerance smaller by √n. Raises `OptionError` where a trajectory
+    is not finite, or changes too fast: more than `EVALUATIONS` per sample.
     Source: Hairer, Nørsett and Wanner, "Solving ordinary differential equations I" (1993), section II.5, in SciPy.
     """
+    weaker = "choose a shorter dt, weaker terms of the system, or a weaker force"
+    calls = 0
 
-    def derivative(_: float, state: Reals, level: Reals) -> Reals:
+    def derivative(time: float, state: Reals, level: Reals) -> Reals:
+        nonlocal calls
+        calls += 1
+        few = calls <= EVALUATIONS * max(1, time / dt)  # 1 where the time is not a number
+        require(
+            few, "dt", dt, f"{system} changes too fast, in {EVALUATIONS:,} evaluations and more per sample: {weaker}"
+        )
         return system.derivative(state.reshape(start.shape), level).ravel()
 
     shared = tolerance / math.sqrt(start.shape[1])
     times = dt * np.arange(1, hold + 1)
     samples = [start[None]]
     for level in levels:
-        state, span = samples[-1][-1].ravel(), (0, times[-1])
-        solution = solve_ivp(derivative, span, state, "DOP853", times, args=(level,), rtol=shared, atol=shared)
-        require(solution.success, "system", system, f"cannot be integrated: {solution.message}")
+        state, span, calls = samples[-1][-1].ravel(), (0, times[-1]), 0
+        with np.errstate(all="ignore"):  # what is not finite is named
+            solution = solve_ivp(derivative, span, state, "DOP853", times, args=(level,), rtol=shared, atol=shared)
+        finite = solution.success and bool(np.isfinite(solution.y).all())
+        require(finite, "dt", dt, f"{system} cannot be integrated ({solution.message}): {weaker}")
         samples.append(solution.y.T.reshape(hold, *start.shape))
     return np.concatenate(samples)

@@ -38,11 +38,13 @@ from data.systems.system import first_sequences, mean_square
 from stu.encoders import LinearEncoder
 from stu.errors import require
 from stu.files import write_atomically
+from stu.resources import require_memory
 from stu.task import Regression, Rollout, Splits
 
 VERSION = 1  # increment when the same options produce different trajectories, or the same ones different files
 
 BLOCK = 64  # trajectories integrated together; always this many, so that none depends on how many are requested
+STAGES = 16  # of the integration, each a state
 BASELINE_STEPS = 2**15  # that the baselines are fitted to, and tested on
 LAGS = {"linear, 1 lag": 1, "linear, 8 lags": 8}  # of the linear baselines, by their names
 LIMIT = 1e3  # standard deviations: a rollout beyond this, or not a number, counts as this far away
@@ -75,6 +77,7 @@ class TrajectoryData(StoredData["Windows"]):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(isinstance(self.system, Dynamics), "system", self.system, "must be a system of data.systems.dynamics")
         for name in ("seq_len", "hold", "windows", *Splits._fields):
             self.require_least(name, 1)
         require(0 < self.dt < math.inf, "dt", self.dt, "must be above 0")
@@ -82,6 +85,19 @@ class TrajectoryData(StoredData["Windows"]):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be at least 0")
         require(1e-12 <= self.tolerance <= 1e-3, "tolerance", self.tolerance, "must be 1e-12 to 1e-3")
         require(0 <= self.seed < 2**128, "seed", self.seed, "must be at least 0 and below 2^128")
+        self.require_room()
+
+    def require_room(self) -> None:
+        """Raise `OptionError` where the trajectories, or those that are simulated at once, do not fit in memory."""
+        sample = 8 * 2 * self.inputs  # as it is simulated, and as it is normalised
+        block = 8 * BLOCK * (self.system.states + self.inputs)
+        sizes = {name: value for name, value in vars(self.system).items() if isinstance(value, int)}
+        require_memory(STAGES * block, sizes)
+        self.require_memory(block * (self.transient / self.dt), "transient", why=f" where dt={self.dt}")
+        self.require_memory(8 * BLOCK * self.system.states * self.hold * (self.force > 0), "hold")
+        require_memory(block * self.length, {"windows": self.windows, "seq_len": self.seq_len, **sizes})
+        for split in Splits._fields:
+            self.require_memory(sample * self.seq_len * getattr(self, split), split, "seq_len")
 
     @property
     def channels(self) -> int:
@@ -141,6 +157,7 @@ class TrajectoryData(StoredData["Windows"]):
             if split == "train":
                 mean, std = samples.mean((0, 1)), samples.std((0, 1))
                 std[std == 0] = 1
+                require(bool(np.isfinite(std).all()), "dt", self.dt, f"{self.system} leaves the range of numbers")
                 units = {"mean": mean.tolist(), "deviation": std.tolist()}
                 write_atomically(folder / "units.json", json.dumps(units) + "\n")
             write_arrays(folder / f"{split}.arrow", {"samples": ((samples - mean) / std).astype(np.float32)})
@@ -324,7 +341,7 @@ class Forecast(Regression):
         rest = seq_len + 1 - given
         steps = rest if horizon is None else horizon
         require(1 <= steps <= rest, "horizon", horizon, f"must be 1 to {rest}, what remains of a sequence")
-        require(threshold > 0, "threshold", threshold, "must be above 0")
+        require(0 < threshold < math.inf, "threshold", threshold, "must be above 0")
         self.threshold, self.rollout = threshold, Rollout(given, steps, self.rollout_metrics)
 
     def baselines(self) -> dict[str, float]:

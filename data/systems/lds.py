@@ -25,6 +25,7 @@ from stu.task import Regression
 
 VERSION = 1  # increment when the same options produce different numbers
 BASELINE_STEPS = 2**16  # read for the baselines, which takes a second at most, at any length
+LOUDEST = 1e12  # standard deviation of noise whose sums and squares are finite in float32
 LAGS = 32  # of inputs, for least squares
 
 
@@ -59,7 +60,7 @@ class LDSData(OnDemandData):
             self.require_least(name, 1)
         for name in ("process_noise", "observation_noise"):
             value = getattr(self, name)
-            require(0 <= value < math.inf, name, value, "must be a standard deviation, at least 0")
+            require(0 <= value <= LOUDEST, name, value, f"must be a standard deviation, 0 to {LOUDEST:g}")
         for name, kinds in (("spectrum", get_args(linear.Spectrum)), ("structure", get_args(linear.Structure))):
             require(getattr(self, name) in kinds, name, getattr(self, name), f"must be one of {', '.join(kinds)}")
         real = self.spectrum != "complex"
@@ -70,6 +71,11 @@ class LDSData(OnDemandData):
         require(1 <= self.condition <= 1e6, "condition", self.condition, "must be 1 to 1e6")
         require(-1 < self.correlation < 1, "correlation", self.correlation, "must be above -1 and below 1")
         self.require_least("seed", 0)
+        # modes and basis; one sequence, and the response to each input, or state where there is process noise
+        driving = max(self.d_input, self.d_state if self.process_noise else 0)
+        system = 3 * self.d_state**2 + self.d_state * (self.d_input + self.d_output)
+        steps = 2 * (self.d_state + self.d_input + self.d_output) + 2 * self.normalize * self.d_output * driving
+        self.require_room(8 * (system + self.seq_len * steps))
 
     def stream(self, *key: int) -> np.random.Generator:
         """An independent random stream: (0,) draws the system, (1 + split, index) a sequence."""

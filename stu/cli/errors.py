@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stu.cli.check import Refused, nodes, suggestion
-from stu.cli.usage import folded, options_of
+from stu.cli.usage import at_home, folded, options_of
 from stu.errors import CommandError, OptionError
 
 USAGE = 2  # exit code of a command that asks for something impossible
@@ -55,6 +55,7 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
 
 def run(main: Callable[[], object]) -> None:
     """Run a `hydra.main`; errors while the configuration is composed are reported in one line, too."""
+    sys.argv[1:] = map(at_home, sys.argv[1:])
     if not TRACEBACKS:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra then raises instead of printing
     try:

@@ -1,5 +1,7 @@
 """What `--help` prints, made from the files in conf/; imports nothing slow, so that it appears at once."""
 
+import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +33,13 @@ def answer() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(text())
         raise SystemExit(0)
+
+
+def at_home(argument: str) -> str:
+    """`key=~/x` with the folder that is meant: shells leave a ~ after = as it is, and Hydra's grammar has none."""
+    if {"'", '"'} & set(argument):
+        return argument
+    return re.sub(r"(?<=[=,])~[^,\s]*", lambda path: f"'{os.path.expanduser(path[0])}'", argument)
 
 
 def text() -> str:

@@ -518,6 +518,14 @@ LONG = b"( " * 2000 + b"1 " * 2000
         (HEADER + b"<pad>\t1\r\n", "line 2: unknown symbol '<pad>'"),
         (HEADER + b"1\t1\r\n1\t10\r\n", "line 3: label '10', must be 0…9"),
         (HEADER + b"1\t\r\n", "line 2: label '', must be 0…9"),
+        (HEADER + b"( ( [MAX 2 ) ] )\t3\r\n", "line 2: label 3, must be 2, the value of the tree"),
+        (HEADER + b"[SM 9 [MED 1 4 ] ]\t2\r\n", "line 2: label 2, must be 1, the value of the tree"),
+        (HEADER + b"[MIN 2 3\t2\r\n", "line 2: 1 open brackets and 0 values, must be 0 and 1"),
+        (HEADER + b"[MIN 2 ] ]\t2\r\n", "line 2: a bracket closes nothing"),
+        (HEADER + b"[MIN ]\t2\r\n", "line 2: a bracket closes nothing"),
+        (HEADER + b"] 2\t2\r\n", "line 2: a bracket closes nothing"),
+        (HEADER + b"2 2\t2\r\n", "line 2: 0 open brackets and 2 values, must be 0 and 1"),
+        (HEADER + b"( ( [MIN 2 ) ]\t2\r\n", "line 2: its parentheses do not match"),
         (HEADER + b"( )\t1\r\n", "line 2: 0 tokens, must be 1…1999"),
         (HEADER + LONG + b"\t1\r\n", "line 2: 2000 tokens, must be 1…1999"),
     ],
@@ -541,6 +549,18 @@ def test_damaged_archives_are_named(content, tmp_path):
     (tmp_path / "basic_val.tsv.gz").write_bytes(content)
     with pytest.raises(OptionError, match=r"source=.*basic_val\.tsv\.gz: cannot be read beyond line"):
         ListOpsData(dir=str(tmp_path / "cache"), source=str(tmp_path)).prepare()
+
+
+def test_what_test_repeats_of_train_is_said(tmp_path, capfd):
+    write_official(tmp_path, train=(1, 2), val=(1, 3), test=(4,))
+    ListOpsData(dir=str(tmp_path / "cache"), source=str(tmp_path)).prepare()
+    assert capfd.readouterr().err == "note: 1 of 2 examples of val are in train, too\n"
+
+
+def test_a_missing_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(OptionError, match=rf"source=~/x: must be a folder with basic_train.*: .*'{tmp_path}/x'$"):
+        ListOpsData(dir="unused", source="~/x").prepare()
 
 
 def test_missing_official_files_are_named(tmp_path):

@@ -149,8 +149,27 @@ def test_missing_files_are_named(missing, tmp_path):
 def test_no_folder_at_all(tmp_path):
     names = ", ".join(FILES.values())
     for source in (None, tmp_path / "nowhere"):
-        with pytest.raises(OptionError, match=rf"source={source}: must be a folder .*; missing: {names}$"):
+        with pytest.raises(OptionError, match=rf"source={source}: must be a folder with the official files, {names}, "):
             make_data(tmp_path, source).prepare()
+
+
+def test_a_file_that_is_there_twice_is_named(tmp_path):
+    sources.aan(tmp_path / "in/tsv_data")
+    expected = stored(make_data(tmp_path, tmp_path / "in"))
+    sources.aan(tmp_path / "in/.Trash")
+    (tmp_path / "in/tsv_data" / f"._{FILES['val']}").write_bytes(b"hidden")
+    assert stored(make_data(tmp_path, tmp_path / "in")) == expected
+    sources.aan(tmp_path / "in/copy")
+    with pytest.raises(OptionError, match=rf"must have each file once; has .*/copy/{FILES['train']} and .*/tsv_data/"):
+        make_data(tmp_path, tmp_path / "in").prepare()
+
+
+def test_what_test_repeats_of_train_is_said(tmp_path, capfd):
+    sources.aan(tmp_path / "in")
+    train, test = (tmp_path / "in" / FILES[split] for split in ("train", "test"))
+    test.write_text("".join([*train.read_text().splitlines(True)[:3], *test.read_text().splitlines(True)[3:]]))
+    make_data(tmp_path, tmp_path / "in", seq_len=4000).prepare()
+    assert "note: 3 of 10 examples of test are in train, too" in capfd.readouterr().err
 
 
 GOOD = b"0.0\tA\tB\tb'x'\tb'y'\n"

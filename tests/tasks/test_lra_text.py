@@ -3,6 +3,7 @@
 import inspect
 import json
 import pickle
+import shutil
 import socket
 import time
 from collections import Counter
@@ -24,6 +25,9 @@ from scipy.optimize import minimize
 from data.lra import text as lra_text
 from data.lra.text import (
     IMDB,
+    MOST,
+    RARE,
+    UNKNOWN,
     Text,
     TextData,
     byte_tokens,
@@ -249,10 +253,18 @@ def mapped(folder):
     assert len(list((folder / "train").glob("*.arrow"))) == 2
 
 
+def with_strays(folder):
+    """With what macOS and downloads leave."""
+    sources.imdb(folder)
+    for stray in ("plain_text/._train-00000-of-00001.parquet", ".cache/train-00000-of-00001.parquet"):
+        (folder / stray).parent.mkdir(exist_ok=True)
+        (folder / stray).write_bytes(b"\0\5\x16\7")
+
+
 @pytest.mark.parametrize(
     "write",
-    [flat, sharded, other_types, save, partial(save, num_shards={"train": 3, "test": 2}), mapped],
-    ids=["flat", "sharded", "other types", "saved", "saved in shards", "saved and used"],
+    [flat, sharded, other_types, save, partial(save, num_shards={"train": 3, "test": 2}), mapped, with_strays],
+    ids=["flat", "sharded", "other types", "saved", "saved in shards", "saved and used", "with strays"],
 )
 def test_layouts(write, source, tmp_path):
     datasets.disable_progress_bars()
@@ -344,6 +356,46 @@ class TestTheHub:
 # What is refused
 
 
+@pytest.mark.parametrize(
+    "source", ["", "~nobody-of-that-name/x", "x" * 5000, "null\0"], ids=["empty", "~", "long", "0"]
+)
+def test_a_source_that_is_no_path(source, tmp_path):
+    with pytest.raises(OptionError, match="must be a folder with plain_text/train-00000") as caught:
+        make_data(tmp_path, source).prepare()
+    assert caught.value.name == "source"
+
+
+def test_a_folder_that_disappears_is_named(source, tmp_path, monkeypatch):
+    def glob(*_):
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    with pytest.raises(OptionError, match=f"source={source}: cannot be searched: gone"):
+        make_data(tmp_path, source).prepare()
+
+
+@pytest.mark.parametrize("known", [MOST, MOST + 1])
+def test_every_frequent_character_has_a_token_of_its_own(known, tmp_path):
+    letters = "".join(map(chr, range(0x4E00, 0x4E00 + known)))
+    replaced(tmp_path / "imdb", text=[letters] * (RARE + 1), label=[row % 2 for row in range(RARE + 1)])
+    data = make_data(tmp_path, tmp_path / "imdb", seq_len=640, tokens="characters", train=RARE, val=1)
+    if known > MOST:
+        with pytest.raises(OptionError, match=r"tokens=characters: must be bytes: 255 characters occur 15 times in tr"):
+            data.prepare()
+        return
+    tokens, _ = data.examples("train")[0]
+    assert tokens.tolist() == list(range(UNKNOWN + 1, 256)), "none is padding, none stands for two"
+
+
+def test_what_test_repeats_of_train_is_said(source, tmp_path, capfd):
+    columns = sources.reviews(50)
+    columns["text"] = [*sources.reviews(10, 1)["text"][:3], *columns["text"][3:]]
+    replaced(tmp_path / "imdb", **columns)
+    repeated = len([text for text in sources.reviews(10, 1)["text"] if text in columns["text"]])
+    make_data(tmp_path, tmp_path / "imdb").prepare()
+    assert f"note: {repeated} of 10 examples of test are in train, too" in capfd.readouterr().err
+
+
 def replaced(folder, split="train", **columns):
     """The small IMDB with a file whose columns are other ones."""
     rows = {"train": 50, "test": 10}[split]
@@ -369,6 +421,29 @@ def one_shard(folder):
     (folder / "data/train-00000-of-00002.parquet").unlink()
 
 
+def one_shard_twice(folder):
+    one_shard(folder)
+    (folder / "more").mkdir()
+    shutil.copy(folder / "data/train-00001-of-00002.parquet", folder / "more")
+
+
+def a_copy(folder):
+    path = sources.imdb(folder) / "plain_text/train-00000-of-00001.parquet"
+    shutil.copy(path, path.with_stem(f"{path.stem} (1)"))
+
+
+def a_column_twice(folder):
+    replaced(folder)
+    table = pa.table([TEXT, LABEL, LABEL], names=["text", "label", "label"])
+    pq.write_table(table, folder / "plain_text/train-00000-of-00001.parquet")
+
+
+def huge_labels(folder):
+    replaced(folder)
+    table = pa.table({"text": TEXT, "label": pa.array([2**63] * 50, pa.uint64())})
+    pq.write_table(table, folder / "plain_text/train-00000-of-00001.parquet")
+
+
 def no_utf8(folder):
     rows = pa.array([b"good", b"b\xe9d"] * 25).cast(pa.binary())
     text = pa.StringArray.from_buffers(50, rows.buffers()[1], rows.buffers()[2])
@@ -387,14 +462,19 @@ WRONG = {
         Path.mkdir,
         r"must hold train\*\.parquet, or train/data\*\.arrow .* 0 of 1 files are there\. Published",
     ),
-    "no folder": (lambda folder: None, r"must hold train\*\.parquet"),
+    "no folder": (lambda folder: None, r"must be a folder with plain_text/train-.* of https.*imdb: .*No such file"),
+    "a file": (Path.touch, r"must be a folder with .*Not a directory"),
     "one of two shards": (one_shard, r"must hold train\*\.parquet.* 1 of 2 files are there"),
+    "one shard twice": (one_shard_twice, r"2 of 2 files are there \(data/train-00001-of-00002\.parquet, more/train-0"),
+    "a copy": (a_copy, r"2 of 1 files are there \(plain_text/train-00000-of-00001 \(1\)\.parquet, plain_text/train-0"),
+    "a column twice": (a_column_twice, "cannot be read, or not to its end: Multiple matches .*label"),
+    "huge labels": (huge_labels, r"must have the columns text \(string\), label \(int64\): .*not in range"),
     "empty file": (partial(damaged, damage=lambda _: b""), r"train-00000-of-00001\.parquet: cannot be read"),
     "cut file": (partial(damaged, damage=lambda all: all[:-50]), r"parquet: cannot be read, or not to its end: "),
     "no parquet": (partial(damaged, damage=lambda _: b"text\tlabel\n" * 20), r"parquet: cannot be read"),
     "cut saved file": (cut_short, r"data-00000-of-00001\.arrow: cannot be read, or not to its end: "),
     "no UTF-8": (no_utf8, r"cannot be read, or not to its end: .*UTF8"),
-    "no label": (partial(replaced, label=None), r"must have the columns text \(string\), label \(int64\); has text "),
+    "no label": (partial(replaced, label=None), r"must have the columns text \(string\), label \(int64\), each"),
     "other name": (partial(replaced, text=None, review=TEXT), r"has label \(int64\), review \(string\)"),
     "numbers for texts": (partial(replaced, text=LABEL), r"has text \(int64\), label \(int64\)"),
     "texts for labels": (partial(replaced, label=TEXT), r"has text \(string\), label \(string\)"),

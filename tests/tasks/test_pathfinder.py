@@ -13,10 +13,12 @@ import itertools
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from PIL import Image, ImageDraw
 
 from data.lra import pathfinder as lra_pathfinder
 from data.lra import pathfinder_images
-from data.lra.pathfinder import ImageExamples, Pathfinder, PathfinderData, best_threshold, distances
+from data.lra.pathfinder import MAGIC, ImageExamples, Pathfinder, PathfinderData, best_threshold, distances
 from data.lra.pathfinder_images import (
     FIRST_TRIES,
     NEXT_TRIES,
@@ -1069,11 +1071,32 @@ def test_other_contents_have_another_fingerprint(tmp_path):
     assert first != found()
 
 
+def array_file(array):
+    np.save(file := BytesIO(), array)
+    return file.getvalue()
+
+
+def header_of(shape):
+    """The beginning of an array file that claims this shape."""
+    header = f"{{'descr': '<U3', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return MAGIC + b"\1\0" + len(header).to_bytes(2, "little") + header
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("imgs/0 sample_0.png 0\n", "line 1: not enough values"),
-        ("imgs/0 sample_0.png 0 1 1.0\n" * 2 + "imgs/0 sample_0.png 0 2 1.0\n", "line 3: label '2', must be 0 or 1"),
+        ("imgs/0 sample_0.png 0\n", "line 1: 3 columns, must be at least 4"),
+        ("imgs/0 sample_0.png 0 1 1.0\n\n", "line 2: 0 columns, must be at least 4"),
+        ("imgs/0 sample_0.png 0 1 1.0\nimgs/0 sample_2.png 0 2 1.0\n", "line 2: label '2', must be 0 or 1"),
+        ("imgs/0 sample_0.png 0 1\nimgs/0/ ./sample_0.png 0 0\n", "line 2: .*sample_0.png is listed twice, first in 9"),
+        ("/etc passwd 0 1 1.0\n", "line 1: /etc/passwd must be the path of an image from /"),
+        ("imgs/../.. passwd 0 1 1.0\n", "line 1: imgs/../../passwd must be the path of an image from /"),
+        ("imgs/0 a\0b 0 1 1.0\n", "line 1: embedded null byte"),
+        (array_file([1, 2]), "cannot be read: an array of 1 dimensions and type int64, must be one of rows of texts"),
+        (array_file("imgs/0"), "cannot be read: an array of 0 dimensions and type <U6"),
+        (header_of("(10000000000000,)"), "cannot be read: "),
+        (header_of("(1"), "cannot be read: "),
+        (array_file([["imgs/0", "sample_0.png"]]), "line 1: 2 columns, must be at least 4"),
         ("imgs/0 none.png 0 1 1.0\n", "line 1: .*No such file"),
         (b"\x93NUMPY", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
@@ -1087,14 +1110,31 @@ def test_wrong_metadata_are_named(content, problem, tmp_path):
         make_data(tmp_path / "cache", source=str(tmp_path)).prepare()
 
 
-@pytest.mark.parametrize("content", [b"no image", None], ids=["damaged", "other size"])
+def test_strays_are_left_out_and_copies_refused(tmp_path):
+    write_official(tmp_path, [0, 1] * 10)
+    before = make_task(make_data(tmp_path / "cache", source=str(tmp_path))).fingerprint()
+    (tmp_path / "metadata/._9.npy").write_bytes(b"\0\5\x16\7\xff")
+    (tmp_path / "metadata/.DS_Store").touch()
+    assert make_task(make_data(tmp_path / "cache", source=str(tmp_path))).fingerprint() == before
+    shutil.copy(tmp_path / "metadata/10.npy", tmp_path / "metadata/10 (1).npy")
+    with pytest.raises(
+        OptionError, match=r"10 \(1\)\.npy: line 1: imgs/1/sample_1\.png is listed twice, first in 10\.npy"
+    ):
+        make_data(tmp_path / "cache", source=str(tmp_path)).prepare()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no image", Image.new("L", (1, 1)), Image.new("I;16", (32, 32), 300)],
+    ids=["damaged", "other size", "16 bits"],
+)
 def test_wrong_images_are_named(content, tmp_path):
     write_official(tmp_path, [0, 1] * 10)
     path = tmp_path / "imgs/1/sample_5.png"
-    if content:
+    if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        Image.new("L", (1, 1)).save(path)
+        content.save(path)
     with pytest.raises(OptionError, match=r"source=.*sample_5\.png: must be an image of 32 × 32 pixels"):
         make_data(tmp_path / "cache", source=str(tmp_path)).prepare()
 
@@ -1102,6 +1142,8 @@ def test_wrong_images_are_named(content, tmp_path):
 def test_missing_official_files_are_named(tmp_path):
     with pytest.raises(OptionError, match=f"source={tmp_path}: must hold the official files: metadata"):
         make_data("unused", source=str(tmp_path)).prepare()
+    with pytest.raises(OptionError, match=f"source={tmp_path}/x: must be a folder with metadata/.*: .*No such file"):
+        make_data("unused", source=f"{tmp_path}/x").prepare()
     write_official(tmp_path, [0, 1] * 4)
     with pytest.raises(OptionError, match=f"source={tmp_path}: must hold at least 10 images"):
         make_data("unused", source=str(tmp_path)).prepare()

@@ -163,8 +163,8 @@ class TestNumbers:
 
     def test_repeated_inputs(self, tmp_path: Path, small: Any):
         """In the same split, or in an earlier one; a longer sequence with the same beginning is another."""
-        texts = {"train": ["[MAX 1 2 ]", "[MAX 1 2 ]", "[MIN 1 2 ]", "3"], "val": ["[MAX 1 2 ]", "[MAX 1 2 3 ]"]}
-        for split, lines in {**texts, "test": ["[MED 1 ]", "3", "3 3"]}.items():
+        texts = {"train": ["[MAX 1 2 ]", "[MAX 1 2 ]", "[MIN 3 2 ]", "2"], "val": ["[MAX 1 2 ]", "[MAX 1 2 2 ]"]}
+        for split, lines in {**texts, "test": ["[MED 2 ]", "2", "[MED 2 2 ]"]}.items():
             rows = "".join(f"{line}\t2\r\n" for line in lines)
             (tmp_path / f"basic_{split}.tsv").write_bytes(f"Source\tTarget\r\n{rows}".encode())
         task, rebuilt = (small("lra_listops", f"task.data.source={tmp_path}") for _ in range(2))
