@@ -145,8 +145,8 @@ def test_one_line_says_what_is_wrong_and_what_is_allowed(home: Any, overrides: t
             ("task.causal=True: the model looks ahead", "causal one"),
         ),
         (
-            ("model=stu", "task=lra_listops", "task.data.source=/nonexistent"),
-            ("task.data.source=/nonexistent: must be a folder with basic_train.tsv", "No such file"),
+            ("model=stu", "task=lra_listops", "task.data.source=/proc/nonexistent"),
+            ("task.data.source=/proc/nonexistent: must be a folder with basic_train.tsv", "No such file"),
         ),
         (
             ("model=stu", "task=lra_listops", "task.seq_len=32", "model.mixer.num_filters=4"),

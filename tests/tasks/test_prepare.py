@@ -582,7 +582,7 @@ class TestCommand:
             (["task=lds", "task.data.train=0"], "task.data.train=0: must be at least 1"),
             (
                 ["task=lra_listops", "task.data.source=/nowhere"],
-                "task.data.source=/nowhere: must hold the official files",
+                "task.data.source=/nowhere: must be a folder with basic_train.tsv",
             ),
             (["task=lra_listops", "paths.data=/dev/null"], "task.data.dir=/dev/null: must be a folder with room"),
             (["task=all", "task.data.source=/nowhere"], "task.data.source=/nowhere: no such key"),
