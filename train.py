@@ -7,6 +7,7 @@ output.guard()
 usage.answer()  # --help, before the imports that take seconds
 threads.wait_briefly()
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from stu import SequenceModel, Task
 from stu.cli import errors
 from stu.cli.check import check
-from stu.errors import require
+from stu.errors import require, require_length
 from stu.training import MetricsCSV, MetricsLog, Run, SequenceData, SequenceModule, StepPlan, WandbLog, evaluate, report
 from stu.training.cluster import part
+from stu.training.memory import within_memory
 from stu.training.plan import check_trainer, make_trainer
 from stu.training.run import describe_device, run_name
 from stu.training.signals import leaving
@@ -60,9 +62,13 @@ def build(config: DictConfig) -> tuple[Task, SequenceModel]:
     """The task, its data not yet prepared, and the model, initialised from the seed."""
     task: Task = instantiate(config.task)
     L.seed_everything(config.seed, verbose=False)
-    backbone = instantiate(config.model)
-    require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
-    return task, SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
+    with within_memory():
+        backbone = instantiate(config.model)
+        require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
+        model = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
+    longest = (getattr(block.mixer, "seq_len", math.inf) for block in backbone.blocks)
+    require_length(task.seq_len, min(backbone.longest, *longest))
+    return task, model
 
 
 def load_data(config: DictConfig, task: Task) -> SequenceData:
@@ -101,6 +107,7 @@ def train(
         default_root_dir=run.checkpoints,
     )
     data.require_enough(trainer.world_size)
+    data.require_batches(config.trainer, trainer.world_size, "val", "test")
     facts = report.facts(module, plan)
     run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
     run.mend()
@@ -124,6 +131,7 @@ def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
     data = load_data(config, task)
     make, callbacks = instantiate(config.trainer, _partial_=True), [report.evaluation_progress()]
     trainer = make_trainer(make, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
+    data.require_batches(config.trainer, trainer.world_size, "test")
     device = describe_device(trainer.strategy.root_device)
     evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
     trainer.test(module, data, verbose=False)

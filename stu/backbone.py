@@ -17,6 +17,8 @@ from stu.mixer import ChannelMixerFactory, MixerFactory, State, packed, select
 from stu.norm import Norm, make_norm
 from stu.structure import Structured
 
+DEEPEST = 1000  # blocks
+
 
 class Block(Structured):
     """One residual block: a mixer over time, a mixer over channels, norms and dropout around them.
@@ -121,7 +123,7 @@ class Backbone(Structured):
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
-        require(depth >= 1, "depth", depth, "must be at least 1")
+        require(1 <= depth <= DEEPEST, "depth", depth, f"must be in 1 … {DEEPEST}")
         require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")
         mixers = [mixer] if callable(mixer) or mixer is None else list(mixer)
         require(len(mixers) > 0 and all(map(callable, mixers)), "mixer", mixer, "must name at least one mixer")

@@ -3,6 +3,7 @@
 D model width
 """
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class GLU(Structured):
     def __init__(self, d_model: int, *, dropout: float = 0.0, gelu: Gelu = "tanh") -> None:
         super().__init__()
         require(gelu in ("tanh", "exact"), "gelu", gelu, "must be tanh or exact")
+        _require_share(dropout)
         self.approximate = "tanh" if gelu == "tanh" else "none"
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(d_model, 2 * d_model)
@@ -48,6 +50,7 @@ class HalfGLU(Structured):
     ) -> None:
         super().__init__()
         require(gated in ("activated", "input"), "gated", gated, "must be activated or input")
+        _require_share(dropout)
         self.gated = gated
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(d_model, d_model)
@@ -63,7 +66,8 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int, *, expand: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
-        require(expand > 0, "expand", expand, "must be above 0")
+        require(0 < expand < math.inf, "expand", expand, "must be above 0 and finite")
+        _require_share(dropout)
         hidden = max(1, round(expand * d_model))
         self.up, self.down = nn.Linear(d_model, hidden), nn.Linear(hidden, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -71,3 +75,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) → (…, D)."""
         return self.down(self.dropout(F.gelu(self.up(x))))
+
+
+def _require_share(dropout: float) -> None:
+    require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")

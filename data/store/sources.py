@@ -127,7 +127,9 @@ class HubData:
         try:
             return flat.select(list(self.columns)).cast(pa.schema(self.columns))
         except pa.ArrowException as error:  # a value too large for the type
-            raise OptionError("source", source, f"must have the columns {described(self.columns)}: {error.strerror or error}") from error
+            raise OptionError(
+                "source", source, f"must have the columns {described(self.columns)}: {error.strerror or error}"
+            ) from error
 
     def checked(self, table: pa.Table, split: str, source: str) -> pa.Table:
         """A split, which must have no missing value, no surplus row, and no label that is not a class."""
@@ -149,7 +151,8 @@ def folder_of(source: str, content: str) -> Path:
         folder = Path(source).expanduser()
         os.scandir(folder).close()
     except (OSError, RuntimeError, ValueError) as error:  # not there, not a folder, not allowed; no such user; no path
-        raise OptionError("source", source, f"must be a folder with {content}: {error.strerror or error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OptionError("source", source, f"must be a folder with {content}: {reason}") from error
     return folder
 
 

@@ -6,9 +6,10 @@ twice.
 
 import difflib
 import inspect
+import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any, Literal
 
@@ -18,22 +19,36 @@ from omegaconf import DictConfig, OmegaConf
 from stu.cli.usage import CONF
 from stu.errors import OptionError
 
+NODES = {  # what the nodes of the root make; the code gives the optimizer arguments of its own
+    "task": "stu.Task",
+    "model": "stu.Backbone",
+    "loader": "stu.training.SequenceData",
+    "checkpoints": "stu.training.Checkpoints",
+    "figures": "stu.training.figures.Figures",
+    "trainer": "lightning.Trainer",
+    "logger": "stu.training.WandbLog",
+}
 HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
     "trainer.max_epochs": float | None,
+    "trainer.val_check_interval": int | float,
     "trainer.matmul_precision": Literal["highest", "high", "medium"],
     "trainer.accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
     "trainer.strategy": Literal["auto", "ddp"],
     "trainer.profiler": Literal["simple", "advanced"] | None,
     "trainer.precision": Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", 32, 64, 16, "bf16"],
+    "optimizer": Callable[..., Any],
     "mode": Literal["train", "test"],
     "name": str | int | None,
     "seed": range(2**32),
     "overwrite": bool,
     "checkpoint": str | None,
     "log_every": int,
+    "paths": Mapping,
     "paths.runs": str,
     "paths.data": str,
 }
+SPECIAL = ("_target_", "_partial_")  # keys of a call that are no arguments
+READ_BY = {"checkpoint": "test", "overwrite": "train"}  # the only mode in which a key is read
 # How many of their leading arguments these nodes get from the code.
 PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
 RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
@@ -44,15 +59,26 @@ class Refused(OptionError):
 
 
 def check(config: DictConfig) -> None:
-    """Raise `Refused` for a root key that does not exist, or a value that a constructor does not take."""
+    """Raise `Refused` for a key that nobody reads, one that is missing, or a value that a constructor does not take."""
     known = root_keys()
     for key in map(str, config):
-        if key not in known:
+        if key not in known or key == "experiment":
             raise Refused(key, brief(config[key]), f"no such key; {suggestion(key, known)}")
+    for key in sorted(known - {"experiment"} - set(map(str, config))):
+        raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    hints = HINTS | {key: resolve_name(target) for key, target in NODES.items()}
     for key, value in nodes(plain):
-        if key in HINTS and not fits(value, HINTS[key]):
-            raise Refused(key, brief(value), f"must be {described(HINTS[key])}")
+        if isinstance(value, float) and math.isnan(value):
+            raise Refused(key, value, "must be a number")
+        if key in hints and not fits(value, hints[key]):
+            raise Refused(key, brief(value), f"must be {described(hints[key])}")
+    for name, value in plain["paths"].items():
+        if f"paths.{name}" not in HINTS:
+            raise Refused(f"paths.{name}", brief(value), f"no such key; {suggestion(name, plain['paths'])}")
+    for key, mode in READ_BY.items():
+        if plain[key] and plain["mode"] != mode:
+            raise Refused(key, plain[key], f"is read with mode={mode} alone")
     for key, node in calls(plain):
         check_call(key, node)
 
@@ -71,33 +97,56 @@ def check_call(key: str, node: Mapping[str, Any]) -> None:
     except Exception as error:
         raise Refused(f"{key}._target_", node["_target_"], f"cannot be imported ({error})") from error
     passed = PASSED.get(key.rpartition(".")[2].partition("[")[0], 0)
-    parameters = list(inspect.signature(target).parameters)[passed:]
+    signature = list(inspect.signature(target).parameters.items())[passed:]
+    parameters = [name for name, _ in signature]
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in node.items():
-        if name.startswith("_"):
+        if name in SPECIAL:
             continue
         if name not in parameters and f"{key}.{name}" not in HINTS:
             raise Refused(f"{key}.{name}", brief(value), f"no such key; {suggestion(name, parameters)}")
         hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
         if not fits(value, hint):
             raise Refused(f"{key}.{name}", brief(value), f"must be {described(hint)}")
+    if passed or not node.get("_partial_"):  # else the code may give more
+        for name, parameter in signature:
+            needed = parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
+            if needed and name not in node:
+                raise Refused(f"{key}.{name}", "absent", "is needed")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a configuration value can stand where `hint` is asked for; nodes that are calls fit anything."""
+    """Whether a configuration value can stand where `hint` is asked for."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or (isinstance(value, Mapping) and "_target_" in value):
+    if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
+    if isinstance(value, Mapping) and "_target_" in value:
+        return _makes(value, hint)
     if origin is Literal:
-        return value in arguments
+        return any(value is one or (value == one and type(value) is type(one)) for one in arguments)
     if isinstance(hint, range):
         return fits(value, int) and value in hint
     if hint in (int, float, str, bool, type(None)) or hint is None:
         allowed = {float: (float, int), None: (type(None),)}.get(hint, (hint,))
         return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
     return _fits_container(value, origin or hint, arguments)
+
+
+def _makes(node: Mapping[str, Any], hint: Any) -> bool:
+    """Whether a call makes what `hint` asks for: an object, or with `_partial_: true` a function that returns one."""
+    factory = typing.get_origin(hint) is Callable
+    wanted = typing.get_args(hint)[-1] if factory else typing.get_origin(hint) or hint
+    try:
+        target = resolve_name(node["_target_"])
+    except Exception:  # what is wrong, the check of the call itself says
+        return True
+    if not callable(target) or node.get("_partial_", False) is not factory:
+        return False
+    if not inspect.isclass(wanted):
+        return factory
+    return not inspect.isclass(target) or issubclass(target, wanted)
 
 
 def _fits_container(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:
@@ -108,8 +157,7 @@ def _fits_container(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:
     if inspect.isclass(kind) and issubclass(kind, Sequence):
         element = arguments[0] if arguments else Any
         return isinstance(value, list) and all(fits(item, element) for item in value)
-    # a class: the yaml can only name it by a call, or leave it out
-    return not isinstance(value, bool | int | float | str | list)
+    return False  # a class or a function: the yaml can only name it by a call
 
 
 def described(hint: Any) -> str:
@@ -121,13 +169,18 @@ def described(hint: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if isinstance(hint, range):
         return f"an integer in {hint.start} … {hint.stop - 1}"
+    if origin is Callable:
+        made = "" if arguments[-1] is Any else f" that makes a {arguments[-1].__name__}"
+        return f"a function{made}: _target_ and _partial_: true"
     if origin is tuple and ... not in arguments:
         return f"a list of {len(arguments)}: {', '.join(map(described, arguments))}"
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         each = described(arguments[0])
         return f"a list of {each.split()[1]}s" if each.startswith(("a ", "an ")) else f"a list, each {each}"
+    if inspect.isclass(hint) and hint.__module__ != "builtins" and not issubclass(hint, Mapping | Sequence):
+        return f"a call that makes a {hint.__name__}: _target_ and its arguments"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(hint, str(getattr(hint, "__name__", hint)))
+    return names.get(hint, f"a {getattr(origin or hint, '__name__', hint)}".lower())
 
 
 def calls(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -17,10 +17,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
+from stu.cli import arguments
 from stu.cli.check import Refused, nodes, suggestion
-from stu.cli.usage import at_home, folded, options_of
+from stu.cli.usage import CONF, GROUPS, at_home, folded, options_of
 from stu.errors import CommandError, OptionError
 
 USAGE = 2  # exit code of a command that asks for something impossible
@@ -28,6 +36,12 @@ STOPPED = 128  # exit codes from here on: stopped by a signal
 # The second variable: set by `run`, whose HYDRA_FULL_ERROR the processes of a distributed run inherit.
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "STU_ERROR_LINES" not in os.environ
 FAILED: list[str] = []  # overrides of the jobs of a sweep that failed
+# What NumPy and PyTorch say of sizes that no memory has.
+TOO_LARGE = re.compile(
+    "can't allocate memory|Storage size calculation overflowed|integer multiplication overflow|Overflow when unpacking"
+    "|Maximum allowed dimension exceeded|array is too big|too large to convert|Unable to allocate"
+)
+STARTED: list[DictConfig] = []  # configurations of jobs: what fails before the first, the command has caused
 
 
 def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
@@ -35,6 +49,7 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
 
     @functools.wraps(job)
     def wrapped(config: DictConfig) -> float | None:
+        STARTED.append(config)
         try:
             return job(config)
         except Exception as error:
@@ -54,11 +69,11 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a `hydra.main`; errors while the configuration is composed are reported in one line, too."""
-    sys.argv[1:] = map(at_home, sys.argv[1:])
+    """Run a `hydra.main`; errors in the command, and while it is composed, are reported in one line, too."""
     if not TRACEBACKS:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra then raises instead of printing
     try:
+        sys.argv[1:] = arguments.checked([at_home(argument) for argument in sys.argv[1:]])
         main()
         if FAILED:
             failed = "".join(f"\n  {overrides}" for overrides in FAILED)
@@ -69,14 +84,11 @@ def run(main: Callable[[], object]) -> None:
         if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise
-    except (HydraException, OmegaConfBaseException) as error:
-        if TRACEBACKS:
+    except Exception as error:
+        composing = not STARTED or isinstance(error, (HydraException, OmegaConfBaseException))
+        if TRACEBACKS or not composing:
             raise
-        _fail(_line(error, None) or _flat(str(error)), told=_told_by_another(error))
-    except ValueError as error:
-        if TRACEBACKS or "Config group override must be" not in str(error):  # `model=null`
-            raise
-        _fail(f"{_flat(str(error))}; a group takes the name of an option", told=_told_by_another(error))
+        _fail(_line(error, None) or f"{type(error).__name__}: {_flat(str(error))}", told=_told_by_another(error))
 
 
 def sweeping() -> bool:
@@ -112,17 +124,23 @@ def _line(error: BaseException, config: DictConfig | None) -> str | None:
     """An error in one line, naming the full key; None for errors that are not the user's."""
     match error:
         case OptionError():
-            return f"{_full_key(error, config)}={error.value}: {_flat(error.allowed)}"
+            key = _full_key(error, config)
+            return f"{_preset(key)}{key}={error.value}: {_flat(error.allowed)}"
+        case Exception() if isinstance(error, MemoryError) or TOO_LARGE.search(str(error)):
+            reason = _flat(str(error)) if type(error) is MemoryError and str(error) else "memory does not suffice"
+            return f"{_largest(config)}: is too large: {reason}"
         case InstantiationException():
             cause = error.__cause__
-            if isinstance(cause, OptionError):
-                return _line(cause, config)
+            if cause is not None and (line := _line(cause, config)):
+                return line
             node = match.group(1) if (match := re.search(r"full_key: (\S+)", str(error))) else "configuration"
             return f"{node}: {_flat(str(cause or error))}"
         case MissingConfigException(options=options) if options is not None:
-            group, _, choice = str(error.missing_cfg_file).partition("/")
-            choices = folded(options_of(group))
-            return f"{group}={choice}: no such option; choose one of {', '.join(choices)}"
+            group, _, choice = str(error.missing_cfg_file).removeprefix("hydra/").partition("/")
+            if group in GROUPS:
+                return f"{group}={choice}: no such option; choose one of {', '.join(folded(options_of(group)))}"
+            known = f"choose one of {', '.join(options)}; others come with packages, such as hydra-joblib-launcher"
+            return f"hydra/{group}={choice}: not installed; {known}"
         case ConfigCompositionException() | OmegaConfBaseException():
             return _composition_line(error)
         case HydraException():
@@ -133,17 +151,55 @@ def _line(error: BaseException, config: DictConfig | None) -> str | None:
 
 
 def _composition_line(error: BaseException) -> str:
-    """Name the key, and the keys beside it, where an override does not fit the configuration."""
+    """Name the key and what is wrong with it: it does not exist, has no value, or refers to what has none."""
     cause = error.__cause__ or error
     key = str(getattr(cause, "full_key", "") or "")
     override = match.group(1) if (match := re.search(r"Could not override '([^']+)'", str(error))) else key
+    given = _given(override)
     parent = getattr(cause, "parent_node", None)
-    given = next((a for a in reversed(sys.argv[1:]) if a.split("=", 1)[0].lstrip("+~") == override), override)
-    if given.startswith("~"):
+    if given is not None and given.startswith("~"):
         return f"{given}: is needed and cannot be removed"
-    if override and isinstance(parent, DictConfig):
-        return f"{given}: no such key; {suggestion((key or override).split('.')[-1], map(str, parent))}"
-    return _flat(f"{key}: {cause}" if key else str(error))
+    written = given or override
+    match cause:
+        case MissingMandatoryValue():
+            return f"{written or _flat(str(cause))}: has no value yet; give one: {override}=…"
+        case InterpolationResolutionError() | GrammarParseError():
+            reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(cause).partition("\n")[0]).strip(
+                '"'
+            )
+            return f"{written}: {_flat(reason)}" if written else _flat(reason)
+        case ConfigKeyError() | ConfigAttributeError() if override and isinstance(parent, DictConfig):
+            return f"{written}: no such key; {suggestion((key or override).split('.')[-1], map(str, parent))}"
+    first = str(cause).partition("\n")[0]  # then follows the key again
+    return f"{written}: {first}" if written else _flat(str(error))
+
+
+def _preset(key: str) -> str:
+    """The preset that sets a key, where the command does not: it has the blame."""
+    name = next((word.partition("=")[2] for word in sys.argv[1:] if word.lstrip("+").startswith("experiment=")), "")
+    if name not in options_of("experiment") or _given(key) is not None:
+        return ""
+    preset = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    return "" if OmegaConf.select(preset, key) is None else f"experiment={name}, for its own task and model, sets "
+
+
+def _largest(config: DictConfig | None) -> str:
+    """The largest number of the task, the model or the loader, with its key: what probably does not fit in memory."""
+    if config is None:
+        return "configuration"
+    numbers = {
+        key: value
+        for key, value in nodes(OmegaConf.to_container(config, resolve=True))
+        if key.split(".")[0] in ("task", "model", "loader") and type(value) in (int, float)
+    }
+    written: dict[str, Any] = dict(nodes(OmegaConf.to_container(config, resolve=False)))
+    key = max(numbers, key=lambda key: (numbers[key], not str(written[key]).startswith("${")))
+    return f"{key}={numbers[key]}"
+
+
+def _given(key: str) -> str | None:
+    """The last argument about a key."""
+    return next((a for a in reversed(sys.argv[1:]) if key and a.split("=", 1)[0].lstrip("+~") == key), None)
 
 
 def _full_key(error: OptionError, config: DictConfig | None) -> str:

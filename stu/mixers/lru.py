@@ -55,6 +55,7 @@ class LRU(Mixer):
         max_phase: float = 2 * math.pi,
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(d_state >= 1, "d_state", d_state, "must be at least 1")
         require(0 <= r_min < r_max, "r_min", r_min, f"must be at least 0 and below r_max ({r_max})")
         require(r_max <= 1, "r_max", r_max, "must be at most 1")

@@ -75,9 +75,11 @@ class Mamba2(Structured, Mixer):
         _require_divisor("num_heads", num_heads, "expand · d_model", inner)
         _require_divisor("num_groups", num_groups, "num_heads", num_heads)
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
+        require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
         require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "must be above 0")
         slowest, fastest = A_init_range
-        require(0 < slowest <= fastest, "A_init_range", A_init_range, "must be two numbers above 0, the smaller first")
+        allowed = "must be two finite numbers above 0, the smaller first"
+        require(0 < slowest <= fastest < math.inf, "A_init_range", A_init_range, allowed)
         low, high = dt_limit
         require(0 <= low < high, "dt_limit", dt_limit, "must be two numbers, the first at least 0 and below the second")
         self.causal, self.num_heads, self.num_groups, self.chunk_size = causal, num_heads, num_groups, chunk_size

@@ -131,11 +131,13 @@ class S4(Structured, Mixer):
         dt_max: float = 1e-1,
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(d_state >= 2 and d_state % 2 == 0, "d_state", d_state, "must be even: modes come in conjugate pairs")
         require(rank >= 1, "rank", rank, "must be at least 1")
         require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
         require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
+        require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
         self.d_model, self.causal, self.discretization = d_model, causal, discretization
         self.dt_min, self.dt_max = dt_min, dt_max
         self.log_dt = nn.Parameter(torch.empty(d_model))

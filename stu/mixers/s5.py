@@ -76,6 +76,7 @@ class S5(Structured, Mixer):
         step_rescale: float = 1.0,
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(d_state >= 1, "d_state", d_state, "must be at least 1")
         fits = num_blocks >= 1 and d_state % num_blocks == 0
         require(fits, "num_blocks", num_blocks, f"must divide d_state ({d_state})")
@@ -84,6 +85,7 @@ class S5(Structured, Mixer):
         require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
         require(C_init in get_args(OutputInit), "C_init", C_init, f"must be one of {', '.join(get_args(OutputInit))}")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
+        require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
         require(0 < step_rescale < math.inf, "step_rescale", step_rescale, "must be above 0 and finite")
         self.d_model, self.causal, self.num_blocks, self.conj_sym = d_model, causal, num_blocks, conj_sym
         self.discretization, self.C_init, self.clip_eigs = discretization, C_init, clip_eigs

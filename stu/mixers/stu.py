@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer, reverse_twin
-from stu.ops.bank import extended_bank, spectral_bank
+from stu.ops.bank import extended_bank, require_lag, spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel
 from stu.ops.padding import at_end, at_front, longest, masked, put_back
@@ -85,7 +85,7 @@ class STU(Structured, Mixer):
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
         for name, lag in {"k_u": k_u, "k_y": k_y, "delay": delay}.items():
-            require(lag >= 0, name, lag, "must be at least 0")
+            require_lag(name, lag, seq_len)
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
         require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
         one_branch = "must be false with hankel=L (one branch)"

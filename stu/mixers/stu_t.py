@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer
-from stu.ops.bank import FilterBank, extended_bank, spectral_bank
+from stu.ops.bank import FilterBank, extended_bank, require_lag, spectral_bank
 from stu.ops.filters import Hankel
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import at_front, longest, masked, put_back
@@ -72,7 +72,7 @@ class STUT(Structured, Mixer):
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
-        require(delay >= 0, "delay", delay, "must be at least 0")
+        require_lag("delay", delay, seq_len)
         one_branch = "must be false with hankel=L (one branch)"
         require(not (two_sided and hankel == "L"), "two_sided", two_sided, one_branch)
         require(two_sided or not shared_branches, "shared_branches", shared_branches, "needs two_sided=true")

@@ -31,9 +31,16 @@ from stu.ops.transfer import sent
 from stu.ops.transforms import outside
 
 NARROWEST = 64  # frequencies in the first bands on either end; the others double towards the middle
+FEW_LAGS = 16
 CACHED_LENGTHS, CACHED_BYTES = 64, 1 << 28  # of spectra that a bank keeps; those of the last FFT length in any case
 
 Made = TypeVar("Made", bound="list[Band] | Spectra")
+
+
+def require_lag(name: str, lag: int, seq_len: int) -> None:
+    """Raise `OptionError` for a lag that no input reaches; small ones are allowed for all lengths."""
+    most = max(seq_len, FEW_LAGS)
+    require(0 <= lag <= most, name, lag, f"must be in 0 … {most}: no input has more steps")
 
 
 class Band(NamedTuple):

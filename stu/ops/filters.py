@@ -40,6 +40,7 @@ SMALLEST = 1e-26  # of σ_1, the least that is offered: three digits of its root
 EPSILON = 2.0**-53  # the rounding error of float64
 FIRST = 256  # up to this many rows are kept one by one
 NODES = 32  # rows in each octave after them: polynomials miss α^i by 1e-26
+LONGEST = 2**26  # so that squares of indices are exact
 BITS, PLACE_BITS = 192, 52  # after the point: of entries of the factor, of places
 
 
@@ -52,7 +53,7 @@ def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard"
 
     Raises `OptionError` where `num_filters` exceeds `seq_len` or what float64 can tell from zero.
     """
-    require(seq_len >= 1, "seq_len", seq_len, "must be at least 1")
+    require(1 <= seq_len <= LONGEST, "seq_len", seq_len, f"must be in 1 … {LONGEST:,}")
     require(hankel in ("standard", "L"), "hankel", hankel, "must be standard or L")
     require(num_filters >= 1, "num_filters", num_filters, "must be at least 1")
     eigenvalues, filters = _eigenpairs(seq_len, min(num_filters, seq_len), hankel)

@@ -20,6 +20,7 @@ from stu.errors import require
 
 DiagonalInit = Literal["legs", "inv", "lin"]
 LARGEST_INPUT = 2.0
+LARGEST_STATE = 4096  # in minutes; the time grows with its cube
 
 
 class NormalPlusLowRank(NamedTuple):
@@ -40,7 +41,8 @@ def hippo_legs(d_state: int) -> tuple[Tensor, Tensor]:
 
     A_nk = −√((2n+1)(2k+1)) below the diagonal, −(n+1) on it and 0 above; B_n = √(2n+1).
     """
-    require(d_state >= 1, "d_state", d_state, "must be at least 1")
+    allowed = f"must be in 1 … {LARGEST_STATE}: eigenvectors of so many modes are computed"
+    require(1 <= d_state <= LARGEST_STATE, "d_state", d_state, allowed)
     index = torch.arange(d_state, dtype=torch.float64)
     B = (2 * index + 1).sqrt()
     return -torch.outer(B, B).tril(-1) - torch.diag(index + 1), B

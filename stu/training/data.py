@@ -1,6 +1,8 @@
 """The one data module: which examples make up batch n is a pure function of the seed and n."""
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -9,11 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from stu.errors import OptionError, require
+from stu.resources import memory
 from stu.task import Batch, Examples, Splits, Task
 from stu.training.plan import StepPlan
 from stu.training.resident import Resident
 from stu.training.signals import spare
 
+BYTES_PER_EXAMPLE = 32  # of the orders in which a split is read
+WORKERS_PER_CORE = 16  # more would only wait for each other
 SHARE = 0.25  # of a GPU's free memory, that a split may take unasked
 
 
@@ -46,7 +51,14 @@ class SequenceData(L.LightningDataModule):
         allowed = device_resident in (True, False, "auto")
         require(allowed, "device_resident", device_resident, "must be auto, true or false")
         require(bucket >= 1, "bucket", bucket, "must be at least 1")
-        require(num_workers >= 0, "num_workers", num_workers, "must be at least 0")
+        most = WORKERS_PER_CORE * (os.cpu_count() or 1)
+        range_of_workers = f"must be in 0 … {most}, {WORKERS_PER_CORE} for each core of this machine"
+        require(0 <= num_workers <= most, "num_workers", num_workers, range_of_workers)
+        most = memory() // BYTES_PER_EXAMPLE
+        for split, examples in splits._asdict().items():
+            require(
+                len(examples) <= most, split, len(examples), f"must be at most {most:,}: so many can be shuffled here"
+            )
         self.task, self.splits, self.plan, self.seed = task, splits, plan, seed
         self.batch_size, self.num_workers, self.bucket = batch_size, num_workers, bucket
         self.device_resident = device_resident
@@ -57,6 +69,16 @@ class SequenceData(L.LightningDataModule):
         require_divisible(self.batch_size, self.plan, world_size)
         fewest = min(map(len, self.splits))
         require(fewest >= world_size, "devices", world_size, f"must be at most {fewest} (examples)")
+
+    def require_batches(self, arguments: Mapping[str, Any], world_size: int, *splits: str) -> None:
+        """Raise `OptionError` where the arguments of a Trainer leave no batch of val or test on some device."""
+        for split in splits:
+            limit = arguments[f"limit_{split}_batches"]
+            examples = len(getattr(self.splits, split)) // world_size  # of the device that has fewest
+            batches = math.ceil(examples / max(1, self.batch_size // world_size))
+            allowed = f"must be at least {1 / max(1, batches):.3g}: there are {batches} batches"
+            fits = not isinstance(limit, float) or int(limit * batches) >= 1
+            require(fits, f"trainer.limit_{split}_batches", limit, allowed)
 
     def train_dataloader(self) -> "ResumableLoader":
         """Every batch of the run, in order, from where the checkpoint left off."""

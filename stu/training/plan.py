@@ -1,5 +1,6 @@
 """How long a run is and when it validates, counted in optimiser steps."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ UNSUPPORTED = (
     "check_val_every_n_epoch",
     "reload_dataloaders_every_n_epochs",
 )
+# Arguments of a Trainer that nothing here reads.
+UNREAD = ("limit_predict_batches", "sync_batchnorm", "model_registry", "enable_autolog_hparams")
+MOST_STEPS = 10**9  # of a run, which even at a millisecond each takes eleven days
 # Arguments of a Trainer that train.py passes itself.
 PASSED = (
     "logger",
@@ -55,12 +59,18 @@ def check_trainer(arguments: Mapping[str, Any], make: partial[L.Trainer], *, swe
     for key in (*UNSUPPORTED, *PASSED):
         reason = "set max_epochs or max_steps" if key in UNSUPPORTED else "train.py sets it itself"
         require(key not in arguments, f"trainer.{key}", arguments.get(key), f"not supported; {reason}")
+    for key in UNREAD:
+        require(key not in arguments, f"trainer.{key}", arguments.get(key), "nothing here depends on it")
     clip = arguments["gradient_clip_val"]
-    require(clip is None or clip > 0, "trainer.gradient_clip_val", clip, "must be above 0, or null")
+    allowed = "must be above 0 and finite, or null"
+    require(clip is None or 0 < clip < math.inf, "trainer.gradient_clip_val", clip, allowed)
     for key in ("limit_val_batches", "limit_test_batches"):
         limit = arguments[key]
-        allowed = "must be above 0: a checkpoint is chosen and tested"
-        require(limit is None or limit > 0, f"trainer.{key}", limit, allowed)
+        allowed = "must be above 0 (a checkpoint is chosen and tested): a share up to 1.0, or a number of batches"
+        fits = limit is None or 0 < limit <= (1 if isinstance(limit, float) else math.inf)
+        require(fits, f"trainer.{key}", limit, allowed)
+    tried = arguments.get("num_sanity_val_steps")
+    require(tried is None or tried >= -1, "trainer.num_sanity_val_steps", tried, "must be at least 0, or -1 for all")
     accelerator, devices, nodes = arguments["accelerator"], arguments["devices"], arguments.get("num_nodes", 1)
     present = accelerator not in ACCELERATORS or has(*ACCELERATORS[accelerator])
     missing = "GPU" if accelerator in ("gpu", "cuda") else str(accelerator).upper()
@@ -163,14 +173,18 @@ class StepPlan:
         """
         require(1 <= batch_size <= examples, "batch_size", batch_size, f"must be in 1 … {examples} training examples")
         require(accumulate_grad_batches >= 1, "accumulate_grad_batches", accumulate_grad_batches, "must be at least 1")
-        require(max_epochs is None or max_epochs > 0, "max_epochs", max_epochs, "must be above 0, or null for no limit")
+        allowed = "must be above 0 and finite, or null for no limit"
+        require(max_epochs is None or 0 < max_epochs < math.inf, "max_epochs", max_epochs, allowed)
         require(max_steps >= 1 or max_steps == -1, "max_steps", max_steps, "must be at least 1, or -1 for no limit")
-        require(val_check_interval > 0, "val_check_interval", val_check_interval, "must be above 0")
+        allowed = "must be above 0 and finite"
+        require(0 < val_check_interval < math.inf, "val_check_interval", val_check_interval, allowed)
         steps_per_epoch = examples // batch_size
         limits = [max_steps] if max_steps > 0 else []
         if max_epochs is not None:
             limits.append(max(1, round(max_epochs * steps_per_epoch)))
         require(bool(limits), "max_steps", max_steps, "give max_steps or max_epochs: a run needs an end")
+        name, given = ("max_steps", max_steps) if min(limits) == max_steps else ("max_epochs", max_epochs)
+        require(min(limits) <= MOST_STEPS, name, given, f"must be at most {MOST_STEPS:,} optimiser steps")
         if isinstance(val_check_interval, int):
             val_every = max(1, val_check_interval // accumulate_grad_batches)
         else:

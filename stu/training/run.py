@@ -46,6 +46,9 @@ FREE_KEYS = (
     "task.data.dir",
     "model.compile",
 )
+# Keys that only checks depend on, and the test at the end: they may differ, the latter until the run has its result.
+UNTRAINED_KEYS = ("trainer.num_sanity_val_steps", "trainer.detect_anomaly")
+TEST_KEYS = ("trainer.limit_test_batches",)
 # Options that runs of earlier versions were made without, and may go on with any value of.
 LATER_KEYS = ("trainer.matmul_precision",)
 # Modules that have moved: the names in configurations of earlier runs, and the names now.
@@ -55,6 +58,9 @@ MOVED = {
     **{f"data.{name}": f"data.memory.{name}" for name in ("induction_heads", "mqar", "recall")},
     **{f"data.{name}": f"data.systems.{name}" for name in ("dynamics", "forecast", "lds")},
 }
+
+
+LONGEST_NAME = 240  # bytes: file systems take 255, of which the names of lock and temporary files need some
 
 
 class Run:
@@ -76,8 +82,10 @@ class Run:
     @classmethod
     def named(cls, parent: Path, name: str) -> "Run":
         """The run `name` in the folder `parent`; raises `OptionError` unless the name is that of a plain folder."""
-        plain = name.strip() not in ("", ".", "..") and not set(name) & set("/\\")
-        require(plain, "name", repr(name), "must be a plain folder name")
+        plain = name.strip() == name != "" and name[0] != "." and name.isprintable() and not set(name) & set("/\\")
+        require(plain, "name", repr(name), "must be a plain folder name that does not start with a dot")
+        size = len(os.fsencode(name))
+        require(size <= LONGEST_NAME, "name", f"{name[:40]}…", f"has {size} bytes; at most {LONGEST_NAME} are a name")
         return cls(parent / name)
 
     def __init__(self, path: Path) -> None:
@@ -215,12 +223,13 @@ class Run:
 
         An option that the run was made without differs unless it has its default: earlier versions may not have had it.
         """
+        free = UNTRAINED_KEYS if self.finished else (*UNTRAINED_KEYS, *TEST_KEYS)
         before, now = relocated(flatten(_plain(self.settings or {}))), flatten(_plain(config))
         return [
             f"{key} ({_show(before, key)} → {_show(now, key)})"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
-            and not is_free(key)
+            and not (is_free(key) or key in free)
             and (not within or key.split(".")[0] in within)
             and (key in before or not is_default(now, key))
         ]
