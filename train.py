@@ -118,8 +118,7 @@ def train(
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     report.start(run, names, data, module, recipe.groups, device=device, precision=config.trainer.precision)
-    resumes = run.last.exists() and not config.overwrite  # which another process may still be about to delete
-    trainer.fit(module, data, ckpt_path=run.last if resumes else None, weights_only=True)
+    trainer.fit(module, data, ckpt_path=run.resumes_from, weights_only=True)
     evaluate.finish(run, trainer, module, data, checkpoints, baselines)
 
 

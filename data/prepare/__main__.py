@@ -201,4 +201,4 @@ def write(file: Path, cards: Sequence[Card]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, list)  # `Request` checks its words

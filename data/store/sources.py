@@ -127,9 +127,8 @@ class HubData:
         try:
             return flat.select(list(self.columns)).cast(pa.schema(self.columns))
         except pa.ArrowException as error:  # a value too large for the type
-            raise OptionError(
-                "source", source, f"must have the columns {described(self.columns)}: {error.strerror or error}"
-            ) from error
+            allowed = f"must have the columns {described(self.columns)}: {error}"
+            raise OptionError("source", source, allowed) from error
 
     def checked(self, table: pa.Table, split: str, source: str) -> pa.Table:
         """A split, which must have no missing value, no surplus row, and no label that is not a class."""
@@ -151,8 +150,7 @@ def folder_of(source: str, content: str) -> Path:
         folder = Path(source).expanduser()
         os.scandir(folder).close()
     except (OSError, RuntimeError, ValueError) as error:  # not there, not a folder, not allowed; no such user; no path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OptionError("source", source, f"must be a folder with {content}: {reason}") from error
+        raise OptionError("source", source, f"must be a folder with {content}: {error}") from error
     return folder
 
 
@@ -164,7 +162,7 @@ def files(folder: Path, pattern: str, below: int = 0) -> list[Path]:
     try:
         found = [path for depth in range(below + 1) for path in folder.glob("*/" * depth + pattern)]
     except OSError as error:  # a folder that disappears, or cannot be read
-        raise OptionError("source", str(folder), f"cannot be searched: {error.strerror or error}") from error
+        raise OptionError("source", str(folder), f"cannot be searched: {error}") from error
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
@@ -244,4 +242,4 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise OptionError("source", str(path), f"cannot be read: {error.strerror or error}") from error
+        raise OptionError("source", str(path), f"cannot be read: {error}") from error

@@ -68,12 +68,15 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
     return wrapped
 
 
-def run(main: Callable[[], object]) -> None:
-    """Run a `hydra.main`; errors in the command, and while it is composed, are reported in one line, too."""
+def run(main: Callable[[], object], checked: Callable[[list[str]], list[str]] = arguments.checked) -> None:
+    """Run a `hydra.main`; errors in the command, and while it is composed, are reported in one line, too.
+
+    checked: the words of the command → those that `main` gets; raises `OptionError` for what it refuses.
+    """
     if not TRACEBACKS:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra then raises instead of printing
     try:
-        sys.argv[1:] = arguments.checked([at_home(argument) for argument in sys.argv[1:]])
+        sys.argv[1:] = checked([at_home(argument) for argument in sys.argv[1:]])
         main()
         if FAILED:
             failed = "".join(f"\n  {overrides}" for overrides in FAILED)

@@ -16,7 +16,6 @@ from stu.errors import OptionError, require
 Schedule = Literal["cosine", "linear", "rsqrt", "constant"]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 WRAPPED = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # by PyTorch, inside names
-LARGEST_RATE = 1000.0  # a step of Adam moves a weight by about the rate
 GROUP_KEYS = ("match", "lr", "lr_scale", "weight_decay")
 
 
@@ -92,10 +91,10 @@ def adamw(
 
     Raises `OptionError` for a value out of range, and for a group that matches nothing.
     """
-    require(0 < lr <= LARGEST_RATE, "lr", lr, f"must be above 0 and at most {LARGEST_RATE:g}")
+    require(0 < lr < math.inf, "lr", lr, "must be above 0 and finite")
     require(all(0 <= beta < 1 for beta in betas), "betas", betas, "must be in [0, 1)")
-    require(0 <= eps <= 1, "eps", eps, "must be in 0 … 1")
-    _require_decay("weight_decay", weight_decay, lr)
+    require(0 <= eps < math.inf, "eps", eps, "must be at least 0 and finite")
+    require(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "must be at least 0 and finite")
     require(0 <= min_lr <= lr, "min_lr", min_lr, f"must be in 0 … lr ({lr})")
     allowed = get_args(Schedule)
     require(schedule in allowed, "schedule", schedule, f"must be one of {', '.join(allowed)}")
@@ -116,16 +115,11 @@ def adamw(
 
 
 def _require_group(group: ParameterGroup, options: Mapping[str, Any]) -> None:
-    option = next((name for name in ("lr_scale", "lr") if name in options), None)
-    if option is not None:
-        allowed = f"makes a rate of {group.lr:g}, and it must be at most {LARGEST_RATE:g}"
-        require(group.lr <= LARGEST_RATE, f"groups.{group.name}.{option}", options[option], allowed)
-    _require_decay(f"groups.{group.name}.weight_decay", group.weight_decay, group.lr)
-
-
-def _require_decay(name: str, weight_decay: float, lr: float) -> None:
-    allowed = f"must be at least 0, and with lr ({lr:g}) at most 1: a step multiplies weights by 1 - lr * weight_decay"
-    require(weight_decay >= 0 and weight_decay * lr <= 1, name, weight_decay, allowed)
+    for option, value in (("lr", group.lr), ("weight_decay", group.weight_decay)):
+        given = next((name for name in (f"{option}_scale", option) if name in options), None)
+        if given is not None:
+            allowed = f"makes {option} {value:g}, which must be finite and at least 0"
+            require(0 <= value < math.inf, f"groups.{group.name}.{given}", options[given], allowed)
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:

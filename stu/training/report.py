@@ -171,7 +171,7 @@ def note(text: str) -> None:
 @rank_zero_only
 def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
-    saved = f"saved in {run.last}" if run.last.exists() else "nothing was trained yet"
+    saved = f"saved in {run.last}" if run.trained else "nothing was trained yet"
     way_on = "The same command resumes the run."
     if run.overwrites and run.opened:
         way_on = "The same command without overwrite=true resumes the run; with it, it starts again."
@@ -208,6 +208,8 @@ def exit_codes(run: Run) -> Iterator[None]:
         raise SystemExit(128 + stop.signal_number) from None
     except (KeyboardInterrupt, SystemExit) as end:  # before and after training; Lightning makes 1 of SIGINT
         code = getattr(end, "code", 1)
+        if code != 1 and not (isinstance(code, int) and code > 128):
+            raise  # no signal's
         number = signal.SIGINT if code == 1 else code - 128
         signalled = Stopped(number, run.last_step)
         stopped(run, signalled)

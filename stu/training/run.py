@@ -182,7 +182,7 @@ class Run:
 
     def discard(self) -> None:
         """Release the directory after a start that was refused: where the start has made it, delete it again."""
-        if self._place in self._made and not self.trained:
+        if self._place in self._made and not (self.trained or is_written(self.metrics)):
             remove_folder(self._place)
         self.close()
         for folder in self._made:
@@ -238,6 +238,12 @@ class Run:
     def id(self) -> str:
         """A name unique to this run: an overwritten run in the same place had another one."""
         return (self._manifest() or {"id": ""})["id"]
+
+    @property
+    def resumes_from(self) -> Path | None:
+        """The checkpoint from which training goes on; None at its start."""
+        # what is to be overwritten, another process may not have deleted yet
+        return self.last if is_written(self.last) and not self.overwrites else None
 
     @property
     def last_step(self) -> int:

@@ -209,7 +209,7 @@ def mend(folder: Path) -> list[str]:
         lost, advice = "no other checkpoint is there", "overwrite=true starts again"
         for late in survey.whole[:1]:
             lost = f"no file has the weights of the best validation, of step {late.best.step:,}"
-            advice += f", mode=test checkpoint={late.path} tests those of step {late.step:,}"
+            advice = f"mode=test checkpoint={late.path} tests those of step {late.step:,}, another name starts again"
         raise OptionError("name", folder.parent, f"{survey.damages or f'{BEST} is missing'}; {lost}; {advice}")
     remarks = [] if survey.latest else [f"{path} is empty: the run starts again" for path in survey.damaged]
     for name, state in ((LAST, survey.latest), (BEST, survey.best)):

@@ -131,7 +131,7 @@ def refusal(name: str, values: Mapping[str, Any]) -> str | None:
         ("lorenz63", {"data.windows": 10**9}, "windows=1000000000: needs "),
         ("pendulum", {"data.force": 1.0, "data.hold": 10**12}, "hold=1000000000000: needs "),
         ("lorenz96", {"data.system.sites": 10**9}, "sites=1000000000: needs "),
-        ("lorenz96", {"data.system": None}, "system=None: must be "),
+        ("lorenz96", {"data.system": None}, "task.data.system=None: must be "),
     ],
     ids=str,
 )
