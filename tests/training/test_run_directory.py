@@ -848,12 +848,12 @@ def test_what_is_tested_may_change_until_there_is_a_result(tmp_path: Path):
     run.open({"trainer": {"limit_test_batches": 0.5, "num_sanity_val_steps": 1}, "seed": 0}, overwrite=False)
     run.close()
     run.checkpoints.mkdir()
-    run.last.touch()
+    run.last.write_bytes(b"trained")
     other = {"trainer": {"limit_test_batches": 1.0, "num_sanity_val_steps": 0}, "seed": 0}
     run.check(other)
     with pytest.raises(OptionError, match=r"seed \(0 → 1\);"):
         run.check(other | {"seed": 1})
-    run.finish({})
+    run.finish(SUMMARY)
     with pytest.raises(
         OptionError, match=r"holds a run with other settings: trainer.limit_test_batches \(0.5 → 1.0\);"
     ):
