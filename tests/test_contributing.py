@@ -85,7 +85,8 @@ def test_the_contract_finds_a_new_mixer(copy: Path):
 
 
 def test_the_examples_fit_the_house(copy: Path):
-    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layering.py")
+    ours = "ema or parity or circles or rooms or copied"
+    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", ours, "tests/test_layering.py")
 
 
 def test_they_train(copy: Path):
