@@ -131,19 +131,8 @@ LATE: Refused = [
     (("model.d_model=1000000000",), ("model.d_model=1000000000: is too large",)),
     (("model.mixer.k_u=1000000",), ("model.mixer.k_u=1000000: must be in 0 … 64",)),
     (("model.mixer.seq_len=32",), ("model.mixer.seq_len=32: is below the input's 64 steps",)),
-    # in the words of the command
-    (("",), ("override='': is empty",)),
-    (("seed=[1",), ("override=seed=[1: cannot be read",)),
-    (("task=[lds]",), ("task=['lds']: no such option; did you mean lds?",)),
-    (("model=../model/stu",), ("model=../model/stu: no such option",)),
-    (("--resolve",), ("flags=--resolve: only with --cfg",)),
-    (("--nope",), ("flags=--nope: no such flag",)),
-    (("paths.runs=",), ("paths.runs='': is empty: name a folder",)),
     (("hydra/launcher=joblib",), ("hydra/launcher=joblib: not installed; choose one of basic",)),
     (("hydra.run.dir=/proc/nope",), ("/proc/nope",)),
-    (("-m", "model=glob(STU)"), ("model=glob(STU): matches no option; choose from gru",)),
-    (("-m", "seed=range(5,1)"), ("seed=range(5,1): is an empty range",)),
-    (("-m", "model=stu,_backbone"), ("model=_backbone: no such option",)),
     (("name=..",), ("name=", "must be a plain folder name")),
     (("name=a/b",), ("name=", "must be a plain folder name")),
     (("+trainer.logger=true",), ("trainer.logger=True", "train.py sets it itself")),
@@ -155,6 +144,22 @@ LATE: Refused = [
     (("~seed",), ("seed=absent: is needed",)),
     (("mode=test", "name=never"), ("checkpoint=", "never/checkpoints/best.ckpt: no such file", "train first")),
 ]
+
+# What the words of the command themselves show, before anything is composed from them.
+WORDS: Refused = [
+    (("",), ("override='': is empty",)),
+    (("seed=[1",), ("override=seed=[1: cannot be read",)),
+    (("task=[lds]",), ("task=['lds']: no such option; did you mean lds?",)),
+    (("model=../model/stu",), ("model=../model/stu: no such option",)),
+    (("--resolve",), ("flags=--resolve: only with --cfg",)),
+    (("--nope",), ("flags=--nope: no such flag",)),
+    (("paths.runs=",), ("paths.runs='': is empty: name a folder",)),
+    (("-m", "model=glob(STU)"), ("model=glob(STU): matches no option; choose from gru",)),
+    (("-m", "seed=range(5,1)"), ("seed=range(5,1): is an empty range",)),
+    (("-m", "model=stu,_backbone"), ("model=_backbone: no such option",)),
+]
+
+COMMANDS = [case for case in EARLY if case[0][0] in AS_COMMANDS] + LATE + WORDS[::5]
 
 
 def named(cases: Refused) -> list:
@@ -178,9 +183,20 @@ def test_the_line_about_a_configuration(
         assert part in line
 
 
+@pytest.mark.parametrize(("overrides", "parts"), named(WORDS))
+def test_the_line_about_words(overrides: tuple[str, ...], parts: tuple[str, ...]):
+    with pytest.raises(OptionError) as error:
+        arguments.checked(overrides)
+    line = errors._line(error.value, None)
+    assert line is not None
+    assert all(part in line for part in parts), line
+
+
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.parametrize(("overrides", "parts"), named([c for c in EARLY if c[0][0] in AS_COMMANDS] + LATE))
+@pytest.mark.parametrize(
+    ("overrides", "parts"), named([c for c in EARLY if c[0][0] in AS_COMMANDS] + LATE + WORDS[::5])
+)
 def test_one_line_says_what_is_wrong_and_what_is_allowed(home: Any, overrides: tuple[str, ...], parts: tuple[str, ...]):
     done = runs.train(home, *SMALL_LDS, *overrides)
     assert_one_line(done, *parts)

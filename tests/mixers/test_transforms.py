@@ -227,9 +227,11 @@ def compiled(s):
 
 def compiled_backward(s):
     torch._dynamo.reset()
-    x = s.x.clone().requires_grad_()
+    few = slice(4)  # of the steps: the program of some mixers grows with them
+    x, weight = s.x[:, few].clone().requires_grad_(), s.weight[:, few]
+    [expected] = torch.autograd.grad((s.mixer(x) * weight).sum(), x)
     with compiled_autograd._enable(partial(torch.compile, backend="eager")):
-        near(torch.autograd.grad((s.mixer(x) * s.weight).sum(), x)[0], s.gradients[0])
+        near(torch.autograd.grad((s.mixer(x) * weight).sum(), x)[0], expected)
 
 
 def exported(s):
