@@ -71,6 +71,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def kept_name(path: Path) -> Path:
+    """A name beside `path` under which a damaged file is kept, after those that are kept already."""
+    names = (f"{path.name}{DAMAGED}{number}" for number in ("", *(f"-{count}" for count in range(2, 10_000))))
+    return next(kept for name in names if not (kept := path.with_name(name)).exists())
+
+
 def is_written(path: Path) -> bool:
     """Whether a file is there and holds something: one of 0 bytes is what a loss of power left of it."""
     try:

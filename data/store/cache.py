@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.store.arrow import rows_of
-from stu.errors import OptionError
+from stu.errors import OptionError, require
 from stu.files import put_in_place, sync, write_atomically
 from stu.locks import Holder, holder_lines
 
@@ -71,6 +71,7 @@ def cached(
     probe: opens all files of a directory, and raises where it cannot: a check of what earlier versions wrote, who
     recorded no checksums.
     """
+    require(bool(str(root).strip()), "dir", repr(str(root)), "must be a folder")
     try:
         target = Path(root).expanduser() / name / fingerprint(spec)
     except RuntimeError as error:  # an unknown ~user

@@ -37,7 +37,7 @@ class Flags(ArgumentParser):
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra understands them: `-m` first, and the names that a `glob` stands for.
+    """The arguments as Hydra understands them: flags last, and the names that a `glob` stands for.
 
     Raises `OptionError` for what Hydra would ignore, misread, or refuse with more than a line.
     """
@@ -50,7 +50,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
     shown = flags.cfg is not None or not flags.resolve
     require(shown, "flags", "--resolve", f"only with --cfg job|hydra|all; allowed: {FLAGS}")
     overrides = {word: _expanded(word, swept=flags.multirun) for word in words}
-    return [word for word in arguments if word not in overrides] + [overrides[word] for word in words]
+    return [overrides[word] for word in words] + [word for word in arguments if word not in overrides]
 
 
 def _expanded(word: str, *, swept: bool) -> str:
@@ -64,6 +64,7 @@ def _expanded(word: str, *, swept: bool) -> str:
         raise OptionError("override", word, f"cannot be read ({reason}); write KEY=VALUE, quote values") from None
     key = override.key_or_group
     require(bool(key), "override", word, "has no key: write KEY=VALUE")
+    require(key != "hydra.mode", "override", word, "write -m for a sweep, and nothing for one run")
     if swept and override.is_sweep_override():
         return _swept(word, override)
     value: Any = override.value()

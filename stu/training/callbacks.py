@@ -125,9 +125,9 @@ class Checkpoints(Checkpoint):
 
     The last one is written after every validation, every `every_minutes` and, if given, `every_n_steps`; on SIGINT,
     SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 it is written at once and `Stopped` raised (a second signal does not wait, if
-    it `hurries`). A loss that is not finite
-    raises `Diverged` before it can reach a checkpoint; it is looked for every `check_every` steps, in which a GPU is
-    waited for. Checkpoints appear whole or not at all; one that cannot be written raises `OptionError`.
+    it `hurries`). A loss that is not finite raises `Diverged` before it can reach a checkpoint; it is looked for every
+    `check_every` steps, in which a GPU is waited for. Checkpoints appear whole or not at all; one that cannot be
+    written raises `OptionError`.
 
     It also tells Lightning when to validate, by the `StepPlan`.
     """

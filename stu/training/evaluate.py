@@ -33,6 +33,9 @@ def finish(
     task, plan = module.task, checkpoints.plan
     if checkpoints.best_value is None:
         raise Diverged(f"no validation gave a finite {task.monitor}")
+    for remark in run.mend():
+        note(remark)
+    trainer.strategy.barrier()
     survey = states.Survey(run.checkpoints)
     found = survey.of(states.Best(checkpoints.best_value, checkpoints.best_step))
     require(found is not None, "name", run.path, f"the best weights are lost: {survey.damages or 'no file has them'}")

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
-from stu.files import DAMAGED, agrees_with_checksum, is_written, note_checksum, sync, write_atomically
+from stu.files import agrees_with_checksum, is_written, kept_name, note_checksum, sync, write_atomically
 
 COLUMNS = ("step", "epoch", "metric", "value")
 Row = tuple[int, float, str, float]  # a value at an optimiser step: step, epoch, metric, value
@@ -76,7 +76,7 @@ class MetricsCSV(Logger):
         gone = [line for line, row in rows if not _belongs(row, step)]
         remarks = []
         if len(rows) < len(lines) or not agrees_with_checksum(self.path):
-            copy = self.path.with_name(f"{self.path.name}{DAMAGED}")
+            copy = kept_name(self.path)
             write_atomically(copy, content)
             lost = f"{len(lines) - len(rows):,} rows cannot be read, others may differ"
             remarks.append(f"{self.path} was damaged, and is now {copy.name}: {lost}")

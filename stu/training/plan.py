@@ -107,7 +107,7 @@ def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
     set_matmul_precision(configured.pop("matmul_precision", "high"), on_gpu=configured.get("accelerator") != "cpu")
     try:
         trainer = make.func(**configured | StepPlan.trainer_arguments | arguments)
-    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+    except (TypeError, ValueError, LookupError, ImportError, MisconfigurationException) as error:
         asked = {key: configured.get(key) for key in ("accelerator", "devices", "strategy", "precision")}
         raise OptionError("trainer", asked, f"Lightning refuses this: {error}".partition("\n")[0]) from error
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # ours do

@@ -24,6 +24,7 @@ from torch import nn
 
 from stu.errors import OptionError
 from stu.task import Task
+from stu.training import states
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
 from stu.training.cluster import tells_of_a_loss
 from stu.training.data import SequenceData
@@ -35,7 +36,7 @@ from stu.training.signals import leaving
 from stu.training.wandb_log import close_wandb
 
 SECONDS_BETWEEN_LINES = 10.0
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # how a disk says that it takes nothing more
+FULL = (*states.FULL, errno.EROFS)  # how a disk says that it takes nothing more
 SECONDS_OF_SPEED = 30.0  # over which the speed is smoothed
 # Rich assumes 80 columns where output is not a terminal.
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
@@ -126,7 +127,7 @@ def start(
         ("budget", f"{plan.total_steps:,} steps of {data.batch_size} sequences, {epochs:.3g} epochs"),
         ("validation", f"every {plan.val_every:,} steps, by {data.task.monitor} ({data.task.mode})"),
         ("device", f"{device}, {precision}"),
-        ("run", str(run.path) + (f", resumed after step {run.last_step:,}" if run.last.exists() else "")),
+        ("run", str(run.path) + (f", resumed after step {run.last_step:,}" if run.resumes_from else "")),
     ]
     show_table("Run", rows)
 
@@ -173,7 +174,7 @@ def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
     saved = f"saved in {run.last}" if run.trained else "nothing was trained yet"
     way_on = "The same command resumes the run."
-    if run.overwrites and run.opened:
+    if run.deleted:
         way_on = "The same command without overwrite=true resumes the run; with it, it starts again."
     elif run.overwrites:
         saved, way_on = "nothing was deleted yet", "The same command starts again."
@@ -184,7 +185,7 @@ def stopped(run: Run, stop: Stopped) -> None:
 def diverged(run: Run, error: Diverged) -> None:
     """What to do after a loss that is not finite."""
     last = "no checkpoint was saved yet"
-    if run.last.exists():
+    if run.trained:
         last = f"the last good checkpoint is {run.last} (step {run.last_step})"
     advice = "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0"
     print(f"error: {error}; {last}. {advice}", file=sys.stderr)
@@ -195,8 +196,8 @@ def exit_codes(run: Run) -> Iterator[None]:
     """Report how a run ends that does not finish, exit with its code, and release the run in any case.
 
     128 + the signal after one that stops a run; 1 after a loss that is not finite, and where another process of the run
-    is gone. The manifest records these and every other error, but those that refuse the command: after them there is no
-    directory that was not there before.
+    is gone. The manifest records these and every other error. A start that was refused leaves no directory that was not
+    there before, unless it has trained.
     """
     refused = False
     try:

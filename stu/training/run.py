@@ -23,7 +23,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
-from stu.files import DAMAGED, DELETED, is_written, remove_folder, sealed, sync, unsealed, write_atomically
+from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, unsealed, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
 
@@ -96,7 +96,7 @@ class Run:
         self.best, self.last = self.checkpoints / states.BEST, self.checkpoints / states.LAST
         self.remarks: list[str] = []
         self.overwrites = False  # whether the command asks to delete what there is
-        self.opened = self._recorded = False  # whether this start has claimed the folder, and is in the manifest
+        self.deleted = self._recorded = False  # whether this start has deleted a run, and is in the manifest
         self._made: list[Path] = []  # folders that this start has made, the innermost first
         self._place = Path(os.path.realpath(path))  # where a link leads: there a run has its one lock, and is deleted
         self._lock = RunLock(self._place)
@@ -174,7 +174,6 @@ class Run:
         except BaseException:
             self.discard()
             raise
-        self.opened = True
 
     def close(self) -> None:
         """Release the directory."""
@@ -195,6 +194,7 @@ class Run:
         require(not again, "overwrite", True, f"an earlier job of this command made {self.path}; name its jobs apart")
         self._overwritten.add(self._place)
         if self.trained or any(path.exists() for path in (self.config, self.manifest, self.summary)):
+            self.deleted = True
             remove_folder(self._place)
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -213,8 +213,8 @@ class Run:
     def _replaced(self, file: Path, instead: str) -> None:
         """Keep a damaged file under another name, and remark that it is written anew."""
         if is_written(file):
-            file.replace(file.with_name(file.name + DAMAGED))
-            self.remarks.append(f"{file} was damaged, and is now {file.name}{DAMAGED}: {instead}")
+            kept = file.replace(kept_name(file))
+            self.remarks.append(f"{file} was damaged, and is now {kept.name}: {instead}")
         elif self.trained or file.exists():
             self.remarks.append(f"{file} was {'empty' if file.exists() else 'missing'}: {instead}")
 
@@ -242,21 +242,22 @@ class Run:
     @property
     def resumes_from(self) -> Path | None:
         """The checkpoint from which training goes on; None at its start."""
-        # what is to be overwritten, another process may not have deleted yet
-        return self.last if is_written(self.last) and not self.overwrites else None
+        # not whether it is there: another process may still be about to mend it, or to delete it
+        return self.last if self.trained and not self.overwrites else None  # `mend` has made it whole
 
     @property
     def last_step(self) -> int:
         """Optimiser steps in the last checkpoint, 0 without one."""
         return states.latest_step(self.checkpoints)
 
-    def mend(self) -> None:
-        """Replace damaged checkpoints by whole ones, before the run goes on, and remark it.
+    def mend(self) -> list[str]:
+        """Replace damaged checkpoints by whole ones, before they are read, and remark it; returns these remarks.
 
         Raises `OptionError` where a damaged one cannot be replaced.
         """
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            self.remarks += states.mend(self.checkpoints)
+        remarks = states.mend(self.checkpoints) if getattr(rank_zero_only, "rank", 0) == 0 else []
+        self.remarks += remarks
+        return remarks
 
     @staticmethod
     def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

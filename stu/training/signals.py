@@ -1,5 +1,7 @@
 """Signals that stop a run: from its user, from a terminal that closes, from a cluster whose time limit is near."""
 
+import atexit
+import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -74,3 +76,15 @@ def spare(worker: int) -> None:
     for number in (signal.SIGINT, *ANNOUNCED):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def end_workers() -> None:
+    """At the end of the process: end workers, for which the interpreter would wait after one SIGTERM (`spare`)."""
+    if workers := multiprocessing.active_children():
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises where a worker is killed
+        for worker in workers:
+            worker.kill()
+
+
+atexit.register(end_workers)  # after multiprocessing's own, that is: called before it

@@ -21,10 +21,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from stu.errors import OptionError
-from stu.files import DAMAGED, is_written, put_in_place, replacing
+from stu.files import is_written, kept_name, put_in_place, replacing
 
 LAST, BEST, PREVIOUS, COPY = NAMES = ("last.ckpt", "best.ckpt", "previous.ckpt", "best-copy.ckpt")
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # how a disk says that it has no room
 
 
 class Damaged(Exception):
@@ -105,7 +105,9 @@ def size(weights: Mapping[str, Any]) -> int:
 def unwritable(path: Path, error: OSError, needed: int) -> OptionError:
     """What to raise where a checkpoint of so many bytes cannot be written."""
     room = f"{needed / 2**10:,.0f} KiB" if needed < 2**20 else f"{needed / 2**20:,.0f} MiB"
-    advice = "earlier checkpoints are as they were, and the same command goes on from them"
+    earlier = any(is_written(path.parent / name) for name in NAMES)
+    advice = "earlier checkpoints are as they were" if earlier else "no checkpoint was written yet"
+    advice += ", and the same command goes on where there is room"
     return OptionError("paths.runs", path, f"cannot be written, which takes {room}: {error.strerror}; {advice}")
 
 
@@ -189,7 +191,8 @@ class Survey:
 
     def of(self, best: Best) -> State | None:
         """A whole checkpoint of these best weights."""
-        return next((state for state in self.whole if state.is_best and state.best == best), None)
+        found = [state for state in self.whole if state.is_best and state.best == best]
+        return min(found, key=lambda state: state.path.name != BEST, default=None)
 
     @property
     def damages(self) -> str:
@@ -216,14 +219,15 @@ def mend(folder: Path) -> list[str]:
         path = folder / name
         if state is None or state.path == path:
             continue
-        reason = f"is damaged ({survey.damaged[path]})" if path in survey.damaged else ""
+        reason = "" if path.exists() else "is missing"
+        if path in survey.damaged:
+            reason = f"is damaged ({survey.damaged[path]})"
         if any(other.path == path and other.step > state.step for other in survey.whole):
             reason = "is whole, but the weights of its best validation are lost"
         if reason:
             remarks.append(f"{path} {reason}; {state.path.name}, of step {state.step:,}, takes its place")
             if is_written(path):
-                path.replace(path.with_name(path.name + DAMAGED))
-                remarks[-1] += f"; it is kept as {path.name}{DAMAGED}"
+                remarks[-1] += f"; it is kept as {path.replace(kept_name(path)).name}"
         try:
             with replacing(path) as partial:
                 shutil.copyfile(state.path, partial)

@@ -75,6 +75,7 @@ def test_an_option_is_refused_by_its_name_or_does_no_harm(
     name: str, keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("STU_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # some values are names of folders
     config = OmegaConf.create(written(name))
     for key in keys:
         for given in wrong(OmegaConf.select(config, key)):
