@@ -15,7 +15,7 @@ from stu.resources import memory
 from stu.task import Batch, Examples, Splits, Task
 from stu.training.plan import StepPlan
 from stu.training.resident import Resident
-from stu.training.signals import spare
+from stu.training.signals import end_workers_at_exit, spare
 
 BYTES_PER_EXAMPLE = 32  # of the orders in which a split is read
 WORKERS_PER_CORE = 16  # more would only wait for each other
@@ -117,6 +117,8 @@ class SequenceData(L.LightningDataModule):
         return {"dataset": resident, "collate_fn": _as_it_is}
 
     def _from_host(self, examples: Examples) -> dict[str, Any]:
+        if self.num_workers > 0:
+            end_workers_at_exit()
         return {
             "dataset": examples,
             "collate_fn": self.task.collate,

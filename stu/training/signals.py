@@ -1,11 +1,11 @@
 """Signals that stop a run: from its user, from a terminal that closes, from a cluster whose time limit is near."""
 
-import atexit
 import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
@@ -78,13 +78,14 @@ def spare(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def end_workers() -> None:
-    """At the end of the process: end workers, for which the interpreter would wait after one SIGTERM (`spare`)."""
+def end_workers_at_exit() -> None:
+    """Have workers of loaders killed at the end of this process, which would wait for them (see `spare`)."""
+    Finalize(None, _end_workers, exitpriority=1)  # what multiprocessing calls first, in processes that it made, too
+
+
+def _end_workers() -> None:
     if workers := multiprocessing.active_children():
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises where a worker is killed
         for worker in workers:
             worker.kill()
-
-
-atexit.register(end_workers)  # after multiprocessing's own, that is: called before it

@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import get_context
 
 import pytest
+from torch.utils.data import DataLoader
 
-from stu.training.signals import ANNOUNCED, PERSONAL, Handlers, hurries, leaving
+from stu.training.signals import ANNOUNCED, PERSONAL, Handlers, end_workers_at_exit, hurries, leaving, spare
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
@@ -68,3 +70,22 @@ def test_who_hurries():
         assert hurries(number, first)
     for first, number in ((hup, hup), (usr1, TERM), (hup, TERM), (TERM, usr2), (INT, hup), (usr1, usr2)):
         assert not hurries(number, first)
+
+
+def _leave_a_worker() -> None:
+    """As a run that is stopped: nobody has shut its loader down when the process ends."""
+    end_workers_at_exit()
+    loader = DataLoader([0, 1], num_workers=1, persistent_workers=True, worker_init_fn=spare)  # type: ignore[arg-type]
+    iterator = threading.current_thread().kept = iter(loader)  # type: ignore[attr-defined]
+    next(iterator)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_left_ends_with_its_process():
+    process = get_context("forkserver").Process(target=_leave_a_worker)
+    process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+    assert process.exitcode == 0
