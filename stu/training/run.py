@@ -96,7 +96,7 @@ class Run:
         self.best, self.last = self.checkpoints / states.BEST, self.checkpoints / states.LAST
         self.remarks: list[str] = []
         self.overwrites = False  # whether the command asks to delete what there is
-        self.deleted = self._recorded = False  # whether this start has deleted a run, and is in the manifest
+        self.deleted = self._recorded = False  # whether this start has deleted what there was, and is in the manifest
         self._made: list[Path] = []  # folders that this start has made, the innermost first
         self._place = Path(os.path.realpath(path))  # where a link leads: there a run has its one lock, and is deleted
         self._lock = RunLock(self._place)
@@ -193,8 +193,8 @@ class Run:
         again = self._place in self._overwritten
         require(not again, "overwrite", True, f"an earlier job of this command made {self.path}; name its jobs apart")
         self._overwritten.add(self._place)
+        self.deleted = True
         if self.trained or any(path.exists() for path in (self.config, self.manifest, self.summary)):
-            self.deleted = True
             remove_folder(self._place)
 
     def _begin(self, config: dict[str, Any]) -> None:

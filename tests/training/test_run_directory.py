@@ -631,17 +631,19 @@ class TestMetricsCSV:
             log.log_metrics({"epoch": step / 2, "loss": step / 4}, step=step)
         log.save()
         whole = path.read_bytes()
-        for damaged, rows in (
+        kept = [f"metrics.csv.damaged{number}" for number in ("", "-2", "-3", "-4")]
+        cases = (
             (whole.replace(b"2,1.0,loss", b"2,1.0\xffloss"), [1, 3]),
             (whole.replace(b"0.5\n", b"0.7\n"), [1, 2, 3]),  # only the checksum tells
             (whole.replace(b"\n1", b"\0" + b"1"), [2, 3]),
             (whole[:-9], [1, 2]),
-        ):
+        )
+        for (damaged, rows), name in zip(cases, kept, strict=True):
             path.write_bytes(damaged)
             [remark] = log.rewind(3)
-            assert "metrics.csv was damaged, and is now metrics.csv.damaged" in remark
+            assert f"metrics.csv was damaged, and is now {name}:" in remark
             assert [row[0] for row in read_metrics(path)] == rows
-            assert (tmp_path / "metrics.csv.damaged").read_bytes() == damaged
+            assert (tmp_path / name).read_bytes() == damaged
             assert log.rewind(3) == []
             path.write_bytes(whole)
             log.save()

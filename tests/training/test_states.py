@@ -399,6 +399,6 @@ class TestTheEnd:
         done = training(folder).fit()
         for name in (BEST, COPY):
             shutil.copy(folder / "checkpoints" / LAST, folder / "checkpoints" / name)  # whole, but of other weights
-        with pytest.raises(OptionError, match="the best weights are lost: no file has them"):
+        with pytest.raises(OptionError, match="no file has the weights of the best validation, of step 4"):
             evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {})
         assert not Run(folder).finished
