@@ -1,11 +1,15 @@
 """Who holds a lock file: read from the file, without taking the lock."""
 
+import errno
 import os
 import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+
+# How file systems answer that do not lock files: network mounts without a lock service, FUSE, Lustre.
+WITHOUT_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from rich.progress import Progress
 from data.store.arrow import rows_of
 from stu.errors import OptionError, require
 from stu.files import put_in_place, sync, write_atomically
-from stu.locks import Holder, holder_lines
+from stu.locks import WITHOUT_FLOCK, Holder, holder_lines
 
 Item = TypeVar("Item")
 Spec = Mapping[str, object]
@@ -41,7 +41,6 @@ SECONDS_BETWEEN_LINES = 10.0
 SPEC, FILES = "spec.json", "files"  # the file that describes a directory, and its entry with the facts of the others
 ALL = ""  # in place of a file's name, where it cannot be told which one is damaged
 PIECE = 1 << 20  # bytes that are read at once for a checksum
-NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # said by file systems without locks
 LOST = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # of a file: no right to read it is no damage
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # raised where spec.json is not what was written
 
@@ -337,7 +336,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     try:
         lock = _acquired(FileLock(path, fallback_to_soft=False), name)
     except OSError as error:
-        if error.errno not in NO_FLOCK:
+        if error.errno not in WITHOUT_FLOCK:
             raise
         lock = _acquired(SoftFileLock(path.with_suffix(".softlock")), name, "; delete it if that process is gone")
     else:

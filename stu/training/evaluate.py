@@ -36,11 +36,10 @@ def finish(
     for remark in run.mend():
         note(remark)
     trainer.strategy.barrier()
-    survey = states.Survey(run.checkpoints)
-    found = survey.of(states.Best(checkpoints.best_value, checkpoints.best_step))
-    require(found is not None, "name", run.path, f"the best weights are lost: {survey.damages or 'no file has them'}")
-    assert found is not None
-    module.load_state_dict(run.weights(found.path))
+    kept, wanted = states.checked(run.best).best, states.Best(checkpoints.best_value, checkpoints.best_step)
+    lost = f"the best weights are lost: {run.best.name} has those of step {kept.step:,}, not {wanted.step:,}"
+    require(kept == wanted, "name", run.path, lost)
+    module.load_state_dict(run.weights(run.best))
     trainer.validate(module, data, verbose=False)
     validation = module.evaluated
     trainer.test(module, data, verbose=False)

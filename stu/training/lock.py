@@ -8,10 +8,8 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from stu.errors import OptionError
-from stu.locks import Holder, holder_lines
+from stu.locks import WITHOUT_FLOCK, Holder, holder_lines
 
-# How file systems answer that do not lock files: network mounts without a lock service, FUSE, Lustre.
-WITHOUT_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 SECONDS_TO_FOLLOW = 10.0  # for which processes that a killed one started may keep its lock
 
 
