@@ -11,131 +11,128 @@ import math
 from pathlib import Path
 from typing import Any
 
-import hydra
-import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from stu import SequenceModel, Task
+import stu
+from stu import training
 from stu.cli import errors
 from stu.cli.check import check
+from stu.cli.composition import build, command
 from stu.errors import require, require_length
-from stu.training import MetricsCSV, MetricsLog, Run, SequenceData, SequenceModule, StepPlan, WandbLog, evaluate, report
-from stu.training.cluster import part
-from stu.training.memory import within_memory
-from stu.training.plan import check_trainer, make_trainer
-from stu.training.run import describe_device, run_name
-from stu.training.signals import leaving
+from stu.training import names
 
 
-@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+@command
 @errors.reports_errors
 def main(config: DictConfig) -> float | None:
     """One run; returns its best monitored *validation* value, so that no sweep can select on the test set."""
     check(config)
-    wandb: WandbLog = instantiate(config.logger)
-    report.quiet()
-    check_trainer(config.trainer, instantiate(config.trainer, _partial_=True), sweeping=errors.sweeping())
-    job = HydraConfig.get()
-    names = job.runtime.choices["task"], job.runtime.choices["model"]
-    name = run_name(list(job.overrides.task)) if config.name is None else str(config.name)
-    run = Run.named(Path(config.paths.runs, *names), name)
+    wandb: training.WandbLog = build(config.logger)
+    training.report.quiet()
+    training.check_trainer(config.trainer, build(config.trainer, _partial_=True), sweeping=errors.sweeping())
+    hydra_config = HydraConfig.get()
+    chosen = hydra_config.runtime.choices["task"], hydra_config.runtime.choices["model"]
+    folder = Path(config.paths.runs, *chosen)
+    name = names.known_as(folder, names.run_name(hydra_config.overrides.task))
+    run = training.Run.named(folder, name if config.name is None else str(config.name))
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if config.mode == "test":
-        with leaving():
+        with training.leaving():
             test(config, run, settings)
         return None
     run.overwrites = config.overwrite
-    with report.exit_codes(run):
+    with training.report.exit_codes(run):
         # In a distributed run, another process may still see the run that the first one is about to delete.
-        built = build(config) if config.overwrite or not run.finished else None
+        built = task_and_model(config) if config.overwrite or not run.finished else None
         if not config.overwrite:
             run.check(settings)
         if built:
-            train(config, run, settings, names, wandb, *built)
-        report.result(run)
+            train(config, run, settings, chosen, wandb, *built)
+        training.report.result(run)
         return float(run.read_summary()["best"]["value"])
 
 
-def build(config: DictConfig) -> tuple[Task, SequenceModel]:
+def task_and_model(config: DictConfig) -> tuple[stu.Task, stu.SequenceModel]:
     """The task, its data not yet prepared, and the model, initialised from the seed."""
-    task: Task = instantiate(config.task)
-    L.seed_everything(config.seed, verbose=False)
-    with within_memory():
-        backbone = instantiate(config.model)
+    task: stu.Task = build(config.task)
+    training.seed_everything(config.seed)
+    with training.within_memory():
+        backbone: stu.Backbone = build(config.model)
         require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
-        model = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
+        model = stu.SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
     longest = (getattr(block.mixer, "seq_len", math.inf) for block in backbone.blocks)
     require_length(task.seq_len, min(backbone.longest, *longest))
     return task, model
 
 
-def load_data(config: DictConfig, task: Task) -> SequenceData:
+def load_data(config: DictConfig, task: stu.Task) -> training.SequenceData:
     """The task's data, generated or fetched unless they are in the cache, in the batches of the run's plan."""
     task.prepare()
     splits = task.datasets()
-    plan = StepPlan.of_trainer(config.trainer, examples=len(splits.train), batch_size=config.loader.batch_size)
-    return instantiate(config.loader, _partial_=True)(task, splits, plan, config.seed)
+    examples, batch_size = len(splits.train), config.loader.batch_size
+    plan = training.StepPlan.of_trainer(config.trainer, examples=examples, batch_size=batch_size)
+    data: training.SequenceData = build(config.loader, _partial_=True)(task, splits, plan, config.seed)
+    return data
 
 
 def train(
     config: DictConfig,
-    run: Run,
+    run: training.Run,
     settings: dict[str, Any],
-    names: tuple[str, str],
-    wandb: WandbLog,
-    task: Task,
-    model: SequenceModel,
+    chosen: tuple[str, str],
+    wandb: training.WandbLog,
+    task: stu.Task,
+    model: stu.SequenceModel,
 ) -> None:
     """Fit, from the last checkpoint if there is one; test the best one; write the summary."""
     run.require_writable()  # before what takes long
     data = load_data(config, task)
     plan = data.plan
     baselines = {name: float(value) for name, value in task.baselines().items()}  # not after hours
-    recipe = instantiate(config.optimizer)(model.named_parameters(), plan.total_steps)
-    module = SequenceModule(model, task, recipe=recipe, seed=config.seed)
-    log = MetricsLog(plan, batch_size=data.batch_size, every_n_steps=config.log_every)
+    recipe = build(config.optimizer)(model.named_parameters(), plan.total_steps)
+    module = training.SequenceModule(model, task, recipe=recipe, seed=config.seed)
+    log = training.MetricsLog(plan, batch_size=data.batch_size, every_n_steps=config.log_every)
     kept = run.checkpoints, plan, task.monitor, task.mode, log.every
-    checkpoints = instantiate(config.checkpoints, _partial_=True)(*kept)
-    figures = instantiate(config.figures, _partial_=True)(run.figures)
-    metrics = MetricsCSV(run.metrics)
-    trainer = make_trainer(
-        instantiate(config.trainer, _partial_=True),
-        callbacks=[figures, log, report.progress(plan, log), checkpoints],
+    checkpoints = build(config.checkpoints, _partial_=True)(*kept)
+    figures = build(config.figures, _partial_=True)(run.figures)
+    metrics = training.MetricsCSV(run.metrics)
+    trainer = training.make_trainer(
+        build(config.trainer, _partial_=True),
+        callbacks=[figures, log, training.report.progress(plan, log), checkpoints],
         logger=[metrics, wandb],
         default_root_dir=run.checkpoints,
     )
     data.require_enough(trainer.world_size)
     data.require_batches(config.trainer, trainer.world_size, "val", "test")
-    facts = report.facts(module, plan)
+    facts = training.report.facts(module, plan)
     run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
     run.mend()
-    wandb.start(run, names)
-    device = describe_device(trainer.strategy.root_device)
+    wandb.start(run, chosen)
+    device = training.describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
     run.record_start(device=device, seed=config.seed, **facts)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
-    report.start(run, names, data, module, recipe.groups, device=device, precision=config.trainer.precision)
+    training.report.start(run, chosen, data, module, recipe.groups, device=device, precision=config.trainer.precision)
     trainer.fit(module, data, ckpt_path=run.resumes_from, weights_only=True)
-    evaluate.finish(run, trainer, module, data, checkpoints, baselines)
+    training.evaluate.finish(run, trainer, module, data, checkpoints, baselines)
 
 
-def test(config: DictConfig, run: Run, settings: dict[str, Any]) -> None:
+def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
     """Evaluate a checkpoint on the test set and show the result; nothing is written."""
-    task, model = build(config)
-    module = SequenceModule(model, task, seed=config.seed)
-    checkpoint = evaluate.restore(module, run, config.checkpoint, settings)
+    task, model = task_and_model(config)
+    module = training.SequenceModule(model, task, seed=config.seed)
+    checkpoint = training.evaluate.restore(module, run, config.checkpoint, settings)
     data = load_data(config, task)
-    make, callbacks = instantiate(config.trainer, _partial_=True), [report.evaluation_progress()]
-    trainer = make_trainer(make, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
+    make, callbacks = build(config.trainer, _partial_=True), [training.report.evaluation_progress()]
+    trainer = training.make_trainer(make, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
     data.require_batches(config.trainer, trainer.world_size, "test")
-    device = describe_device(trainer.strategy.root_device)
-    evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
+    device = training.describe_device(trainer.strategy.root_device)
+    training.evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
     trainer.test(module, data, verbose=False)
-    part(trainer)
-    report.tested(checkpoint, module.evaluated, task)
+    training.part(trainer)
+    training.report.tested(checkpoint, module.evaluated, task)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,20 @@ class OptionError(ValueError):
     keyword instead.
     """
 
+    exit_code = 2  # of the command that it ends
+
     def __init__(self, name: str, value: object, allowed: str) -> None:
         super().__init__(f"{name}={value}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
     def __reduce__(self) -> tuple[type["OptionError"], tuple[str, object, str]]:
         return type(self), (self.name, self.value, self.allowed)  # pickled whole, for other processes
+
+
+class Busy(OptionError):
+    """Another process works in the run directory; the same command can be repeated when it has ended."""
+
+    exit_code = 75  # EX_TEMPFAIL, which schedulers and scripts know
 
 
 class CommandError(OptionError):

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
 from stu.backbone import SequenceModel
+from stu.cli.composition import build
 from stu.cli.usage import CONF, options_of
 from stu.errors import OptionError, require
 from stu.mixer import map_state
@@ -63,11 +63,11 @@ def trajectory(folder: Path, name: str) -> list[float]:
         f"model={name}", "task=lds", "task.seq_len=32", "task.data.train=40", "task.data.val=2",
         "task.data.test=1", "optimizer.lr=1e-2",
     )  # fmt: skip
-    task = instantiate(config.task)
+    task = build(config.task)
     torch.manual_seed(0)
-    backbone = instantiate(model_config(name, seq_len=32, dropout=0.1))
+    backbone = build(model_config(name, seq_len=32, dropout=0.1))
     network = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
-    training = Training(folder, task, network, optimizer=instantiate(config.optimizer), max_steps=20, max_epochs=None)
+    training = Training(folder, task, network, optimizer=build(config.optimizer), max_steps=20, max_epochs=None)
     return list(training.fit().rows("train/loss").values())
 
 
@@ -81,7 +81,7 @@ def row(name: str) -> list[str]:
     """One model: its description, parameters on ListOps, work, and state at 2048 steps."""
     description, work = header(name)
     linked = re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", description)
-    backbone = instantiate(composed(f"model={name}", "task=lra_listops").model)
+    backbone = build(composed(f"model={name}", "task=lra_listops").model)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     return [f"`{name}`", linked, f"{parameters:,}", work, state(name)]
 
@@ -107,7 +107,7 @@ def _comments(text: str) -> Iterator[str]:
 
 def state(name: str) -> str:
     """The size of a layer's state for one sequence of 2048 steps in float32, or what a step adds to it."""
-    backbone = instantiate(composed(f"model={name}", "task=lds", "task.seq_len=2048").model)
+    backbone = build(composed(f"model={name}", "task=lds", "task.seq_len=2048").model)
     mixer = backbone.blocks[0].mixer.requires_grad_(False)
     first, second = (size(mixer.prefill(torch.zeros(1, steps, WIDTH))[1]) for steps in (1, 2))
     return f"{first:.3g} KiB" if first == second else f"{second - first:.3g} KiB per step"

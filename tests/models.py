@@ -5,12 +5,12 @@ from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from stu.backbone import Backbone
+from stu.cli import composition
+from stu.cli.composition import build
 from stu.cli.usage import CONF, options_of
 from stu.mixer import Mixer
 from stu.mixers.attention import Attention
@@ -59,8 +59,7 @@ class Case(NamedTuple):
 @cache
 def composed(*overrides: str) -> DictConfig:
     """The configuration of `python train.py …` with these overrides; not to be changed."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return composition.composed(overrides)
 
 
 def model_config(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> DictConfig:
@@ -74,7 +73,7 @@ def model_config(model: str, *, seq_len: int, causal: bool = True, **options: An
 @cache
 def factory(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> partial[Backbone]:
     """The constructor call of a small backbone: instantiating it takes longer than the call."""
-    return instantiate(model_config(model, seq_len=seq_len, causal=causal, **options), _partial_=True)
+    return build(model_config(model, seq_len=seq_len, causal=causal, **options), _partial_=True)
 
 
 def small_backbone(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> Backbone:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from torch import Tensor, multiprocessing, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from torch.testing import assert_close
 
 from stu.backbone import Backbone, Block, SequenceModel
 from stu.channel import GLU, MLP, HalfGLU
+from stu.cli.composition import build
 from stu.encoders import LearnedPositions, LinearEncoder, RotaryPositions, SinusoidalPositions, TokenEncoder
 from stu.errors import OptionError
 from stu.heads import PooledHead, StepHead, pooled
@@ -210,7 +210,7 @@ def test_models_are_causal_where_the_task_is(model):
 def test_models_run_step_by_step(model, positions):
     if positions == "rotary" and "positions" not in model_config(model, seq_len=SEQ_LEN).mixer:
         with pytest.raises(InstantiationException, match="positions=rotary"):  # said, not silently skipped
-            instantiate(model_config(model, seq_len=SEQ_LEN, positions=positions))
+            build(model_config(model, seq_len=SEQ_LEN, positions=positions))
         return
     backbone = trained(small_backbone(model, seq_len=SEQ_LEN, positions=positions))
     x = noise(2, SEQ_LEN, D)

@@ -7,7 +7,7 @@ The configuration is that of train.py, composed and checked in the same way.
 import sys
 
 from stu.cli import output
-from stu.cli.usage import CONF, options_of
+from stu.cli.usage import options_of
 
 HELP = """\
 Build the data of tasks unless the cache has them; check all examples; show what is in them.
@@ -40,15 +40,13 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from data.prepare.cards import Card, InvalidData, card_of, format_baselines, markdown, rows_of
-from stu.cli import errors
+from stu.cli import composition, errors
 from stu.cli.check import check
 from stu.errors import OptionError, require
 from stu.task import Task
@@ -137,15 +135,14 @@ def main() -> None:
 def composed(name: str | None, overrides: Sequence[str]) -> tuple[str, DictConfig]:
     """The name of the task, and the configuration of `python train.py [task=name] overrides`."""
     chosen = [] if name is None else [f"task={name}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", overrides=[*chosen, *overrides], return_hydra_config=True)
+    config = composition.composed([*chosen, *overrides], with_hydra=True)
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return config.hydra.runtime.choices.task, plain
 
 
 def prepare(config: DictConfig, *, name: str, request: Request, cards: list[Card]) -> None:
     """Build, check and show the data of one task; append its card to `cards`."""
-    task: Task = instantiate(config.task)
+    task: Task = composition.build(config.task)
     try:
         task.prepare()
     except OptionError as error:
@@ -155,7 +152,7 @@ def prepare(config: DictConfig, *, name: str, request: Request, cards: list[Card
         print(f"{name} is not here: {SOURCE}={error.value}: {error.allowed}", file=sys.stderr, flush=True)
         return
     try:
-        card = card_of(name, task, instantiate(config.task))
+        card = card_of(name, task, composition.build(config.task))
     except InvalidData as error:
         remedy = f"remove the folder {task.fingerprint()} from the cache to have them rebuilt"
         raise OptionError("task", name, f"the data are invalid: {error}; {remedy}") from error

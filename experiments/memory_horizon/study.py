@@ -5,8 +5,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -16,7 +14,7 @@ from experiments.shared.plots import markdown, provenance
 from experiments.shared.statistics import distinct, from_json, median, select
 from experiments.shared.study import Results
 from stu.backbone import SequenceModel
-from stu.cli.usage import CONF
+from stu.cli import composition
 from stu.task import Batch, Task
 
 SOLVED = 0.01  # largest error rate of a solved task, or mean squared error of adding
@@ -111,8 +109,8 @@ def build(task: str, model: str, length: int, *, train: int, seed: int) -> tuple
     config.task.seq_len = length
     config.task.data.update(TASKS[task], train=train, seed=seed, **HELD_OUT)
     torch.manual_seed(seed)
-    built: Task = instantiate(config.task)
-    backbone = instantiate(config.model)
+    built: Task = composition.build(config.task)
+    backbone = composition.build(config.model)
     return built, SequenceModel(built.encoder(backbone.d_model), backbone, built.head(backbone.d_model))
 
 
@@ -120,8 +118,7 @@ def build(task: str, model: str, length: int, *, train: int, seed: int) -> tuple
 def composed(task: str, model: str) -> DictConfig:
     """What `train.py` would compose with the options of this study; must not be modified."""
     options = [f"model.{key}={value}" for key, value in (COMMON | MODELS[model]).items()]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"task={task}", f"model={model}", *options])
+    return composition.composed([f"task={task}", f"model={model}", *options])
 
 
 def error_on(task: Task, split: str, model: nn.Module) -> float:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from experiments.speed.literal import literal_stu
+from stu.cli import composition
 from stu.cli.check import check
-from stu.cli.usage import CONF, options_of
+from stu.cli.usage import options_of
 from stu.errors import OptionError, require
 
 LITERAL = "literal"
@@ -91,7 +90,7 @@ def find(names: Iterable[str], *, causal: bool, size: Size) -> list[Candidate]:
 
 def build(node: Mapping[str, Any], width: int) -> nn.Module:
     """The mixer of a constructor call, (B, L, D) → (B, L, D)."""
-    return instantiate(node)(width)
+    return composition.build(node)(width)
 
 
 def _candidates(name: str, causal: bool) -> Iterator[Candidate]:
@@ -114,8 +113,7 @@ def _candidates(name: str, causal: bool) -> Iterator[Candidate]:
 def _composed(model: str, causal: bool) -> DictConfig:
     # All that a model reads of its task is the length and the direction.
     overrides = [f"model={model}", "task=lds", f"task.causal={str(causal).lower()}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=overrides)
+    return composition.composed(overrides)
 
 
 def _set_everywhere(node: DictConfig | ListConfig, name: str, value: int) -> None:

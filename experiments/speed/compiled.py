@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 
 from experiments.shared.files import command
 from experiments.shared.machine import origin
@@ -17,6 +16,7 @@ from experiments.speed.bench import Settings, synchronize, without_zeros
 from experiments.speed.candidates import Candidate, Size, find
 from experiments.speed.measure import interleaved
 from experiments.speed.results import Timing
+from stu.cli.composition import build
 from stu.cli.usage import options_of
 from stu.errors import OptionError
 from stu.files import write_atomically
@@ -63,7 +63,7 @@ def _call(candidate: Candidate, size: Size, settings: Settings, *, compile: bool
     torch.manual_seed(0)
     config = candidate.configured(size)
     config.model.depth, config.model.compile = 1, compile
-    backbone = without_zeros(instantiate(config.model, _partial_=True)()).to(settings.device)
+    backbone = without_zeros(build(config.model, _partial_=True)()).to(settings.device)
     x, grad = torch.randn(2, size.batch, size.length, size.width, device=settings.device)
     inputs = (x.requires_grad_(), *backbone.parameters())
 

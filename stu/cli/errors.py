@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
@@ -57,7 +56,7 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
             if not sweeping() or isinstance(error, CommandError):
                 if line is None:
                     raise
-                _fail(line, told=_told_by_another(error))
+                _fail(line, code=getattr(error, "exit_code", USAGE), told=_told_by_another(error))
             _report(line or traceback.format_exc())
         except SystemExit as end:
             if not sweeping() or (isinstance(end.code, int) and end.code >= STOPPED):
@@ -99,10 +98,10 @@ def sweeping() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _fail(line: str, *, told: bool = False) -> NoReturn:
+def _fail(line: str, *, code: int = USAGE, told: bool = False) -> NoReturn:
     if not told:
         _report(line)
-    raise SystemExit(USAGE) from None
+    raise SystemExit(code) from None
 
 
 def _told_by_another(error: BaseException) -> bool:
@@ -110,7 +109,8 @@ def _told_by_another(error: BaseException) -> bool:
 
     Not where this process alone may be wrong: after all have met, or where only variables say that there are others.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # not imported for this
+    if distributed and distributed.is_available() and distributed.is_initialized():
         return False
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return os.environ.get("LOCAL_RANK", "0") != "0"

@@ -1,13 +1,52 @@
-"""Training with Lightning: the one module, the one data module, optimiser groups, the run directory, callbacks."""
+"""Training with Lightning: the one module, the one data module, optimiser groups, the run directory, callbacks.
 
-from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
-from stu.training.data import SequenceData
-from stu.training.figures import Figures
-from stu.training.loggers import MetricsCSV
-from stu.training.module import SequenceModule
-from stu.training.plan import StepPlan
-from stu.training.run import Run
-from stu.training.wandb_log import WandbLog
+Names are imported on first use: a command that trains nothing itself, such as a sweep, imports neither PyTorch nor
+Lightning.
+"""
 
+from typing import TYPE_CHECKING
+
+from stu.lazy import attributes
+
+if TYPE_CHECKING:
+    from stu.training import evaluate, names, report
+    from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
+    from stu.training.cluster import part
+    from stu.training.data import SequenceData
+    from stu.training.figures import Figures
+    from stu.training.loggers import MetricsCSV
+    from stu.training.memory import within_memory
+    from stu.training.module import SequenceModule, seed_everything
+    from stu.training.plan import StepPlan, check_trainer, make_trainer
+    from stu.training.run import Run, describe_device
+    from stu.training.signals import leaving
+    from stu.training.wandb_log import WandbLog
+
+__getattr__ = attributes(
+    __name__,
+    {
+        **dict.fromkeys(("Checkpoints", "Diverged", "MetricsLog", "Stopped"), "callbacks"),
+        "part": "cluster",
+        "SequenceData": "data",
+        "Figures": "figures",
+        "MetricsCSV": "loggers",
+        "within_memory": "memory",
+        **dict.fromkeys(("SequenceModule", "seed_everything"), "module"),
+        **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
+        **dict.fromkeys(("Run", "describe_device"), "run"),
+        "leaving": "signals",
+        "WandbLog": "wandb_log",
+    },
+)
 __all__ = ["Checkpoints", "Diverged", "Figures", "MetricsCSV", "MetricsLog", "Run", "SequenceData", "SequenceModule"]
-__all__ += ["StepPlan", "Stopped", "WandbLog"]
+__all__ += [
+    "StepPlan",
+    "Stopped",
+    "WandbLog",
+    "check_trainer",
+    "describe_device",
+    "evaluate",
+    "leaving",
+    "make_trainer",
+]
+__all__ += ["names", "part", "report", "seed_everything", "within_memory"]

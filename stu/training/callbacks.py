@@ -37,6 +37,8 @@ class Stopped(Agreed):
 class Diverged(Agreed):
     """The loss is not finite."""
 
+    exit_code = 3  # which says that the same command would diverge again
+
 
 class MetricsLog(Callback):
     """Logs training metrics, learning rates, gradient norm, throughput and the share of time spent waiting for data,

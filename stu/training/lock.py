@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from stu.errors import OptionError
+from stu.errors import Busy
 from stu.locks import WITHOUT_FLOCK, Holder, holder_lines
 
 SECONDS_TO_FOLLOW = 10.0  # for which processes that a killed one started may keep its lock
@@ -26,13 +26,13 @@ class RunLock:
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
-        """Take the lock, at once. Raises `OptionError` if another process has it, `OSError` where none can be made."""
+        """Take the lock, at once. Raises `Busy` if another process has it, `OSError` where none can be made."""
         if self._lock is not None:
             return
         try:
             self._lock = self._take()
         except Timeout:
-            raise OptionError("name", self.folder, f"another process is training this run{self._holder()}") from None
+            raise Busy("name", self.folder, f"another process is training this run{self._holder()}") from None
         if not isinstance(self._lock, SoftFileLock):
             self.file.write_text(holder_lines(), encoding="utf-8")
 

@@ -132,6 +132,11 @@ class SequenceModule(L.LightningModule):
         return loss
 
 
+def seed_everything(seed: int) -> None:
+    """Fix what Python, NumPy and PyTorch draw from now on."""
+    L.seed_everything(seed, verbose=False)
+
+
 def compute(metrics: nn.ModuleDict) -> dict[str, float]:
     """The value of every metric over all devices; the metrics are reset."""
     values = {name: float(cast(Metric, metric).compute()) for name, metric in metrics.items()}

@@ -195,7 +195,7 @@ def diverged(run: Run, error: Diverged) -> None:
 def exit_codes(run: Run) -> Iterator[None]:
     """Report how a run ends that does not finish, exit with its code, and release the run in any case.
 
-    128 + the signal after one that stops a run; 1 after a loss that is not finite, and where another process of the run
+    128 + the signal after one that stops a run; 3 after a loss that is not finite; 1 where another process of the run
     is gone. The manifest records these and every other error. A start that was refused leaves no directory that was not
     there before, unless it has trained.
     """
@@ -219,7 +219,7 @@ def exit_codes(run: Run) -> Iterator[None]:
     except Diverged as error:
         diverged(run, error)
         record(run.record_failure, error)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         if isinstance(error, RuntimeError) and tells_of_a_loss(error):
             lost = "another process of this run has ended or cannot be reached"

@@ -1,6 +1,5 @@
 """A run is a directory: its configuration, manifest, metrics, checkpoints and, written last, its summary."""
 
-import hashlib
 import inspect
 import json
 import os
@@ -26,26 +25,10 @@ from stu.errors import OptionError, require
 from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, unsealed, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
+from stu.training.names import is_free, require_plain
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 NO_MATTER = ("hydra-core", "wandb")  # of these, for what is computed
-# Keys that do not change what is computed: they may differ when a run is resumed. `model.compile` changes the rounding,
-# as does another machine; a run of compiled blocks can so be resumed and tested where there is no compiler.
-FREE_KEYS = (
-    "mode",
-    "overwrite",
-    "checkpoint",
-    "logger",
-    "paths",
-    "name",
-    "checkpoints.every_minutes",
-    "loader.num_workers",
-    "loader.device_resident",
-    "figures",
-    "pictures",  # what earlier runs call figures
-    "task.data.dir",
-    "model.compile",
-)
 # Keys that only checks depend on, and the test at the end: they may differ, the latter until the run has its result.
 UNTRAINED_KEYS = ("trainer.num_sanity_val_steps", "trainer.detect_anomaly")
 TEST_KEYS = ("trainer.limit_test_batches",)
@@ -58,9 +41,6 @@ MOVED = {
     **{f"data.{name}": f"data.memory.{name}" for name in ("induction_heads", "mqar", "recall")},
     **{f"data.{name}": f"data.systems.{name}" for name in ("dynamics", "forecast", "lds")},
 }
-
-
-LONGEST_NAME = 240  # bytes: file systems take 255, of which the names of lock and temporary files need some
 
 
 class Run:
@@ -82,10 +62,7 @@ class Run:
     @classmethod
     def named(cls, parent: Path, name: str) -> "Run":
         """The run `name` in the folder `parent`; raises `OptionError` unless the name is that of a plain folder."""
-        plain = name.strip() == name != "" and name[0] != "." and name.isprintable() and not set(name) & set("/\\")
-        require(plain, "name", repr(name), "must be a plain folder name that does not start with a dot")
-        size = len(os.fsencode(name))
-        require(size <= LONGEST_NAME, "name", f"{name[:40]}…", f"has {size} bytes; at most {LONGEST_NAME} are a name")
+        require_plain(name)
         return cls(parent / name)
 
     def __init__(self, path: Path) -> None:
@@ -389,11 +366,6 @@ def _deciding(start: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_free(key: str) -> bool:
-    """Whether a configuration key may change between the starts of one run."""
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-
-
 def is_default(flat: Mapping[str, Any], key: str) -> bool:
     """Whether an option of a flat configuration has the default of the constructor that takes it, or any will do."""
     if key in LATER_KEYS:
@@ -423,23 +395,6 @@ def relocated(flat: Mapping[str, Any]) -> dict[str, Any]:
         return f"{MOVED.get(module, module)}.{name}"
 
     return {key: present(value) if key.endswith("_target_") else value for key, value in flat.items()}
-
-
-def run_name(overrides: list[str], choices: tuple[str, ...] = ("model", "task")) -> str:
-    """A directory name from command-line overrides, so that the same command finds its run again.
-
-    The choices that name the parent directories, and keys that do not change the result, are left out.
-    """
-    kept = []
-    for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
-        if key not in choices and not is_free(key) and not key.startswith("hydra"):
-            kept.append(override.lstrip("+"))
-    name = ",".join(sorted(kept)) or "default"
-    safe = "".join(c if (c.isascii() and c.isalnum()) or c in "=,.-_+" else "-" for c in name)
-    if safe == name and len(name) <= 100:
-        return name
-    return f"{safe[:88]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # other names may be simplified to the same
 
 
 def git_state() -> dict[str, Any] | None:

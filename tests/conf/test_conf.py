@@ -9,12 +9,12 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import train
 from stu import Backbone, SequenceModel, Task
 from stu.cli.check import calls, check
+from stu.cli.composition import build
 from stu.cli.usage import CONF, options_of
 from stu.training import Run, SequenceData, StepPlan
 from stu.training.plan import make_trainer
@@ -99,7 +99,7 @@ def test_a_default_is_the_same_in_yaml_and_python(group: str, option: str, monke
 def test_every_model_is_built_for_every_task(model: str, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("STU_DATA", str(tmp_path))
     config = composed(*runs.small(f"task={task}", f"model={model}"))
-    built, network = train.build(config)
+    built, network = train.task_and_model(config)
     assert isinstance(built, Task)
     assert isinstance(network, SequenceModel)
     assert isinstance(network.backbone, Backbone)
@@ -110,7 +110,7 @@ def test_every_model_is_built_for_every_task(model: str, task: str, monkeypatch:
 
 def test_the_seed_alone_draws_a_model():
     def weights(*overrides: str) -> list[torch.Tensor]:
-        _, network = train.build(composed(*runs.small("task=lds", "model=stu", *overrides)))
+        _, network = train.task_and_model(composed(*runs.small("task=lds", "model=stu", *overrides)))
         return list(network.parameters())
 
     torch.manual_seed(1)
@@ -123,7 +123,7 @@ def test_the_seed_alone_draws_a_model():
 @pytest.mark.parametrize("option", options_of("trainer"))
 def test_every_trainer_is_one(option: str, tmp_path: Path):
     node = composed("task=lds", f"trainer={option}", "trainer.accelerator=cpu").trainer
-    trainer = make_trainer(instantiate(node, _partial_=True, devices=1), logger=False, default_root_dir=tmp_path)
+    trainer = make_trainer(build(node, _partial_=True, devices=1), logger=False, default_root_dir=tmp_path)
     assert isinstance(trainer, L.Trainer)
 
 
@@ -134,7 +134,7 @@ def test_later_options_are_those_of_the_yaml():
 
 @pytest.mark.parametrize("option", options_of("optimizer"))
 def test_every_optimizer_is_made_from_parameters_and_a_budget(option: str):
-    make = instantiate(composed("task=lds", f"optimizer={option}").optimizer)
+    make = build(composed("task=lds", f"optimizer={option}").optimizer)
     parameters = [("w", torch.nn.Parameter(torch.ones(2)))]
     optimizer, schedule = make(parameters, 100).build(parameters)
     assert isinstance(optimizer, torch.optim.Optimizer)
@@ -143,7 +143,7 @@ def test_every_optimizer_is_made_from_parameters_and_a_budget(option: str):
 
 @pytest.mark.parametrize("option", options_of("logger"))
 def test_every_logger_takes_what_a_run_logs(option: str, tmp_path: Path):
-    logger = instantiate(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
+    logger = build(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
     logger.start(Run(tmp_path), ("task", "model"))
     logger.log_metrics({"loss": 1.0}, step=1)
     assert not list(tmp_path.iterdir())
@@ -151,9 +151,9 @@ def test_every_logger_takes_what_a_run_logs(option: str, tmp_path: Path):
 
 def test_the_nodes_of_the_root_are_calls():
     config = composed("task=lds")
-    loader = instantiate(config.loader, _partial_=True)
+    loader = build(config.loader, _partial_=True)
     assert isinstance(loader, partial)
-    task = instantiate(config.task)
+    task = build(config.task)
     data = loader(task, task.datasets(), StepPlan(1, 1, 1, 1), seed=config.seed)
     assert isinstance(data, SequenceData)
     assert data.batch_size == config.loader.batch_size

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
 from stu import SequenceModel
 from stu.cli.check import check
+from stu.cli.composition import build
 from stu.cli.usage import CONF, options_of
 from stu.training import StepPlan
 from stu.training.optim import warmup_steps
@@ -230,8 +230,8 @@ def groups(config: DictConfig, total_steps: int) -> dict[str, float]:
     """Rate and decay of the parameters of a mixer (rate:B …) for short sequences, and of a norm (rate)."""
     short = config.copy()
     short.task.seq_len = 64
-    backbone = instantiate(short.model, depth=1)
-    recipe = instantiate(config.optimizer)(backbone.named_parameters(), total_steps)
+    backbone = build(short.model, depth=1)
+    recipe = build(config.optimizer)(backbone.named_parameters(), total_steps)
     optimizer, _ = recipe.build(backbone.named_parameters())
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     block = backbone.blocks[0]
@@ -253,9 +253,9 @@ def test_a_preset_passes_the_checks_and_builds_what_it_names(name: str):
     check(composed(f"experiment={name}"))
     config = composed(*runs.small(f"experiment={name}"))
     check(config)
-    _, network = train.build(config)
+    _, network = train.task_and_model(config)
     assert isinstance(network, SequenceModel)
-    instantiate(config.optimizer)(network.named_parameters(), 1000)  # refuses groups that match nothing
+    build(config.optimizer)(network.named_parameters(), 1000)  # refuses groups that match nothing
 
 
 @pytest.fixture(scope="module")
@@ -270,11 +270,11 @@ def test_a_preset_takes_a_step_on_its_task(name: str, folder: Path, monkeypatch:
     monkeypatch.setattr("data.lra.pathfinder_images.SLOTS", 16)
     source = sources.overrides(f"lra_{name.split('/')[1]}", folder)
     config = composed(*runs.small(f"experiment={name}", f"paths.data={folder / 'data'}", *source))
-    task, network = train.build(config)
+    task, network = train.task_and_model(config)
     task.prepare()
     examples = task.datasets().train
     batch = task.collate([examples[index] for index in range(8)])
-    recipe = instantiate(config.optimizer)(network.named_parameters(), 10)
+    recipe = build(config.optimizer)(network.named_parameters(), 10)
     optimizer, schedule = recipe.build(network.named_parameters())
     first = {key: value.clone() for key, value in network.state_dict().items()}
     for _ in range(3):  # the rate of the first may be zero

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from experiments.speed import baselines
 from experiments.speed.baselines import main
 from experiments.speed.literal import LITERAL
-from tests.models import composed, instantiate, model_config, randomized
+from tests.models import build, composed, model_config, randomized
 
 D = 6
 SIZES = {"d_model": D, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "chunk_size": 5, "n_ssm": 2}
@@ -17,7 +17,7 @@ SIZES = {"d_model": D, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_group
 
 def layer_of(model, length):
     """A small layer of conf/model, its parameters far from their initial values."""
-    return randomized(instantiate(model_config(model, seq_len=length, **SIZES).mixer)(D), 0.05).double()
+    return randomized(build(model_config(model, seq_len=length, **SIZES).mixer)(D), 0.05).double()
 
 
 @pytest.mark.slow

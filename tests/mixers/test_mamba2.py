@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from stu.cli.composition import build
 from stu.errors import OptionError
 from stu.mixers.mamba2 import Mamba2
 from stu.ops import ssd as module
@@ -375,7 +375,7 @@ def test_the_other_direction_has_parameters_of_its_own():
 
 def test_official_settings_of_the_optimizer():
     """state-spaces/mamba: A_log, D and the bias of Δ do not decay."""
-    optimizer = instantiate(composed("model=mamba2", "task=lds").optimizer)
+    optimizer = build(composed("model=mamba2", "task=lds").optimizer)
     backbone = small_backbone("mamba2", seq_len=32, causal=False)
     made, _ = optimizer(backbone.named_parameters(), 100).build(backbone.named_parameters())
     ssm, default = made.param_groups

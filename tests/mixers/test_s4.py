@@ -9,12 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from stu.cli.composition import build
 from stu.errors import OptionError
 from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
@@ -379,7 +379,7 @@ def test_further_columns_of_the_low_rank_part_begin_small_and_learn():
 def test_the_state_space_learns_at_its_own_rate_without_decay(model, names):
     backbone = small_backbone(model, seq_len=16)
     config = composed(f"model={model}", "task=lds", "optimizer.lr=0.01")
-    recipe = instantiate(config.optimizer)(backbone.named_parameters(), 100)
+    recipe = build(config.optimizer)(backbone.named_parameters(), 100)
     optimizer, _ = recipe.build(backbone.named_parameters())
     group = next(group for group in optimizer.param_groups if group["name"] == "ssm")
     assert (group["initial_lr"], group["weight_decay"]) == (1e-3, 0)

@@ -15,7 +15,7 @@ from stu.reference.mamba2 import for_heads, minimal_ssd, segment_sums
 from stu.reference.s4 import bilinear, s4, truncated_output, with_conjugates
 from stu.reference.s4d import vandermonde_kernel
 from stu.reference.stu import spectral_features
-from tests.models import STU_VARIANTS, instantiate, model_config, randomized
+from tests.models import STU_VARIANTS, build, model_config, randomized
 
 D = 6
 LENGTHS = {1: 1, 2: 2, 7: 7, 13: 13, 15: 5, 32: 8}  # with steps of a chunk, of which each is a multiple
@@ -51,7 +51,7 @@ def test_the_stu(variant, causal):
 def test_the_baselines(model, length):
     sizes = {"d_model": D, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "n_ssm": 2}
     config = model_config(model, seq_len=length, chunk_size=LENGTHS[length], **sizes)
-    layer = randomized(instantiate(config.mixer)(D), 0.05).double()
+    layer = randomized(build(config.mixer)(D), 0.05).double()
     reference = (lambda u: s4_of(layer, u)) if model == "s4" else LITERAL[model](layer, length)
     assert_same((layer, reference), noise(3, length, D), layer.named_parameters())
 

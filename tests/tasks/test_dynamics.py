@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
@@ -29,6 +28,7 @@ from data.systems.forecast import (
     squared_error,
     valid_steps,
 )
+from stu.cli.composition import build
 from stu.errors import OptionError
 from stu.task import Splits
 from tests.models import composed
@@ -557,7 +557,7 @@ def test_baselines_read_a_bounded_number_of_steps(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", TASKS)
 def test_configurations_have_the_defaults_of_the_code(name):
     config = composed(f"task={name}").task
-    task = instantiate(config)
+    task = build(config)
     assert isinstance(task, Forecast)
     assert task.data.system == type(task.data.system)()
     defaults = TrajectoryData(dir="", system=task.data.system, seq_len=1, dt=1.0)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -17,6 +16,7 @@ from torch import Tensor
 from data.systems import lds
 from data.systems.lds import LDS, LDSData
 from data.systems.system import System
+from stu.cli.composition import build
 from stu.errors import OptionError
 from stu.task import Batch
 
@@ -471,7 +471,7 @@ def test_fingerprint_covers_every_option_and_the_version(monkeypatch):
 
 def test_configuration_is_the_defaults_with_every_key_explained():
     config = OmegaConf.load(CONFIG)
-    task = instantiate(OmegaConf.create({"task": config})).task
+    task = build(OmegaConf.create({"task": config})).task
     assert isinstance(task, LDS)
     assert task.data == LDSData(seq_len=1024)
     assert (task.seq_len, task.causal) == (1024, True)

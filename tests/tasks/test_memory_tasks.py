@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -28,6 +27,7 @@ from data.memory.mqar import MQARData, power_law
 from data.memory.recall import IGNORE, Recall, RecallData, commonest
 from data.store import synthetic
 from data.store.synthetic import SyntheticData, shuffled, subsets, uniforms
+from stu.cli.composition import build
 from stu.cli.usage import CONF
 from stu.errors import OptionError
 from stu.task import Batch, Task
@@ -524,7 +524,7 @@ def test_fingerprints_cover_every_option_the_kind_and_the_version(monkeypatch):
 def test_configuration_is_the_defaults_with_every_key_explained(name, data):
     path = CONF / "task" / f"{name}.yaml"
     config = OmegaConf.load(path)
-    task = instantiate(OmegaConf.create({"task": config})).task
+    task = build(OmegaConf.create({"task": config})).task
     assert type(task) is (Adding if data is AddingData else Recall)
     assert type(task.data) is data
     assert task.causal is True

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from data.systems import dynamics
 from stu import resources
 from stu.cli.check import calls, check_call
+from stu.cli.composition import build
 from stu.cli.usage import CONF, at_home, options_of
 from stu.errors import OptionError
 from tests import runs
@@ -95,7 +95,7 @@ def refusal(name: str, values: Mapping[str, Any]) -> str | None:
     try:
         for key, node in calls(plain):
             check_call(key, node)
-        instantiate(plain["task"]).encoder(64)
+        build(plain["task"]).encoder(64)
     except OptionError as error:
         return str(error)
     except InstantiationException as error:
@@ -161,7 +161,7 @@ def test_what_cannot_be_simulated_is_said_in_time(
 ):
     monkeypatch.setattr(dynamics, "EVALUATIONS", 1000)
     monkeypatch.setenv("STU_DATA", str(tmp_path))
-    task = instantiate(composed(*runs.small(f"task={name}", f"task.data.{option}")).task)
+    task = build(composed(*runs.small(f"task={name}", f"task.data.{option}")).task)
     with pytest.raises(
         OptionError, match=r"^dt=.*: .*: choose a shorter dt, weaker terms of the system, or a weaker f"
     ):

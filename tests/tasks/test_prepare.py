@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -24,6 +23,7 @@ from data.prepare import __main__ as prepare
 from data.prepare.cards import Card, Counts, InvalidData, Moments, Split, card_of, markdown, rows_of
 from data.systems.lds import LDS
 from stu.cli.check import check
+from stu.cli.composition import build
 from stu.cli.errors import USAGE
 from stu.cli.usage import options_of
 from stu.task import Batch, Splits, Task
@@ -67,7 +67,7 @@ def built(folder: Path, name: str, *overrides: str) -> Any:
     for override in (f"paths.data={folder / 'data'}", *sources.overrides(name, folder), *overrides):
         key, _, value = override.partition("=")
         OmegaConf.update(config, key, yaml.safe_load(value), force_add=False)
-    task = instantiate(config.task)
+    task = build(config.task)
     task.prepare()
     return task
 
@@ -381,7 +381,7 @@ class TestFigures:
     def test_image_tasks_say_their_shape(self, name: str):
         """Otherwise their figures would be drawn as if they were text."""
         config = composed(*runs.small(f"task={name}"))
-        rows, columns = instantiate(config.task).image_shape
+        rows, columns = build(config.task).image_shape
         assert rows * columns == config.task.seq_len
 
     @pytest.mark.slow
@@ -462,14 +462,14 @@ class TestCommand:
         done = command("task=lds", "task.seq_len=32", *SIZES, "card=cards.md", "figures=look/at")
         assert (done.code, done.err) == (0, "")
         config = composed("task=lds", "task.seq_len=32", *SIZES)
-        task: LDS = instantiate(config.task)
+        task: LDS = build(config.task)
         assert done.out.startswith(f"lds, {task.fingerprint()}\n")
         assert re.search(r"^examples +40 +10 +10 *$", done.out, re.MULTILINE)
         assert re.search(r"^length +32 +32 +32 *$", done.out, re.MULTILINE)
         assert re.search(
             r"^trivial baselines: zero [\d.]+, static [\d.]+, .*, truth [\de.-]+ \(mse\)$", done.out, re.MULTILINE
         )
-        card = card_of("lds", task, instantiate(config.task))
+        card = card_of("lds", task, build(config.task))
         overrides = f"task=lds task.seq_len=32 {' '.join(SIZES)} card=cards.md figures=look/at"
         expected = f"<!-- python -m data.prepare {overrides} -->\n\n{markdown([card])}"
         assert (tmp_path / "cards.md").read_text() == expected

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from stu.cli.composition import build
 from stu.errors import CommandError, OptionError
 from stu.training import Diverged, Stopped
 from stu.training.cluster import RANKS, Slurm, Started, environments
@@ -55,7 +55,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], *overrid
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     trainer = configured(*overrides)
-    check_trainer(trainer, instantiate(trainer, _partial_=True), sweeping=sweeping)
+    check_trainer(trainer, build(trainer, _partial_=True), sweeping=sweeping)
     return rank_zero_only.rank
 
 

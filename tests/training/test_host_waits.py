@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, distributed, nn
 from torch._library.custom_ops import OPDEFS
 from torchmetrics import MeanMetric
 
 from stu.backbone import SequenceModel
+from stu.cli.composition import build
 from stu.cli.usage import options_of
 from stu.task import Batch, Task
 from stu.training.report import ProgressLines
@@ -54,10 +54,10 @@ CASES = [*((task, "stu") for task in options_of("task")), *(("lra_listops", name
 def test_a_step_never_waits(task: str, name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     chosen = f"task={task}", f"model={name}", *sources.overrides(task, data), f"paths.data={data}"
     config = composed(*runs.small(*chosen))
-    of_task = instantiate(config.task)
+    of_task = build(config.task)
     of_task.prepare()
     width = config.model.d_model
-    network = SequenceModel(of_task.encoder(width), instantiate(config.model), of_task.head(width))
+    network = SequenceModel(of_task.encoder(width), build(config.model), of_task.head(width))
     watch(monkeypatch, tmp_path, of_task, network)
 
 

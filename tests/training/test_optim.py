@@ -9,13 +9,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from data.systems.lds import LDS, LDSData
 from stu.backbone import SequenceModel
+from stu.cli.composition import build
 from stu.errors import OptionError
 from stu.training.optim import adamw, learning_rate, warmup_steps
 from tests.models import MODELS, composed, small_backbone
@@ -211,7 +211,7 @@ def test_weight_decay_and_rate_of_a_group_reach_its_parameters():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_of_every_model_is_in_exactly_one_group(model: str):
-    optimizer = instantiate(composed(f"model={model}", "task=lds").optimizer)
+    optimizer = build(composed(f"model={model}", "task=lds").optimizer)
     backbone = small_backbone(model, seq_len=32)
     made, _ = built(backbone, 100, optimizer)
     grouped = [parameter for group in made.param_groups for parameter in group["params"]]
@@ -220,7 +220,7 @@ def test_every_parameter_of_every_model_is_in_exactly_one_group(model: str):
 
 def test_official_settings_of_the_autoregressive_stu():
     """google-deepmind/spectral_ssm: M^y learns ten times slower than the rest and does not decay."""
-    optimizer = instantiate(composed("model=stu_ar", "task=lds").optimizer)
+    optimizer = build(composed("model=stu_ar", "task=lds").optimizer)
     backbone = small_backbone("stu_ar", seq_len=32)
     made, _ = built(backbone, 100, optimizer)
     m_y, default = made.param_groups

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
+from stu.cli.composition import build
 from stu.cli.usage import options_of
 from stu.errors import OptionError
 from stu.task import Batch
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_task(name: str, data: Path) -> Any:
-    task = instantiate(composed(*runs.small(f"task={name}", *sources.overrides(name, data), f"paths.data={data}")).task)
+    task = build(composed(*runs.small(f"task={name}", *sources.overrides(name, data), f"paths.data={data}")).task)
     task.prepare()
     return task
 

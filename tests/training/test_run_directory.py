@@ -29,7 +29,8 @@ from stu.files import sealed, unsealed
 from stu.training import Diverged, MetricsCSV, Run, Stopped, report
 from stu.training import run as run_module
 from stu.training.loggers import read_metrics
-from stu.training.run import FREE_KEYS, MOVED, flatten, is_free, relocated, run_name
+from stu.training.names import FREE_KEYS, is_free, known_as, run_name
+from stu.training.run import MOVED, flatten, relocated
 from tests import runs
 
 CONFIG = {
@@ -507,6 +508,20 @@ class TestNames:
         random.shuffle(overrides)
         assert run_name(overrides) == name
 
+    def test_what_is_swept_stands_first_and_does_not_change_the_run(self, tmp_path: Path):
+        constants = [f"model.mixer.option_{i}=value" for i in range(9)]
+        name, plain = run_name([*constants, "seed=1"], {"seed"}), run_name([*constants, "seed=1"])
+        assert name.startswith("seed=1,option_0=value,option_1=value")
+        assert plain.startswith("option_0=value,option_1=value")
+        assert name[-11:] == plain[-11:] != run_name([*constants, "seed=2"], {"seed"})[-11:]
+        assert known_as(tmp_path / "none", plain) == known_as(tmp_path, plain) == plain
+        (tmp_path / f".{name}.lock").touch()
+        (tmp_path / name).mkdir()
+        assert known_as(tmp_path, plain) == name
+        (tmp_path / plain).mkdir()
+        assert known_as(tmp_path, plain) == plain
+        assert known_as(tmp_path, "seed=1") == "seed=1"
+
     @given(OVERRIDES, OVERRIDES)
     def test_distinct_for_distinct_overrides(self, one: list[str], other: list[str]):
         telling = [sorted(o for o in some if not is_free(o.split("=")[0])) for some in (one, other)]
@@ -828,7 +843,7 @@ class TestTrainPy:
             done = runs.train(home, *COMMAND, "name=locked", "overwrite=true")
         finally:
             with_lock.close()
-        assert done.code == 2
+        assert done.code == 75
         assert len(done.err.splitlines()) == 1
         assert "another process is training this run" in done.err
         assert with_lock.config.exists()
