@@ -11,7 +11,9 @@ def declared() -> dict[str, tuple[int, ...]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = project["dependencies"], *project["optional-dependencies"].values()
     requirements = [requirement for group in groups for requirement in group if not requirement.startswith("stu[")]
-    return {name.lower(): numbers(lowest) for name, lowest in (one.partition(",")[0].split(">=") for one in requirements)}
+    return {
+        name.lower(): numbers(lowest) for name, lowest in (one.partition(",")[0].split(">=") for one in requirements)
+    }
 
 
 def pinned(file: str) -> dict[str, tuple[int, ...]]:
