@@ -87,6 +87,8 @@ def train(
 ) -> None:
     """Fit, from the last checkpoint if there is one; test the best one; write the summary."""
     run.require_writable()  # before what takes long
+    callbacks = {str(name): build(node) for name, node in config.callbacks.items()}
+    training.check_callbacks(callbacks, config.trainer, task)
     data = load_data(config, task)
     plan = data.plan
     baselines = {name: float(value) for name, value in task.baselines().items()}  # not after hours
@@ -99,7 +101,7 @@ def train(
     metrics = training.MetricsCSV(run.metrics)
     trainer = training.make_trainer(
         build(config.trainer, _partial_=True),
-        callbacks=[figures, log, training.report.progress(plan, log), checkpoints],
+        callbacks=[figures, log, training.report.progress(plan, log), *callbacks.values(), checkpoints],
         logger=[metrics, wandb],
         default_root_dir=run.checkpoints,
     )

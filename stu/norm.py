@@ -74,6 +74,15 @@ class BatchNorm(Structured):
             scale = self.weight * torch.rsqrt(var + self.eps)
             return ((upcast - mean) * scale + self.bias).to(x.dtype)
 
+    @torch.no_grad()
+    def recount_(self, num_batches: Tensor) -> None:
+        """Count as many batches, and keep the mean and the variance that evaluations use."""
+        mean, var = self._averages()
+        debias = 1 - (1 - self.momentum) ** num_batches.to(self.hidden_mean.dtype)
+        self.hidden_mean.copy_(mean * debias)
+        self.hidden_var.copy_(var * debias)
+        self.num_batches.copy_(num_batches)
+
     def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         keep = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)  # (…, 1)
         over = tuple(range(x.ndim - 1))

@@ -25,12 +25,22 @@ def batch_norm(rank: int, folder: str) -> None:
 
 def compiled_and_not(rank: int, folder: str) -> None:
     """The gradients of a compiled model in one of two processes, and of the same model as it is, left in `folder`."""
+    _with_and_without("compile", rank, folder)
+
+
+def recomputed_and_not(rank: int, folder: str) -> None:
+    """The same of a model whose blocks are computed again in the backward pass."""
+    _with_and_without("checkpoint_blocks", rank, folder)
+
+
+def _with_and_without(option: str, rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = []
-    for compile in (True, False):
+    for chosen in (True, False):
         torch.manual_seed(0)
-        model = nn.parallel.DistributedDataParallel(small_backbone("stu_t", seq_len=24, depth=1, compile=compile))
+        backbone = small_backbone("stu_t", seq_len=24, depth=1, **{option: chosen})
+        model = nn.parallel.DistributedDataParallel(backbone)
         torch.manual_seed(rank)
         x = torch.randn(3, 20 - rank, 8)
         model(x, torch.arange(20 - rank) < torch.tensor([[20], [4], [11]])).square().sum().backward()

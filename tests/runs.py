@@ -174,20 +174,25 @@ def _signal_at(number: int, where: str, call: int, times: int, group: bool) -> N
     setattr(cls, name, wrapped)
 
 
+# What a summary says of this machine and this time, rather than of the model.
+MEASURED = ("seconds", "tokens_per_second", "peak_memory")
+
+
 def run_of(home: Path, task: str, model: str, name: str) -> Run:
     """The run directory that `name=…` made."""
     return Run(home / "runs" / task / model / name)
 
 
 def results(run: Run) -> dict[str, Any]:
-    """All that a run computed: rows and checkpoints without times, and the summary."""
-    return {"rows": [row for row in read_metrics(run.metrics) if not row[2].startswith("time/")], **states(run)}
+    """All that a run computed: rows and checkpoints without times and memory, and the summary."""
+    computed = [row for row in read_metrics(run.metrics) if not row[2].startswith(("time/", "memory/"))]
+    return {"rows": computed, **states(run)}
 
 
 def states(run: Run) -> dict[str, Any]:
     """The same without rows."""
     last, best = (torch.load(path, weights_only=True) for path in (run.last, run.best))
-    summary = {key: value for key, value in run.read_summary().items() if key != "seconds"}
+    summary = {key: value for key, value in run.read_summary().items() if key not in MEASURED}
     weights = {name: state["state_dict"] for name, state in (("last", last), ("best", best))}
     return {**weights, "optimizer": last["optimizer_states"], "summary": summary}
 

@@ -39,6 +39,8 @@ class Row:
     best_val: float | None
     parameters: int | None
     sequences_per_second: float | None  # in training, the median
+    tokens_per_second: float | None  # likewise; of real positions
+    peak_memory: float | None  # bytes that training took at most, of a GPU or of the process
     seconds: float | None  # of training, all starts together
     status: Status
     step: int | None  # the last one logged
@@ -95,7 +97,13 @@ def read(path: Path) -> Row:
     test = _number(_at(summary, "test", metric))
     if finished and test is None and "summary.json is unreadable" not in unreadable:
         unreadable.append(f"summary.json has no test {metric}")
-    rates = [value for _, _, name, value in metrics if name == "time/sequences_per_second" and math.isfinite(value)]
+    measured: dict[str, list[float]] = {"time/sequences_per_second": [], "time/tokens_per_second": []}
+    measured["memory/peak_bytes"] = []
+    for _, _, name, value in metrics:
+        if name in measured and math.isfinite(value):
+            measured[name].append(value)
+    sequences, tokens, peaks = measured.values()
+    last = _number(_at(summary, "peak_memory"))
     return Row(
         task=_printable(path.parent.parent.name),
         model=_printable(path.parent.name),
@@ -106,7 +114,9 @@ def read(path: Path) -> Row:
         test=test,
         best_val=best,
         parameters=_whole(_at(summary, "parameters"), _at(manifest, "parameters")),
-        sequences_per_second=statistics.median(rates) if rates else None,
+        sequences_per_second=statistics.median(sequences) if sequences else None,
+        tokens_per_second=statistics.median(tokens) if tokens else None,
+        peak_memory=max([*peaks, *([] if last is None else [last])], default=None),
         seconds=_number(_at(summary, "seconds")),
         status="finished" if finished else _unfinished(path, manifest, metrics),
         step=metrics[-1][0] if metrics else None,

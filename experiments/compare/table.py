@@ -28,6 +28,8 @@ COLUMNS: Sequence[tuple[str, Literal["left", "right"], Callable[[Row], str]]] = 
     ("best val", "right", lambda row: _number(row.best_val)),
     ("parameters", "right", lambda row: _number(row.parameters, ",")),
     ("seq/s", "right", lambda row: _number(row.sequences_per_second, ",.0f")),
+    ("tokens/s", "right", lambda row: _number(row.tokens_per_second, ",.0f")),
+    ("GiB", "right", lambda row: _number(row.peak_memory and row.peak_memory / 2**30, ".2f")),
     ("time", "right", lambda row: _duration(row.seconds)),
     ("status", "left", lambda row: row.state),
 )

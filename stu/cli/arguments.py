@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from stu.cli.usage import GROUPS, folded, options_of
 from stu.errors import OptionError, require
 
+SEVERAL = ("callbacks",)  # groups of which a list of options may be chosen
 CHOSEN = [group for group in GROUPS if group != "experiment"]  # one option of each is in every configuration
 FOLDERS = {"paths.runs": "STU_RUNS", "paths.data": "STU_DATA"}  # keys, and what their defaults are read from
 FLAGS = "-m, --cfg job|hydra|all (with --resolve), --info, --version, --help, --hydra-help"
@@ -91,7 +92,11 @@ def _swept(word: str, override: Override) -> str:
 
 
 def require_option(group: str, choice: Any) -> None:
-    """Raise `OptionError` unless `choice` is an option of a group: no null, no list, no path to elsewhere."""
+    """Raise `OptionError` unless `choice` is an option of a group: no null, no path to elsewhere, a list only there."""
+    if group in SEVERAL and isinstance(choice, list):
+        for one in choice:
+            require_option(group, one)
+        return
     options = options_of(group)
     near = "".join(f"did you mean {match}? " for match in get_close_matches(str(choice), options, n=1))
     allowed = f"no such option; {near}choose one of {', '.join(folded(options))}"

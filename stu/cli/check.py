@@ -37,6 +37,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "trainer.profiler": Literal["simple", "advanced"] | None,
     "trainer.precision": Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", 32, 64, 16, "bf16"],
     "optimizer": Callable[..., Any],
+    "callbacks": Mapping,
     "mode": Literal["train", "test"],
     "name": str | int | None,
     "seed": range(2**32),
@@ -73,6 +74,10 @@ def check(config: DictConfig) -> None:
             raise Refused(key, value, "must be a number")
         if key in hints and not fits(value, hints[key]):
             raise Refused(key, brief(value), f"must be {described(hints[key])}")
+    for name, value in plain["callbacks"].items():
+        callback = resolve_name("lightning.Callback")
+        if not fits(value, callback):
+            raise Refused(f"callbacks.{name}", brief(value), f"must be {described(callback)}")
     for name, value in plain["paths"].items():
         if f"paths.{name}" not in HINTS:
             raise Refused(f"paths.{name}", brief(value), f"no such key; {suggestion(name, plain['paths'])}")

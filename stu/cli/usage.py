@@ -15,6 +15,7 @@ GROUPS = {
     "experiment": "presets: several choices at once",
     "optimizer": "how it learns",
     "trainer": "where and how long: arguments of lightning.Trainer",
+    "callbacks": "what a run may have besides; several: callbacks=[ema,early_stopping]",
     "logger": "where metrics are logged besides metrics.csv",
     "paths": "where runs and data are stored",
 }

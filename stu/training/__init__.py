@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stu.training.loggers import MetricsCSV
     from stu.training.memory import within_memory
     from stu.training.module import SequenceModule, seed_everything
+    from stu.training.optional import EMA, DeviceStats, EarlyStopping, check_callbacks
     from stu.training.plan import StepPlan, check_trainer, make_trainer
     from stu.training.run import Run, describe_device
     from stu.training.signals import leaving
@@ -32,6 +33,7 @@ __getattr__ = attributes(
         "MetricsCSV": "loggers",
         "within_memory": "memory",
         **dict.fromkeys(("SequenceModule", "seed_everything"), "module"),
+        **dict.fromkeys(("EMA", "DeviceStats", "EarlyStopping", "check_callbacks"), "optional"),
         **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
         **dict.fromkeys(("Run", "describe_device"), "run"),
         "leaving": "signals",
@@ -49,4 +51,5 @@ __all__ += [
     "leaving",
     "make_trainer",
 ]
+__all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
 __all__ += ["names", "part", "report", "seed_everything", "within_memory"]

@@ -14,11 +14,14 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import Tensor
 
 from stu.errors import require
 from stu.files import PARTIAL, put_in_place
+from stu.task import Batch
 from stu.training import states
 from stu.training.cluster import Agreed
+from stu.training.memory import peak, reset_peak
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
 from stu.training.signals import PERSONAL, Handlers, hurries
@@ -41,26 +44,27 @@ class Diverged(Agreed):
 
 
 class MetricsLog(Callback):
-    """Logs training metrics, learning rates, gradient norm, throughput and the share of time spent waiting for data,
-    every `every_n_steps` optimiser steps.
+    """Logs training metrics, learning rates, gradient norm, throughput, the share of time spent waiting for data, and
+    peak memory, every `every_n_steps` optimiser steps.
 
-    All of them are over the steps since the last row; a resumed run writes the same rows as an uninterrupted one,
-    except for times.
+    All but the last are over the steps since the last row; a resumed run writes the same rows as an uninterrupted one,
+    except for times and memory. A token is a real position of the inputs, of all devices; memory is that of the device
+    with the highest peak, see `memory.peak`.
     """
 
     def __init__(self, plan: StepPlan, *, batch_size: int, every_n_steps: int) -> None:
         require(every_n_steps >= 1, "log_every", every_n_steps, "must be at least 1")
         self.plan, self.batch_size, self.every = plan, batch_size, every_n_steps
         self.since = self.validation_started = time.perf_counter()
-        self.steps_since = 0
+        self.steps_since, self.tokens = 0, Tokens()
         self.rates: dict[str, float] = {}
         self.gradient_norm = torch.tensor(math.nan)
         self.latest: dict[str, float] = {}  # for the progress display
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self.since, self.steps_since = time.perf_counter(), 0
-        self.batch_ended, self.waited = self.since, 0.0
+        """Start the clock, and measure the peak of memory from here on, where that can be."""
+        reset_peak(trainer.strategy.root_device)
+        self._restart()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -80,6 +84,7 @@ class MetricsLog(Callback):
     ) -> None:
         """Write a row of the training log when it is due."""
         self.batch_ended = time.perf_counter()
+        self.tokens.add(batch)
         if (batch_idx + 1) % self.plan.accumulate:
             return
         self.steps_since += 1
@@ -90,10 +95,11 @@ class MetricsLog(Callback):
         row |= {**self.rates, "gradient_norm": float(self.gradient_norm)}
         seconds = time.perf_counter() - self.since  # by now a GPU has done its part of these steps
         row["time/sequences_per_second"] = self._rate(seconds)
+        row["time/tokens_per_second"] = self.tokens.total(trainer) / max(seconds, 1e-9)
         row["time/data_share"] = self.waited / max(seconds, 1e-9)
+        row["memory/peak_bytes"] = highest_peak(trainer)
         self._write(trainer, row)
-        self.since, self.steps_since = time.perf_counter(), 0
-        self.batch_ended, self.waited = self.since, 0.0
+        self._restart()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the validation, which does not count as training."""
@@ -113,6 +119,10 @@ class MetricsLog(Callback):
         for logger in trainer.loggers:
             logger.save()
 
+    def _restart(self) -> None:
+        self.since, self.steps_since, self.tokens = time.perf_counter(), 0, Tokens()
+        self.batch_ended, self.waited = self.since, 0.0
+
     def _rate(self, seconds: float) -> float:
         return self.steps_since * self.batch_size / max(seconds, 1e-9)
 
@@ -120,6 +130,34 @@ class MetricsLog(Callback):
         self.latest |= row
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": self.plan.epoch(trainer.global_step), **row}, step=trainer.global_step)
+
+
+class Tokens:
+    """Counts the real positions of batches, waiting for no device."""
+
+    def __init__(self) -> None:
+        self.known = 0
+        self.counted: int | Tensor = 0  # on the device
+
+    def add(self, batch: Batch) -> None:
+        """Those of one batch."""
+        if batch.mask is None:
+            self.known += batch.inputs.shape[0] * batch.inputs.shape[1]
+        elif batch.num_real is not None:
+            self.known += batch.num_real
+        else:
+            self.counted = self.counted + batch.mask.sum()
+
+    def total(self, trainer: L.Trainer) -> int:
+        """Those of all devices."""
+        total = self.known + int(self.counted)
+        return total if trainer.world_size == 1 else _reduced(trainer, total, "sum")
+
+
+def highest_peak(trainer: L.Trainer) -> int:
+    """`memory.peak` of the device where it is highest."""
+    here = peak(trainer.strategy.root_device)
+    return here if trainer.world_size == 1 else _reduced(trainer, here, "max")
 
 
 class Checkpoints(Checkpoint):
@@ -153,17 +191,22 @@ class Checkpoints(Checkpoint):
         self.every_minutes, self.every_n_steps, self.check_every = every_minutes, every_n_steps, check_every
         self.best_value: float | None = None
         self.best_step = 0
-        self.seconds = 0.0  # of training in all earlier starts of the run
+        self.seconds = 0.0  # of training so far, but for what the clock is measuring
         self.last_step = 0  # of last.ckpt
         self.signal_number: int | None = None
         self._writer = states.Writer()
         self._handlers: Handlers | None = None
-        self._saved_at = self._clock = time.monotonic()
+        self._saved_at = time.monotonic()
+        self._clock: float | None = None  # runs during training
 
     @property
     def seconds_trained(self) -> float:
-        """Training time of all starts of the run together."""
-        return self.seconds + time.monotonic() - self._clock
+        """Seconds of all starts of the run together, each from its first step to the end of its last one.
+
+        Validations and checkpoints in between count. What comes before and after does not: imports, data, a logger that
+        starts, the trial of a validation, the test.
+        """
+        return self.seconds + (0.0 if self._clock is None else time.monotonic() - self._clock)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs."""
@@ -251,12 +294,17 @@ class Checkpoints(Checkpoint):
             raise self._stopped(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the signal handlers."""
+        """Stop the clock, and restore the signal handlers."""
+        self._stop_clock()
         self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers."""
+        """Likewise."""
+        self._stop_clock()
         self._restore_signals()
+
+    def _stop_clock(self) -> None:
+        self.seconds, self._clock = self.seconds_trained, None
 
     def _improves(self, value: float) -> bool:
         if self.best_value is None:
@@ -336,10 +384,10 @@ class Checkpoints(Checkpoint):
 
     def _stopped(self, trainer: L.Trainer) -> Stopped:
         """The same on all devices, whichever of them the signal has reached."""
-        number = torch.tensor(self.signal_number or 0, device=trainer.strategy.root_device)
+        number = self.signal_number or 0
         if trainer.world_size > 1:
-            number = trainer.strategy.reduce(number, reduce_op="max")
-        return Stopped(int(number), trainer.global_step)
+            number = _reduced(trainer, number, "max")
+        return Stopped(number, trainer.global_step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is None:
@@ -353,6 +401,11 @@ class Checkpoints(Checkpoint):
     def _restore_signals(self) -> None:
         if self._handlers is not None:
             self._handlers.restore()
+
+
+def _reduced(trainer: L.Trainer, number: int, how: Literal["max", "sum"]) -> int:
+    """A number of each device, reduced over all of them."""
+    return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op=how))
 
 
 def _agree_at_times(trainer: L.Trainer, decision: bool) -> bool:

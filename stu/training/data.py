@@ -74,7 +74,9 @@ class SequenceData(L.LightningDataModule):
         """Raise `OptionError` where the arguments of a Trainer leave no batch of val or test on some device."""
         for split in splits:
             limit = arguments[f"limit_{split}_batches"]
-            examples = len(getattr(self.splits, split)) // world_size  # of the device that has fewest
+            overfits = self.plan.overfits and split == "val"
+            count = len(self._overfitted()) if overfits else len(getattr(self.splits, split))
+            examples = count // world_size  # of the device that has fewest
             batches = math.ceil(examples / max(1, self.batch_size // world_size))
             allowed = f"must be at least {1 / max(1, batches):.3g}: there are {batches} batches"
             fits = not isinstance(limit, float) or int(limit * batches) >= 1
@@ -95,17 +97,30 @@ class SequenceData(L.LightningDataModule):
         return ResumableLoader(sampler, **self._source("train"))
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every validation example once."""
+        """Every validation example once, or every training example of a plan that overfits."""
+        if self.plan.overfits:
+            return self._evaluation_loader(self.splits.train, self._source("train"), self._overfitted())
         return self._evaluation_loader(self.splits.val, self._source("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Every test example once."""
         return self._evaluation_loader(self.splits.test, self._from_host(self.splits.test))
 
-    def _evaluation_loader(self, examples: Examples, source: dict[str, Any]) -> DataLoader[Batch]:
+    def _evaluation_loader(
+        self, examples: Examples, source: dict[str, Any], some: np.ndarray | None = None
+    ) -> DataLoader[Batch]:
+        """some: the examples that are read, by their indices; None: all."""
+        some = np.arange(len(examples)) if some is None else some
+        lengths = None if examples.lengths is None else examples.lengths[some]
         per_device = max(1, self.batch_size // self._world_size)
-        batches = evaluation_batches(len(examples), examples.lengths, per_device, self._rank, self._world_size)
-        return DataLoader(batch_sampler=batches, **source)
+        batches = evaluation_batches(len(some), lengths, per_device, self._rank, self._world_size)
+        return DataLoader(batch_sampler=[some[batch].tolist() for batch in batches], **source)
+
+    def _overfitted(self) -> np.ndarray:
+        """Indices of the training examples of a plan that overfits."""
+        train = self.splits.train
+        first = epoch_batches(len(train), train.lengths, self.batch_size, self.bucket, self.seed, epoch=0)
+        return first[: self.plan.steps_per_epoch].flatten()
 
     def _source(self, split: str) -> dict[str, Any]:
         """Where a loader has its batches from: the device, if they live there, or else the host."""
@@ -130,7 +145,8 @@ class SequenceData(L.LightningDataModule):
 
     def _made_resident(self, examples: Examples) -> Resident | None:
         if self.device_resident is not True:
-            all_read = self.plan.total_steps >= self.plan.steps_per_epoch
+            limited = self.plan.steps_per_epoch < len(self.splits.train) // self.batch_size
+            all_read = self.plan.total_steps >= self.plan.steps_per_epoch and not limited
             if not self.device_resident or self._device.type != "cuda" or not all_read:
                 return None
         share = 1.0 if self.device_resident is True else SHARE
@@ -184,8 +200,8 @@ class RunBatches(Sampler[list[int]]):
         order, epoch = np.empty((0, 0), np.int64), -1
         for batch in range(self.start, len(self)):
             step, part = divmod(batch, self.plan.accumulate)
-            if step // self.plan.steps_per_epoch != epoch:
-                epoch = step // self.plan.steps_per_epoch
+            if epoch < 0 or (step // self.plan.steps_per_epoch != epoch and not self.plan.overfits):
+                epoch = 0 if self.plan.overfits else step // self.plan.steps_per_epoch
                 order = epoch_batches(self.examples, self.lengths, self.batch_size, self.bucket, self.seed, epoch)
             whole = order[step % self.plan.steps_per_epoch]
             yield whole[part * self.world_size + self.rank :: self.plan.accumulate * self.world_size].tolist()

@@ -2,7 +2,9 @@
 
 import math
 import os
+import statistics
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import lightning as L
 
 from stu.errors import OptionError, require
 from stu.training import states
-from stu.training.callbacks import Checkpoints, Diverged
+from stu.training.callbacks import Checkpoints, Diverged, highest_peak
 from stu.training.cluster import part
 from stu.training.data import SequenceData
+from stu.training.loggers import parse_row
 from stu.training.module import SequenceModule
 from stu.training.report import count, note
 from stu.training.run import Run, conditions_now
@@ -35,6 +38,8 @@ def finish(
         raise Diverged(f"no validation gave a finite {task.monitor}")
     for remark in run.mend():
         note(remark)
+    steps = trainer.global_step
+    measured = _measured(run, trainer)
     trainer.strategy.barrier()
     kept, wanted = states.checked(run.best).best, states.Best(checkpoints.best_value, checkpoints.best_step)
     lost = f"the best weights are lost: {run.best.name} has those of step {kept.step:,}, not {wanted.step:,}"
@@ -48,14 +53,17 @@ def finish(
         "test": module.evaluated,
         "best": {**best, "epoch": plan.epoch(checkpoints.best_step), "val": validation},
         "baselines": dict(baselines),
-        "steps": plan.total_steps,
+        "steps": steps,
         "seconds": round(checkpoints.seconds_trained, 1),
+        **measured,
         "parameters": count(module.model),
     }
+    if steps < plan.total_steps:
+        summary["stopped_early"] = getattr(trainer.early_stopping_callback, "why", "") or "a callback has asked for it"
     last = {f"test/{name}": value for name, value in module.evaluated.items()}
     last[f"best/val/{task.monitor}"] = checkpoints.best_value
     for logger in trainer.loggers:
-        logger.log_metrics({"epoch": plan.epoch(plan.total_steps), **last}, step=plan.total_steps)
+        logger.log_metrics({"epoch": plan.epoch(steps), **last}, step=steps)
         logger.save()
     if remark := _difference(trainer, validation[task.monitor], checkpoints.best_value):
         summary["note"] = f"val/{task.monitor} {remark}"
@@ -64,6 +72,23 @@ def finish(
         states.tidy(run.checkpoints)
     run.finish(summary)
     part(trainer)  # every process reads it
+
+
+def _measured(run: Run, trainer: L.Trainer) -> dict[str, int]:
+    """Median of the tokens per second, and peak memory in bytes, of all starts of a run, as `metrics.csv` has them."""
+    highest = highest_peak(trainer)
+    if not trainer.is_global_zero:
+        return {}
+    values: dict[str, list[float]] = {"time/tokens_per_second": [], "memory/peak_bytes": []}
+    with suppress(OSError), run.metrics.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name = line.split(",", 3)[2:3]
+            if name and name[0] in values and (row := parse_row(line)):  # damaged rows do not count
+                values[name[0]].append(row[3])
+    measured = {"peak_memory": int(max(highest, *values["memory/peak_bytes"]))}
+    if rates := values["time/tokens_per_second"]:
+        measured["tokens_per_second"] = round(statistics.median(rates))
+    return measured
 
 
 def _difference(trainer: L.Trainer, found: float, expected: float) -> str:

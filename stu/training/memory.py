@@ -1,5 +1,10 @@
-"""Models that are too large for the machine are refused while they are built, before their parameters are written."""
+"""Memory: models that are too large are refused while they are built; how much a run has taken at most.
 
+The former happens before their parameters are written.
+"""
+
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +35,21 @@ def within_memory() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak` start anew: on CUDA devices. What a process has taken at most, its system never forgets."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """Bytes taken at most, for which no device is waited.
+
+    On a CUDA device: by tensors of this process, since `reset_peak`. Elsewhere: of the host's memory by this process,
+    since it was started, with Python, the libraries and the data (`ru_maxrss`).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else 1024 * resident

@@ -20,8 +20,6 @@ UNSUPPORTED = (
     "min_epochs",
     "min_steps",
     "max_time",
-    "limit_train_batches",
-    "overfit_batches",
     "fast_dev_run",
     "check_val_every_n_epoch",
     "reload_dataloaders_every_n_epochs",
@@ -131,7 +129,8 @@ class StepPlan:
     """The whole run is one pass over `total_steps` · `accumulate` batches.
 
     Lightning's epoch is not used: what it counts as one epoch is the run, so that a run can stop and resume at any
-    step. An epoch here is `steps_per_epoch` optimiser steps, one pass over the training data.
+    step. An epoch here is `steps_per_epoch` optimiser steps, one pass over the training data, or over what is left of
+    it: the first batches of each epoch, or where it `overfits`, of the first epoch alone, which are validated, too.
     """
 
     # What a Trainer is given instead: one pass over all batches, validated when `Checkpoints` says so, and divided
@@ -140,6 +139,8 @@ class StepPlan:
         "max_epochs": 1,
         "max_steps": -1,
         "val_check_interval": 1.0,
+        "limit_train_batches": 1.0,
+        "overfit_batches": 0.0,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }
@@ -148,12 +149,14 @@ class StepPlan:
     steps_per_epoch: int
     val_every: int
     accumulate: int
+    overfits: bool = False
 
     @classmethod
     def of_trainer(cls, arguments: Mapping[str, Any], *, examples: int, batch_size: int) -> "StepPlan":
         """The plan that the arguments of a Trainer ask for."""
         limits = ("max_epochs", "max_steps", "val_check_interval", "accumulate_grad_batches")
-        return cls.make(examples=examples, batch_size=batch_size, **{key: arguments[key] for key in limits})
+        given = {key: arguments[key] for key in (*limits, "limit_train_batches", "overfit_batches") if key in arguments}
+        return cls.make(examples=examples, batch_size=batch_size, **given)
 
     @classmethod
     def make(
@@ -165,11 +168,13 @@ class StepPlan:
         max_steps: int,
         val_check_interval: float,
         accumulate_grad_batches: int,
+        limit_train_batches: float | None = None,
+        overfit_batches: float = 0,
     ) -> "StepPlan":
         """Translate Lightning's arguments, with their meaning, into steps.
 
-        The shorter of `max_epochs` and `max_steps` (−1 for no limit) counts. `val_check_interval` is a share of an
-        epoch if a float, a number of batches if an integer.
+        The shorter of `max_epochs` and `max_steps` (−1 for no limit) counts. `val_check_interval` and the limits are
+        shares of an epoch if floats, numbers of batches if integers; `val_check_interval` of the epoch that is left.
         """
         require(1 <= batch_size <= examples, "batch_size", batch_size, f"must be in 1 … {examples} training examples")
         require(accumulate_grad_batches >= 1, "accumulate_grad_batches", accumulate_grad_batches, "must be at least 1")
@@ -178,7 +183,14 @@ class StepPlan:
         require(max_steps >= 1 or max_steps == -1, "max_steps", max_steps, "must be at least 1, or -1 for no limit")
         allowed = "must be above 0 and finite"
         require(0 < val_check_interval < math.inf, "val_check_interval", val_check_interval, allowed)
-        steps_per_epoch = examples // batch_size
+        steps_per_epoch, overfits = examples // batch_size, overfit_batches != 0
+        allowed = "must be null with overfit_batches, which limits training itself"
+        require(limit_train_batches is None or not overfits, "limit_train_batches", limit_train_batches, allowed)
+        if overfits:
+            steps_per_epoch = _limited(steps_per_epoch, accumulate_grad_batches, "overfit_batches", overfit_batches)
+        elif limit_train_batches is not None:
+            limit = "limit_train_batches", limit_train_batches
+            steps_per_epoch = _limited(steps_per_epoch, accumulate_grad_batches, *limit)
         limits = [max_steps] if max_steps > 0 else []
         if max_epochs is not None:
             limits.append(max(1, round(max_epochs * steps_per_epoch)))
@@ -189,7 +201,7 @@ class StepPlan:
             val_every = max(1, val_check_interval // accumulate_grad_batches)
         else:
             val_every = max(1, round(val_check_interval * steps_per_epoch))
-        return cls(min(limits), steps_per_epoch, val_every, accumulate_grad_batches)
+        return cls(min(limits), steps_per_epoch, val_every, accumulate_grad_batches, overfits)
 
     @property
     def total_batches(self) -> int:
@@ -203,3 +215,14 @@ class StepPlan:
     def epoch(self, step: int) -> float:
         """How many passes over the training data `step` steps are."""
         return step / self.steps_per_epoch
+
+
+def _limited(steps: int, accumulate: int, name: str, limit: float) -> int:
+    """The optimiser steps of an epoch of so many that are left by a share of it, or a number of its batches."""
+    if isinstance(limit, int):
+        allowed = f"must be at least {accumulate} batches, which make a step, or a share"
+        require(limit >= accumulate, name, limit, allowed)
+        return min(steps, limit // accumulate)
+    require(0 < limit <= 1, name, limit, "must be a share in (0, 1], or a number of batches")
+    require(int(limit * steps) >= 1, name, limit, f"must be at least {1 / steps:.3g}: an epoch has {steps} steps")
+    return int(limit * steps)

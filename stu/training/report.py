@@ -119,13 +119,14 @@ def start(
     plan = data.plan
     sizes = [len(split) for split in data.splits]
     epochs = plan.total_steps / plan.steps_per_epoch
+    where = " on the training batches" if plan.overfits else ""
     rows = [
         ("task", f"{names[0]}: {sizes[0]:,} / {sizes[1]:,} / {sizes[2]:,} train / val / test{_lengths(data)}"),
         ("data", data.task.fingerprint()[:16]),
         ("model", f"{names[1]}: {_shape(module)}"),
         *parameter_rows(module.model, groups),
         ("budget", f"{plan.total_steps:,} steps of {data.batch_size} sequences, {epochs:.3g} epochs"),
-        ("validation", f"every {plan.val_every:,} steps, by {data.task.monitor} ({data.task.mode})"),
+        ("validation", f"every {plan.val_every:,} steps{where}, by {data.task.monitor} ({data.task.mode})"),
         ("device", f"{device}, {precision}"),
         ("run", str(run.path) + (f", resumed after step {run.last_step:,}" if run.resumes_from else "")),
     ]
@@ -140,9 +141,11 @@ def result(run: Run) -> None:
     metric = best["metric"].removeprefix("val/")
     rows = [(f"test {name}", f"{value:.4g}") for name, value in sorted(summary["test"].items())]
     rows += [(f"  {name}", f"{value:.4g} {metric}") for name, value in summary["baselines"].items()]
+    if why := summary.get("stopped_early"):
+        rows.append(("stopped early", f"after step {summary['steps']:,}: {why}"))
     rows += [
         ("best", f"{best['metric']} {best['value']:.4g} at epoch {best['epoch']:.2f} (step {best['step']:,})"),
-        ("time", duration(summary["seconds"])),
+        ("time", ", ".join([duration(summary["seconds"]), *_measured(summary)])),
         ("files", f"{run.path}: metrics.csv, summary.json, manifest.json, checkpoints/best.ckpt"),
     ]
     folder = run.figures if run.figures.exists() else run.path / "pictures"  # as earlier runs called it
@@ -152,6 +155,14 @@ def result(run: Run) -> None:
         rows.append(("view", f"wandb leet {run.path / 'wandb'}"))
     rows.append(("next", "the same command shows this table again; mode=test tests again; seed=1 is another run"))
     show_table("Result", rows)
+
+
+def _measured(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Speed and memory, which summaries of earlier versions do not have."""
+    if isinstance(rate := summary.get("tokens_per_second"), int | float):
+        yield f"{rate:,.0f} tokens/s"
+    if isinstance(peak := summary.get("peak_memory"), int | float):
+        yield f"{peak / 2**30:.2f} GiB of memory at most"
 
 
 @rank_zero_only

@@ -368,7 +368,7 @@ def _deciding(start: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_default(flat: Mapping[str, Any], key: str) -> bool:
     """Whether an option of a flat configuration has the default of the constructor that takes it, or any will do."""
-    if key in LATER_KEYS:
+    if key in LATER_KEYS or flat[key] == {}:  # nothing
         return True
     node, _, option = key.rpartition(".")
     constructor = locate(flat.get(f"{node}._target_", ""))

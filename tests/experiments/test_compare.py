@@ -35,6 +35,8 @@ def make_run(
     seed: int = 0,
     val: Mapping[int, float] | None = None,
     rates: Sequence[float] = (),
+    tokens: Sequence[float] = (),
+    peaks: Sequence[float] = (),
     test: float | None = None,
     best: float = 0.5,
     started: bool = True,
@@ -52,6 +54,9 @@ def make_run(
     log = MetricsCSV(run.metrics)
     for step, rate in enumerate(rates, start=1):
         log.log_metrics({"epoch": step / STEPS_PER_EPOCH, "time/sequences_per_second": rate}, step=step)
+    for metric, values in (("time/tokens_per_second", tokens), ("memory/peak_bytes", peaks)):
+        for step, value in enumerate(values, start=1):
+            log.log_metrics({"epoch": step / STEPS_PER_EPOCH, metric: value}, step=step)
     for step, value in (val or {}).items():
         row = {"val/loss": -value, f"val/{MONITORS[task]}": value}
         log.log_metrics({"epoch": step / STEPS_PER_EPOCH, **row}, step=step)
@@ -85,8 +90,8 @@ class TestARow:
         run = make_run(tmp_path, seed=5, val={12: 0.7, 24: 0.5, 36: 0.6}, rates=[10, 400, 30], test=0.25)
         assert read(run.path) == Row(
             task="lds", model="stu", name="a", seed=5, metric="mse", mode="min", test=0.25, best_val=0.5,
-            parameters=1234, sequences_per_second=30.0, seconds=3725.4, status="finished", step=36, total_steps=36,
-            unreadable=(), path=str(run.path),
+            parameters=1234, sequences_per_second=30.0, tokens_per_second=None, peak_memory=None, seconds=3725.4,
+            status="finished", step=36, total_steps=36, unreadable=(), path=str(run.path),
         )  # fmt: skip
 
     @pytest.mark.parametrize(("task", "best"), [("lds", 0.2), ("lra_listops", 0.6)])
@@ -220,7 +225,7 @@ class TestBrokenFiles:
         run.manifest.write_text(json.dumps({"seed": value, "parameters": value, "starts": value}))
         keys = ("steps", "seconds", "parameters")
         best = {"metric": value, "value": value}
-        run.finish({"test": {"mse": value}, "best": best, **dict.fromkeys(keys, value)})
+        run.finish({"test": {"mse": value}, "best": best, "peak_memory": value, **dict.fromkeys(keys, value)})
         row = read(run.path)
         assert (row.seed, row.test, row.best_val, row.seconds, row.parameters, row.total_steps) == (None,) * 6
         assert main([str(tmp_path), "--json", str(tmp_path / "j"), "--csv", str(tmp_path / "c")]) == 0
@@ -229,7 +234,7 @@ class TestBrokenFiles:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
     def test_numbers_without_end(self, tmp_path: Path, value: float):
         run = make_run(tmp_path, test=value, best=value, val={1: value})
-        summary = run.read_summary() | {"steps": value, "seconds": value, "parameters": value}
+        summary = run.read_summary() | {"steps": value, "seconds": value, "parameters": value, "peak_memory": value}
         run.finish(summary)
         run.config.write_text(yaml.safe_dump({"trainer": {"max_epochs": value, "max_steps": value}}))
         assert main([str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
@@ -289,11 +294,15 @@ class TestFinding:
 class TestTheCommand:
     def test_the_table(self, tmp_path: Path, capsys: Any):
         name = "[bold]" + "long_" * 30 + ":smile:"  # neither markup nor cut
-        make_run(tmp_path, f"lds/stu/{name}", seed=3, rates=[1234.6], test=0.123456, best=0.5)
+        measured: Any = {"rates": [1234.6], "tokens": [9e4, 1e5, 3e5], "peaks": [2**29, 2**30, 2**29]}  # of two starts
+        make_run(tmp_path, f"lds/stu/{name}", seed=3, **measured, test=0.123456, best=0.5)
         assert main([str(tmp_path)]) == 0
-        assert shown(capsys) == [
-            ["lds", "stu", name, "3", "mse", "0.1235", "0.5", "1,234", "1,235", "1:02:05", "finished"]
-        ]
+        [row] = shown(capsys)
+        assert row[:7] == ["lds", "stu", name, "3", "mse", "0.1235", "0.5"]
+        assert row[7:] == ["1,234", "1,235", "100,000", "1.00", "1:02:05", "finished"]
+        make_run(tmp_path / "b", test=0.1)  # as earlier versions wrote it
+        assert main([str(tmp_path / "b")]) == 0
+        assert shown(capsys)[0][8:] == ["-", "-", "-", "1:02:05", "finished"]
 
     def test_names_cannot_command_a_terminal_or_a_spreadsheet(self, tmp_path: Path, capsys: Any):
         names = {

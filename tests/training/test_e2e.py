@@ -5,15 +5,19 @@ import json
 import math
 import re
 import signal
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from torch.testing import assert_close
 
+from data.systems.lds import LDS
+from stu import training
 from stu.cli.usage import options_of
 from stu.training import Run
 from stu.training.loggers import read_metrics
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.e2e
 MODULE = "stu.training.module:SequenceModule."
 SAVE = "lightning.pytorch.trainer.trainer:Trainer.save_checkpoint"
 TRANSFORMERS = (("lra_listops", "transformer"), ("lds", "transformer"))
+RATES = ("time/tokens_per_second", "memory/peak_bytes")
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
@@ -45,6 +50,31 @@ def returned() -> None:
         return result
 
     Hydra.run = shown  # type: ignore[method-assign]
+
+
+def slow_around_training() -> None:
+    """Preparing data, a logger's start, its end and the test take ten seconds each, by the clock of the run."""
+    ahead, monotonic = [0.0], time.monotonic
+    time.monotonic = lambda: monotonic() + ahead[0]
+
+    def late(cls: type, name: str) -> None:
+        method = getattr(cls, name)
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            ahead[0] += 10.0
+            return method(*args, **kwargs)
+
+        setattr(cls, name, slow)
+
+    for cls, name in ((training.WandbLog, "start"), (LDS, "prepare"), (L.Trainer, "test"), (L.Trainer, "validate")):
+        late(cls, name)
+
+
+def test_seconds_are_those_of_training(home: Path):
+    command = runs.small("task=lds", "model=stu", "name=slow", "log_every=3", "trainer.max_steps=6")
+    done = runs.train(home, *command, at=slow_around_training)
+    assert done.code == 0, done.err
+    assert 0 < runs.run_of(home, "lds", "stu", "slow").read_summary()["seconds"] < 10
 
 
 def unfolded(text: str) -> str:
@@ -83,9 +113,12 @@ class TestARun:
     def test_the_summary(self, run: tuple[Run, runs.Finished]):
         of, _ = run
         summary = of.read_summary()
-        assert summary.keys() == {"test", "best", "baselines", "steps", "seconds", "parameters"}
+        assert summary.keys() == {"test", "best", "baselines", "steps", "parameters", *runs.MEASURED}
         assert summary["steps"] == 20
         assert 0 < summary["seconds"] < 60
+        rows = {name: [row[3] for row in read_metrics(of.metrics) if row[2] == name] for name in RATES}
+        assert summary["tokens_per_second"] == round(statistics.median(rows["time/tokens_per_second"])) > 0
+        assert 2**20 < max(rows["memory/peak_bytes"]) <= summary["peak_memory"] < 2**40
         assert summary["parameters"] == json.loads(of.manifest.read_text())["parameters"] > 0
         best = summary["best"]
         monitor = best["metric"].removeprefix("val/")
@@ -111,7 +144,7 @@ class TestARun:
         summary, rows = of.read_summary(), read_metrics(of.metrics)
         measured = summary["best"]["val"].keys()  # rollouts are made in the test alone
         training = {f"train/{name}" for name in measured}
-        training |= {"gradient_norm", "time/sequences_per_second", "time/data_share", "lr/default"}
+        training |= {"gradient_norm", "time/sequences_per_second", "time/data_share", *RATES, "lr/default"}
         steps: dict[str, list[int]] = {}
         for step, epoch, name, value in rows:
             assert epoch == step / 10
@@ -388,11 +421,21 @@ class TestSweeps:
         assert [yaml.safe_load(Run(path).config.read_text())["optimizer"]["lr"] for path in finished] == [1e-3]
 
 
+TUNED = ("callbacks=[ema,early_stopping]", "callbacks.ema.decay=0.8", "callbacks.early_stopping.divergence_threshold=2")
+
+
 @pytest.mark.slow
-def test_two_devices_are_one(tmp_path: Path):
+@pytest.mark.parametrize("callbacks", [(), TUNED], ids=["plain", "tuned"])
+def test_two_devices_are_one(tmp_path: Path, callbacks: tuple[str, ...]):
     """With unlike shares of the evaluation, padding, and batch norm over both."""
     command = runs.small(
-        "task=lra_listops", "model=stu", "model.norm=batch", "task.data.val=9", "task.data.test=7", "log_every=5"
+        *callbacks,
+        "task=lra_listops",
+        "model=stu",
+        "model.norm=batch",
+        "task.data.val=9",
+        "task.data.test=7",
+        "log_every=5",
     )
     command.remove("trainer=cpu")
     cpu = "trainer.accelerator=cpu"
@@ -403,6 +446,8 @@ def test_two_devices_are_one(tmp_path: Path):
     assert both.out.count("Result") == 1
     assert runs.train(tmp_path, *command, cpu, "name=one").code == 0
     two, one = (runs.results(runs.run_of(tmp_path, "lra_listops", "stu", name)) for name in ("both", "one"))
+    early = "val/accuracy is worse than 2" if callbacks else None
+    assert two["summary"].get("stopped_early") == one["summary"].get("stopped_early") == early
     assert [row[:3] for row in two["rows"]] == [row[:3] for row in one["rows"]]
     assert [row[3] for row in two["rows"]] == pytest.approx([row[3] for row in one["rows"]], rel=1e-4, abs=1e-6)
     assert two["summary"]["test"] == pytest.approx(one["summary"]["test"], rel=1e-4)

@@ -316,6 +316,89 @@ class TestLoaders:
         assert error.value.name == option
 
 
+class TestLimits:
+    """Of training, for debugging: how many steps, and on which examples."""
+
+    @pytest.mark.parametrize(
+        ("changes", "per_epoch", "total", "every"),
+        [
+            ({}, 12, 24, 12),
+            ({"limit_train_batches": 1.0}, 12, 24, 12),
+            ({"limit_train_batches": 0.5}, 6, 12, 6),
+            ({"limit_train_batches": 0.99}, 11, 22, 11),
+            ({"limit_train_batches": 5}, 5, 10, 5),
+            ({"limit_train_batches": 500}, 12, 24, 12),
+            ({"limit_train_batches": 5, "accumulate_grad_batches": 2}, 2, 4, 2),
+            ({"limit_train_batches": 5, "max_steps": 7, "val_check_interval": 0.4}, 5, 7, 2),
+            ({"overfit_batches": 3, "max_epochs": 10, "val_check_interval": 5.0}, 3, 30, 15),
+            ({"overfit_batches": 0.25}, 3, 6, 3),
+        ],
+    )
+    def test_in_steps(self, changes: dict[str, Any], per_epoch: int, total: int, every: int):
+        found = plan(**changes)
+        assert (found.steps_per_epoch, found.total_steps, found.val_every) == (per_epoch, total, every)
+        assert found.overfits == ("overfit_batches" in changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"limit_train_batches": 0}, "limit_train_batches=0: must be at least 1 batches"),
+            ({"limit_train_batches": 1, "accumulate_grad_batches": 2}, "limit_train_batches=1: must be at least 2"),
+            ({"limit_train_batches": -1.0}, r"limit_train_batches=-1.0: must be a share in \(0, 1\]"),
+            ({"limit_train_batches": 1.5}, r"limit_train_batches=1.5: must be a share in \(0, 1\]"),
+            ({"limit_train_batches": 0.08}, "limit_train_batches=0.08: must be at least 0.0833: an epoch has 12 steps"),
+            ({"overfit_batches": -1}, "overfit_batches=-1: must be at least 1"),
+            ({"overfit_batches": 1, "limit_train_batches": 1}, "limit_train_batches=1: must be null with overfit"),
+        ],
+    )
+    def test_what_makes_no_epoch_is_refused(self, changes: dict[str, Any], match: str):
+        with pytest.raises(OptionError, match=match):
+            plan(**changes)
+
+    @pytest.mark.parametrize("kept", [{"limit_train_batches": 3}, {"overfit_batches": 3}])
+    @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (2, 2)])
+    @pytest.mark.parametrize("bucket", [1, 2])
+    def test_which_examples(self, kept: dict[str, int], world_size: int, accumulate: int, bucket: int):
+        """The first batches of every epoch, shuffled as they always are, or of the first epoch alone."""
+        lengths = lengths_of(50, 1) if bucket > 1 else None
+        batches = {next(iter(kept)): accumulate * 3}
+        changes = {"examples": 50, "accumulate_grad_batches": accumulate, **batches}
+        of_run = plan(**changes, max_epochs=None, max_steps=8)
+        options: Any = {"plan": of_run, "batch_size": 8, "bucket": bucket, "seed": 3, "world_size": world_size}
+        epochs = [epoch_batches(50, lengths, 8, bucket, 3, epoch)[:3] for epoch in range(3)]
+        if of_run.overfits:
+            epochs = [epochs[0]] * 3
+        expected = [sorted(batch.tolist()) for epoch in epochs for batch in epoch][:8]
+        for start in (0, 4 * accumulate):  # at the beginning, and in the middle of an epoch
+            shares = []
+            for rank in range(world_size):
+                sampler = RunBatches(50, lengths, rank=rank, **options)
+                sampler.start = start
+                shares.append(list(sampler))
+            micro = [[i for part in parts for i in part] for parts in zip(*shares, strict=True)]
+            groups = [micro[i : i + accumulate] for i in range(0, len(micro), accumulate)]
+            assert [sorted(i for part in group for i in part) for group in groups] == expected[start // accumulate :]
+
+    @pytest.mark.parametrize("growing", [False, True])
+    def test_what_is_overfitted_is_validated(self, growing: bool):
+        task = Counting(growing=growing, train=30)
+        splits = task.datasets()
+        changes = {"examples": 30, "batch_size": 4, "max_epochs": None, "max_steps": 6, "overfit_batches": 2}
+        data = SequenceData(task, splits, plan(**changes), seed=5, batch_size=4)
+
+        def read(loader: Any) -> list[int]:
+            return [int(target) for batch in loader for target in batch.targets]
+
+        trained = read(data.train_dataloader())
+        assert len(trained) == 24
+        assert trained[:8] == trained[8:16] == trained[16:]
+        assert sorted(read(data.val_dataloader())) == sorted(trained[:8])
+        assert sorted(read(data.test_dataloader())) == sorted(int(splits.test[i][1]) for i in range(5))
+        data.require_batches({"limit_val_batches": 0.5}, 1, "val")
+        with pytest.raises(OptionError, match=r"limit_val_batches=0\.4: must be at least 0.5: there are 2 batches"):
+            data.require_batches({"limit_val_batches": 0.4}, 1, "val")
+
+
 class TestEvaluationBatches:
     @given(st.integers(1, 60), LENGTHS, st.integers(1, 9), st.integers(1, 5))
     def test_every_example_once_over_all_devices(self, examples: int, lengths: int, batch_size: int, world_size: int):

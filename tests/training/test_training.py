@@ -1,6 +1,7 @@
 """The module, its callbacks and a real Trainer: exact metrics, reproducible steps, validations when planned."""
 
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from stu.encoders import LinearEncoder
 from stu.errors import OptionError
 from stu.heads import StepHead
 from stu.task import Batch, Rollout, Splits, Task, scored_steps
-from stu.training import Diverged, SequenceModule
+from stu.training import Diverged, SequenceModule, memory
 from tests.generate import read_trajectories, trajectory
 from tests.models import MODELS, small_backbone
 from tests.runs import Training
@@ -210,6 +211,40 @@ class TestMetrics:
         assert training.rows("time/sequences_per_second") == {2: 3.0, 4: 3.0}
         assert training.rows("time/data_share") == {2: 0.25, 4: 0.25}
 
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_token_is_a_real_position(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, known: bool
+    ):
+        now, read = [0.0], list[int]()
+        monkeypatch.setattr("stu.training.callbacks.time.perf_counter", lambda: now[0])
+
+        class Counted(Steps):
+            def collate(self, examples: Any) -> Any:
+                if any(inputs is own for inputs, _ in examples for own in self.splits.train.inputs):
+                    now[0] += 0.5
+                    read.append(sum(len(inputs) for inputs, _ in examples))
+                batch = super().collate(examples)
+                return batch if known or batch.mask is None else batch._replace(num_real=None)
+
+        options = {"batch_size": 4, "accumulate_grad_batches": accumulate, "max_steps": 4, "log_every": 2}
+        training = Training(tmp_path, Counted(), model(), **options).fit()
+        half = 2 * accumulate  # batches per row, each of which takes half a second
+        expected = {2: sum(read[:half]) / (0.5 * half), 4: sum(read[half : 2 * half]) / (0.5 * half)}
+        assert training.rows("time/tokens_per_second") == expected
+
+    def test_peak_memory_is_what_the_process_took_or_the_device(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        rows = Training(tmp_path, Steps(), model(), max_steps=2).fit().rows("memory/peak_bytes")
+        now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        assert 0.9 * now < rows[1] <= rows[2] <= memory.peak(torch.device("cpu")) < 2**40
+        asked = list[Any]()
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7)
+        device = torch.device("cuda", 1)
+        memory.reset_peak(device)
+        assert memory.peak(device) == 7
+        assert asked == [device, device]
+
     def test_every_device_goes_on_with_its_own_half_filled_metrics(self, tmp_path: Path):
         losses = torch.rand(5, 2) ** 9  # steps, devices
         torch.save({"losses": losses}, tmp_path / "job.pt")
@@ -384,6 +419,15 @@ class TestCheckpoints:
         training.checkpoints.load_state_dict({"best_value": None, "best_step": 0, "seconds": 7.0})  # of earlier starts
         clock[0] += 1000.0  # what else starts
         assert training.fit().checkpoints.seconds_trained == 7 + 3
+        clock[0] += 1000.0  # the test
+        assert training.checkpoints.seconds_trained == 7 + 3
+        # a start that finds all steps done, as after a kill during the test, adds nothing
+        again = Training(tmp_path, Steps(), model(), **options)
+        clock[0] += 1000.0
+        again.fit(tmp_path / "checkpoints" / "last.ckpt")
+        clock[0] += 1000.0
+        assert again.checkpoints.seconds_trained == 7 + 3
+        assert again.trainer.global_step == 3
 
     def test_saved_when_minutes_have_passed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         clock = [0.0]
