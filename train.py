@@ -110,10 +110,11 @@ def train(
     facts = training.report.facts(module, plan)
     run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
     run.mend()
-    wandb.start(run, chosen)
     device = training.describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
     run.record_start(device=device, seed=config.seed, **facts)
+    choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
+    wandb.start(run, choices, baselines)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     training.report.start(run, chosen, data, module, recipe.groups, device=device, precision=config.trainer.precision)

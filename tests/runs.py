@@ -47,6 +47,7 @@ SMALL_MODEL = {"d_model": 8, "depth": 1, "num_filters": 4, "num_heads": 2, "d_st
 SMALL_RUN = ("trainer=cpu", "trainer.max_epochs=2", "loader.batch_size=4", "logger=csv", "figures.when=never")
 
 PRELOADED = ["lightning", "hydra", "torchmetrics.classification", "scipy.signal", "datasets", "filelock", "rich.table"]
+PRELOADED += ["wandb"]
 _server = get_context("forkserver")
 
 

@@ -1,4 +1,4 @@
-"""A W&B server on loopback, with as much as an online run asks for. It writes down what comes, and fails on command."""
+"""A W&B server on loopback, as far as runs and `wandb sync` need one. It keeps what comes, and fails on command."""
 
 import gzip
 import json
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
@@ -13,6 +14,29 @@ Phase = Literal["start", "middle", "end", "never"]
 LOGIN = {"id": "VXNlcg==", "entity": "e", "username": "e", "flags": "{}", "teams": {"edges": []}}
 SERVER = {"cliVersionInfo": {"max_cli_version": "9.9.9"}, "latestLocalVersionInfo": None, "features": []}
 TYPES = ("QueryType", "MutationType", "ServerInfoType", "TypeInfo")
+
+
+@dataclass
+class Kept:
+    """What the server has of one run."""
+
+    attributes: dict[str, Any] = field(default_factory=dict)  # as the run gave them: groupName, jobType, sweep, tags, …
+    config: dict[str, Any] = field(default_factory=dict)  # without wandb's own
+    defined: dict[str, list[int]] = field(default_factory=dict)  # what each metric's summary is, in wandb's numbers
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_codes: list[int] = field(default_factory=list)
+    preempted: bool = False  # whether it said so before it ended
+
+    def points(self) -> list[tuple[float, str, float]]:
+        """Step of training, name and value of each number in the history."""
+        unnamed = ("trainer/global_step", "epoch")
+        return [
+            (row["trainer/global_step"], name, value)
+            for row in self.history
+            for name, value in row.items()
+            if name not in unnamed and not name.startswith("_") and isinstance(value, float | int)
+        ]
 
 
 class Server(ThreadingHTTPServer):
@@ -29,6 +53,7 @@ class Server(ThreadingHTTPServer):
         self.fault, self.phase = fault, phase
         self.failing = phase == "start"
         self.requests: list[tuple[str, Any]] = []  # path and body
+        self.runs: dict[str, Kept] = {}  # by their ids
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -45,18 +70,38 @@ class Server(ThreadingHTTPServer):
     @property
     def exit_codes(self) -> list[int]:
         """Of the runs that ended."""
-        return [b["exitcode"] for p, b in self.requests if "file_stream" in p and b.get("complete")]
+        return [code for run in self.runs.values() for code in run.exit_codes]
 
     @property
     def history(self) -> set[str]:
         """The names of the metrics that arrived."""
-        sent = [b.get("files", {}).get("wandb-history.jsonl", {}) for p, b in self.requests if "file_stream" in p]
-        return {name for stream in sent for line in stream.get("content", []) for name in json.loads(line)}
+        return {name for run in self.runs.values() for row in run.history for name in row}
 
     @property
     def ids(self) -> set[str]:
         """Of the runs that began."""
-        return {b["variables"].get("name") for _, b in self.requests if "upsertBucket" in b.get("query", "")}
+        return set(self.runs)
+
+    def upserted(self, given: dict[str, Any]) -> Kept:
+        """A run that begins, goes on, or tells more of itself."""
+        run = self.runs.setdefault(given["name"], Kept())
+        run.attributes |= {key: value for key, value in given.items() if value is not None}
+        if given.get("config"):
+            run.config = {key: entry["value"] for key, entry in json.loads(given["config"]).items()}
+            metrics = run.config.pop("_wandb", {}).get("m", [])
+            run.defined |= {entry["1"]: entry["7"] for entry in metrics if "1" in entry and "7" in entry}
+        return run
+
+    def streamed(self, run: Kept, body: dict[str, Any]) -> None:
+        """Rows, which replace those from their offset on; a summary; the end."""
+        files = body.get("files") or {}
+        if rows := files.get("wandb-history.jsonl"):
+            run.history[rows["offset"] :] = [json.loads(line) for line in rows["content"]]
+        if summary := files.get("wandb-summary.json"):
+            run.summary = json.loads(summary["content"][-1])
+        run.preempted |= bool(body.get("preempting"))
+        if body.get("complete"):
+            run.exit_codes.append(body["exitcode"])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,13 +145,23 @@ class Handler(BaseHTTPRequestHandler):
     def content(self, request: dict[str, Any]) -> dict[str, Any]:
         query, variables = request.get("query", ""), request.get("variables", {})
         if "file_stream" in self.path:
+            self.server.streamed(self.server.runs[self.path.split("/")[-2]], request)
             return {"exitcode": None, "limits": {}}
         if "upsertBucket" in query:
-            name = variables.get("name") or "run"
+            name = variables["name"]
+            run = self.server.upserted(variables)
             project = {"id": "UHJvag==", "name": "stu", "entity": {"id": "RW50", "name": "e"}}
             bucket = {"id": "UnVuOg==", "name": name, "displayName": name, "description": None, "config": "{}"}
-            bucket |= {"sweepName": None, "project": project, "historyLineCount": 0}
+            bucket |= {"sweepName": variables.get("sweep"), "project": project, "historyLineCount": len(run.history)}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        if "RunResumeStatus" in query and (known := self.server.runs.get(variables["name"])):
+            tail = json.dumps([json.dumps(row) for row in known.history[-1:]])
+            config = {key: {"value": value} for key, value in known.config.items()}
+            bucket = {"id": "UnVuOg==", "name": variables["name"], "displayName": variables["name"], "tags": []}
+            bucket |= {"summaryMetrics": json.dumps(known.summary), "config": json.dumps(config), "notes": None}
+            bucket |= {"logLineCount": 0, "eventsLineCount": 0, "historyLineCount": len(known.history)}
+            bucket |= {"historyTail": tail, "eventsTail": "[]", "wandbConfig": '{"t": 1}'}
+            return {"data": {"model": {"id": "UHJvag==", "name": "stu", "bucket": bucket}}}
         if "createRunFiles" in query:
             files = [{"name": n, "uploadUrl": f"{self.server.url}/up/{n}"} for n in variables.get("files", [])]
             return {"data": {"createRunFiles": {"runID": "UnVuOg==", "uploadHeaders": [], "files": files}}}

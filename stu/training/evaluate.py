@@ -19,6 +19,7 @@ from stu.training.loggers import parse_row
 from stu.training.module import SequenceModule
 from stu.training.report import count, note
 from stu.training.run import Run, conditions_now
+from stu.training.wandb_log import log_summary
 
 
 def finish(
@@ -71,6 +72,8 @@ def finish(
     if trainer.is_global_zero:
         states.tidy(run.checkpoints)
     run.finish(summary)
+    for logger in trainer.loggers:
+        log_summary(logger, summary)
     part(trainer)  # every process reads it
 
 

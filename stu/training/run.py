@@ -379,11 +379,12 @@ def is_default(flat: Mapping[str, Any], key: str) -> bool:
     return parameter is not None and flat[key] == (list(default) if isinstance(default, tuple) else default)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
     """Nested mappings as one: {"a": {"b": 1}} → {"a.b": 1}."""
     if not isinstance(config, Mapping) or not config:
         return {prefix: config}
-    parts = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items()]
+    named = {f"{prefix}{separator}{key}" if prefix else str(key): value for key, value in config.items()}
+    parts = [flatten(value, name, separator) for name, value in named.items()]
     return {key: value for part in parts for key, value in part.items()}
 
 

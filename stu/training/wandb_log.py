@@ -1,12 +1,15 @@
 """Weights & Biases beside training: in a thread of its own, so that nothing it does ends a run or holds it up."""
 
 import logging
+import math
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from queue import Full, Queue
 from subprocess import Popen
@@ -17,7 +20,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
-from stu.training.run import Run
+from stu.files import write_atomically
+from stu.training.loggers import Row, parse_row
+from stu.training.run import Run, flatten
+from stu.training.signals import ANNOUNCED
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -25,6 +31,13 @@ LONGEST = 24 * 3600.0  # seconds to wait for
 GRACE = 3.0  # seconds to do what it was told, after which wandb-core counts as stuck
 WAITING = 10_000  # calls that may wait for W&B: megabytes of rows
 TAG, NAME = 64, 128  # characters that W&B takes in a tag, and in the names of runs, groups and projects
+STEP = "trainer/global_step"  # the axis of all charts
+CLOSED = "rows"  # a file in a folder of W&B that has all it was given: how many rows metrics.csv had by then
+BEST: dict[str, Callable[..., float]] = {"min": min, "max": max}
+SWEEP = "STU_SWEEP"  # in the environment: the sweep that this command is a job of
+PREEMPTING = (signal.SIGTERM, *ANNOUNCED)  # of clusters and sweeps, which start the command again
+PLACES = ("logger", "paths")  # groups of options that say where to write, not what is computed
+OF_STARTS = ("id", "starts", "settings", "time", "resumed", "remarks")  # of the manifest, what is said elsewhere
 
 _running: list["WandbLog"] = []
 
@@ -37,6 +50,11 @@ class WandbLog(Logger):
 
     mode: "auto": online where wandb has credentials (environment, settings or netrc), else offline in the run
     directory; never a prompt. Nothing starts before `start`. Raises `OptionError` for what W&B would refuse.
+
+    Its config has the chosen options by their names (`model`, `task`, `experiment`, …), the facts of the manifest, the
+    baselines, the directory, and all options in full below `settings`. The summary has of losses the least and of the
+    monitored metric the best value, over all starts of the run, of other metrics the last one, and at the end all of
+    summary.json.
     """
 
     def __init__(
@@ -46,6 +64,8 @@ class WandbLog(Logger):
         project: str = "stu",
         entity: str | None = None,
         tags: Sequence[str] = (),
+        group: str | None = None,
+        job_type: str | None = None,
         init_timeout: float = 30.0,
         finish_timeout: float = 20.0,
     ) -> None:
@@ -57,9 +77,13 @@ class WandbLog(Logger):
         require(named, "entity", repr(entity), "must be a user or a team: letters, digits and - _ . only")
         for tag in tags:
             require(0 < len(tag) <= TAG, "tags", repr(tag), f"a tag has 1 … {TAG} characters; this one has {len(tag)}")
+        for name, given in (("group", group), ("job_type", job_type)):
+            length = given is None or 0 < len(given) <= NAME
+            require(length, name, repr(given), f"must have 1 … {NAME} characters, or be null")
         for name, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
             require(0 < seconds <= LONGEST, name, seconds, "must be seconds, above 0 and at most a day")
         self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
+        self.group, self.job_type = group, job_type
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         self._calls: Queue[Callable[[Any], object] | None] = Queue(WAITING)
         self._started, self._ended = Event(), Event()
@@ -67,6 +91,10 @@ class WandbLog(Logger):
         self._gave_up = ""  # what W&B said when it stopped uploading
         self._folder: Path | None = None  # where W&B writes
         self._core: Popen[bytes] | None = None
+        self._run: Run | None = None
+        self._goes_on = self._offline = False  # whether there were earlier starts; whether W&B is offline
+        self._resumes_after = 0  # optimiser steps in the checkpoint that the run goes on from
+        self._extremes: dict[str, str] = {}  # metrics of which the least or greatest value counts: "min" or "max"
 
     @property
     def name(self) -> str:
@@ -79,41 +107,57 @@ class WandbLog(Logger):
         return ""
 
     @rank_zero_only
-    def start(self, run: Run, names: tuple[str, str]) -> None:
+    def start(self, run: Run, choices: Mapping[str, Any], baselines: Mapping[str, float]) -> None:
         """Begin, or continue after an earlier start of the same run directory.
 
-        names: of task and model, the group and the first tags of the W&B run.
+        run: with its manifest, this start included. choices: the option of each group, of `task` and `model` at least.
         """
         if "disabled" in (self.mode, os.environ.get("WANDB_MODE")):
             return
+        manifest = run.read_manifest()
+        names, sweep = (choices["task"], choices["model"]), os.environ.get(SWEEP)
+        losses, monitored = ("loss", "min"), (manifest.get("monitor", "loss"), manifest.get("mode", "min"))
+        self._run, self._resumes_after, self._goes_on = run, run.last_step, len(manifest["starts"]) > 1
+        self._extremes = {f"{part}/{name}": best for part in ("train", "val") for name, best in (losses, monitored)}
         arguments = {
             "dir": run.path,
             "id": run.id,
             "name": f"{names[1]}/{run.path.name}"[:NAME],
-            "group": names[0][:NAME],
+            "group": (self.group or os.environ.get("WANDB_RUN_GROUP") or sweep or names[0])[:NAME],
+            "job_type": self.job_type or os.environ.get("WANDB_JOB_TYPE") or ("sweep" if _in_sweep() else "train"),
             "tags": list(dict.fromkeys([*(name[:TAG] for name in names), *self.tags])),
             "project": self.project,
             "entity": self.entity,
             "resume": "allow",
         }
+        if "WANDB_SWEEP_ID" in os.environ:  # under `wandb agent`, which chooses project, entity, and the id by this:
+            os.environ["WANDB_RUN_ID"] = (not sweep and os.environ.get("WANDB_RUN_ID")) or run.id
         # W&B's reports on itself, which the interpreter would send, and wait for, at its exit.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         logging.raiseExceptions = False  # on a full disk, each line of its own log would be a traceback
         self._works = True
         _running.append(self)
         Thread(target=self._work, args=(arguments,), name="wandb", daemon=True).start()
+        options = {group: option for group, option in choices.items() if "/" not in group and group not in PLACES}
+        facts = {key: fact for part in (manifest, *manifest["starts"][-1:]) for key, fact in part.items()}
+        facts = {key: fact for key, fact in facts.items() if key not in OF_STARTS}
+        facts |= {"baselines": dict(baselines), "run": os.path.abspath(run.path)} | ({"sweep": sweep} if sweep else {})
+        self._describe(facts | options)
         # Processes that load data fork after it: not while W&B starts one itself, if that can be helped.
         self._started.wait(self.init_timeout)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The configuration of the run."""
-        self._call(lambda run: run.config.update(params, allow_val_change=True))
+        self._describe({"settings": params})
+
+    def _describe(self, config: dict[str, Any]) -> None:
+        self._call(lambda run: run.config.update(config, allow_val_change=True))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One row."""
-        row = {name: float(value) for name, value in metrics.items()} | {"trainer/global_step": step}
+        row = {name: float(value) for name, value in metrics.items()} | {STEP: step}
         self._call(lambda run: run.log(row))
 
     @rank_zero_only
@@ -123,12 +167,25 @@ class WandbLog(Logger):
         def send(run: Any) -> None:
             import wandb
 
-            run.log({name: [wandb.Image(str(file))], "trainer/global_step": step})
+            run.log({name: [wandb.Image(str(file))], STEP: step})
 
         self._call(send)
 
+    @rank_zero_only
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        """The summary of a finished run, its nested names joined by /."""
+        best = summary["best"]
+        flat = flatten(summary, separator="/") | {f"best/{best['metric']}": best["value"]}
+        self._call(lambda run: run.summary.update(flat))
+
     def close(self, exit_code: int) -> None:
-        """End the W&B run, as failed unless the exit code is 0; what doesn't answer any more is killed."""
+        """End the W&B run, as failed unless the exit code is 0; what doesn't answer any more is killed.
+
+        A run that was stopped to go on later, rather than pruned, is marked so.
+        """
+        self._call(self._recount)
+        if exit_code - 128 in PREEMPTING and self._run and not (self._run.path / "pruned.json").exists():
+            self._call(lambda run: run.mark_preempting())
         self._call(lambda run: run.finish(exit_code=exit_code))
         self._call(None)
         with suppress(KeyboardInterrupt):  # a user who doesn't wait
@@ -138,6 +195,69 @@ class WandbLog(Logger):
             if self._core:
                 self._core.kill()
             self._ended.wait(GRACE)
+
+    def _catch_up(self, run: Any, rows: Sequence[Row]) -> None:
+        """Log again what an earlier start that was killed has not left in W&B, which writes and sends rows later."""
+        sent, last = {}, -1
+        if run.resumed:
+            sent = {name: run.summary.get(name) for name in run.summary.keys()}  # noqa: SIM118  # of W&B's own kind
+            last = sent.get(STEP, last)
+        else:
+            known = self._set_aside()
+            rows = [] if known is None else rows[known:]
+        rows = [row for row in rows if row[0] <= self._resumes_after]
+        for (step, epoch, _), same in groupby(rows, lambda row: (*row[:2], row[2].startswith("val/"))):
+            values = {name: value for _, _, name, value in same}
+            if step > last or (step == last and not self._are_sent(values, sent)):
+                run.log(values | {"epoch": epoch, STEP: step})
+
+    def _set_aside(self) -> int | None:
+        """Rename the folders of killed starts, at which `wandb sync` would end; how many rows other folders have.
+
+        None: none is missing, or nobody knows which.
+        """
+        if not self._offline or self._run is None or self._folder is None:
+            return None
+        earlier = [folder for folder in self._folder.parent.glob(f"offline-run-*-{self._run.id}") if folder.is_dir()]
+        closed = {folder: folder / CLOSED for folder in earlier if (folder / CLOSED).exists()}
+        killed = [folder for folder in earlier if folder not in closed and folder.name != self._folder.name]
+        for folder in killed:
+            folder.rename(folder.with_name(f"killed-{folder.name}"))
+        return max((int(file.read_text()) for file in closed.values()), default=0) if killed else None
+
+    def _rows(self) -> list[Row]:
+        """Those of metrics.csv that can be read, while more are appended."""
+        if self._run is None or not self._run.metrics.exists():
+            return []
+        lines = self._run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [row for line in lines if (row := parse_row(line))]
+
+    def _are_sent(self, values: Mapping[str, float], summary: Mapping[str, Any]) -> bool:
+        """Whether the summary could be that after a row of these values."""
+
+        def is_sent(name: str, value: float) -> bool:
+            best, had = self._extremes.get(name), summary.get(name)
+            if best is None or had is None or isinstance(had, int | float):
+                return bool(had == value)
+            return bool(BEST[best](had[best], value) == had[best])
+
+        return all(is_sent(name, value) for name, value in values.items())
+
+    def _recount(self, run: Any) -> None:
+        """The summary of all starts of the run: by itself, W&B counts anew in each."""
+        if self._goes_on:
+            run.summary.update(self._totals(self._rows()))
+
+    def _totals(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Of each metric what W&B shows: {"min": …}, {"max": …} or the last value."""
+        values: dict[str, list[float]] = {}
+        for _, _, name, value in rows:
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+        return {
+            name: {best: BEST[best](found)} if (best := self._extremes.get(name)) else found[-1]
+            for name, found in values.items()
+        }
 
     def _call(self, call: Callable[[Any], object] | None) -> None:
         """Let the thread call this with the W&B run, in turn; None ends it."""
@@ -153,13 +273,19 @@ class WandbLog(Logger):
         """The thread."""
         try:
             run = self._begin(arguments)
-            run.define_metric("trainer/global_step")
-            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            run.define_metric(STEP)
+            for name, best in {"*": None, **self._extremes}.items():
+                run.define_metric(name, summary=best, step_metric=STEP, step_sync=True)
+            rows = self._rows() if self._goes_on else []  # before this start writes any
             self._started.set()
+            if self._goes_on:
+                self._catch_up(run, rows)
             while (call := self._calls.get()) is not None:
                 call(run)
                 if self._gave_up:
                     self._say(self._gave_up)
+            if self._folder and self._folder.is_dir() and self._works and not self._gave_up:
+                write_atomically(self._folder / CLOSED, str(len(self._rows())))
         except Exception as error:  # of any kind: logging must never end a run
             self._say(f"failed: {_flat(error)}")
         finally:
@@ -208,6 +334,7 @@ class WandbLog(Logger):
             finish_timeout_raises=True,
         )
         run = wandb.init(mode=mode, settings=settings, **arguments)
+        self._offline = mode == "offline"
         if folder := run.settings.sync_dir:
             self._folder = Path(folder)
         return run
@@ -245,6 +372,12 @@ def log_figure(logger: Logger, name: str, file: Path, step: int) -> None:
         logger.log_image(name, file, step)
 
 
+def log_summary(logger: Logger, summary: Mapping[str, Any]) -> None:
+    """Log the summary of a finished run to W&B; for other loggers it is a file of the run."""
+    if isinstance(logger, WandbLog):
+        logger.log_summary(summary)
+
+
 def close_wandb() -> None:
     """End the W&B runs of this process, as failed where an exception is under way (`finally`): with its exit code."""
     match sys.exc_info()[1]:
@@ -256,6 +389,11 @@ def close_wandb() -> None:
             code = 1
     while _running:
         _running.pop().close(code)
+
+
+def _in_sweep() -> bool:
+    """Whether a sweep has started this command, ours or one of W&B."""
+    return bool(os.environ.get(SWEEP) or os.environ.get("WANDB_SWEEP_ID"))
 
 
 def _end_service() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -15,13 +16,16 @@ from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.loggers import CSVLogger
 
 from stu.errors import OptionError
 from stu.training import Run, WandbLog, wandb_log
 from stu.training.loggers import read_metrics
-from stu.training.wandb_log import close_wandb
+from stu.training.signals import ANNOUNCED, PERSONAL
+from stu.training.wandb_log import close_wandb, log_summary
 from tests import runs
-from tests.wandb_server import Server, serving
+from tests.wandb_files import Written
+from tests.wandb_server import Kept, Server, serving
 
 KEY = "0" * 40
 
@@ -31,12 +35,20 @@ class Experiment:
 
     def __init__(self, folder: str = "", **fails: Callable[..., None]) -> None:
         self.settings = SimpleNamespace(sync_dir=folder)
-        self.config = SimpleNamespace(update=lambda params, **options: self.rows.append(params))
+        self.described: dict[str, Any] = {}
+        self.config = SimpleNamespace(update=lambda params, **options: self.described.update(params))
+        self.defined: dict[str, str | None] = {}
         self.rows: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
         self.exit_codes: list[int] = []
+        self.preempting = self.resumed = False
         self.__dict__ |= fails
 
-    def define_metric(self, name: str, **options: Any) -> None: ...
+    def define_metric(self, name: str, summary: str | None = None, **options: Any) -> None:
+        self.defined[name] = summary
+
+    def mark_preempting(self) -> None:
+        self.preempting = True
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -49,8 +61,8 @@ class Experiment:
 def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No key, no settings of a user, no wandb-core; wandb forgets what it knew before and after."""
     monkeypatch.setattr("wandb.sdk.wandb_setup._WandbSetup.ensure_service", lambda self: None)
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_SERVICE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "STU_SWEEP"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     wandb.teardown()
@@ -72,17 +84,39 @@ def started(monkeypatch: pytest.MonkeyPatch, no_credentials: None) -> list[dict[
     return calls
 
 
-def a_run(tmp_path: Path) -> Run:
+CHOICES = {"task": "lds", "model": "stu", "experiment": None, "optimizer": "adamw", "paths": "default"}
+
+
+def a_run(tmp_path: Path, starts: int = 1) -> Run:
     run = Run(tmp_path / "run")
     run.path.mkdir(exist_ok=True)
-    run.manifest.write_text(json.dumps({"id": "cafe"}))
+    begun = [{"time": "now", "device": "a CPU", "world_size": count, "packages": {}} for count in range(starts)]
+    manifest = {"id": "cafe", "seed": 3, "data": "5ea1", "monitor": "accuracy", "mode": "max", "parameters": 7}
+    run.manifest.write_text(json.dumps(manifest | {"settings": {"model": {}}, "starts": begun}))
     return run
 
 
-def start(tmp_path: Path, **options: Any) -> WandbLog:
+def start(tmp_path: Path, starts: int = 1, **options: Any) -> WandbLog:
     logger = WandbLog(**options)
-    logger.start(a_run(tmp_path), ("lds", "stu"))
+    logger.start(a_run(tmp_path, starts), CHOICES | {"hydra/launcher": "local"}, {"majority": 0.5})
     return logger
+
+
+def end(exit_code: int) -> None:
+    """As a run does that ends with this code."""
+    with suppress(SystemExit):
+        try:
+            raise SystemExit(exit_code)
+        finally:
+            close_wandb()
+
+
+@pytest.fixture
+def experiment(monkeypatch: pytest.MonkeyPatch, no_credentials: None) -> Experiment:
+    """What every `wandb.init` gives."""
+    made = Experiment()
+    monkeypatch.setattr(wandb, "init", lambda **arguments: made)
+    return made
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -98,6 +132,7 @@ def test_what_a_run_is_called(started: list[dict[str, Any]], tmp_path: Path):
         "id": "cafe",
         "name": "stu/run",
         "group": "lds",
+        "job_type": "train",
         "project": "p",
         "entity": "me",
     }
@@ -105,6 +140,184 @@ def test_what_a_run_is_called(started: list[dict[str, Any]], tmp_path: Path):
     assert call["tags"] == ["lds", "stu", "mine"]
     assert call["resume"] == "allow"  # the same id continues the same run
     assert call["settings"].finish_timeout == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "group", "job_type"),
+    [
+        ({}, {"STU_SWEEP": "lr"}, "lr", "sweep"),
+        ({}, {"STU_SWEEP": ""}, "lds", "train"),
+        ({}, {"STU_SWEEP": "s" * 200}, "s" * 128, "sweep"),
+        ({}, {"STU_SWEEP": "lr", "WANDB_RUN_GROUP": "mine", "WANDB_JOB_TYPE": "eval"}, "mine", "eval"),
+        ({"group": "g", "job_type": "j"}, {"STU_SWEEP": "lr", "WANDB_RUN_GROUP": "mine"}, "g", "j"),
+        ({}, {"WANDB_SWEEP_ID": "abc"}, "lds", "sweep"),
+    ],
+)
+def test_the_runs_of_a_sweep_are_a_group(
+    started: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    environment: dict[str, str],
+    group: str,
+    job_type: str,
+):
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")  # also that it is put back
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    start(tmp_path, **options)
+    assert [(call["group"], call["job_type"]) for call in started] == [(group, job_type)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        ({"WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "trial"}, "trial"),  # as `wandb agent` says it
+        ({"WANDB_SWEEP_ID": "abc"}, "cafe"),
+        ({"WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "trial", "STU_SWEEP": "lr"}, "cafe"),  # one of several in the trial
+    ],
+)
+def test_under_an_agent_of_wandb_the_run_is_the_one_that_it_has_named(
+    started: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    found: str | None,
+):
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    monkeypatch.delenv("WANDB_RUN_ID")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    start(tmp_path)
+    assert os.environ.get("WANDB_RUN_ID") == found
+
+
+def test_what_a_table_of_runs_can_be_grouped_by(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("STU_SWEEP", "lr")
+    start(tmp_path, starts=2, mode="offline").log_hyperparams({"model": {"d_model": 8}, "seed": 3})
+    close_wandb()
+    assert experiment.described == {
+        **{"task": "lds", "model": "stu", "experiment": None, "optimizer": "adamw"},
+        **{"seed": 3, "data": "5ea1", "monitor": "accuracy", "mode": "max", "parameters": 7},
+        **{"device": "a CPU", "world_size": 1, "packages": {}},  # of this start
+        **{"baselines": {"majority": 0.5}, "run": str(tmp_path / "run"), "sweep": "lr"},
+        "settings": {"model": {"d_model": 8}, "seed": 3},
+    }
+
+
+def test_of_which_metrics_the_best_value_counts(experiment: Experiment, tmp_path: Path):
+    start(tmp_path, mode="offline")
+    close_wandb()
+    assert experiment.defined == {
+        **{"trainer/global_step": None, "*": None},
+        **{"train/loss": "min", "val/loss": "min", "train/accuracy": "max", "val/accuracy": "max"},
+    }
+    assert experiment.summary == {}  # W&B counts itself
+
+
+def test_the_summary_is_over_all_starts(experiment: Experiment, tmp_path: Path):
+    rows = ["step,epoch,metric,value", "1,0.1,train/loss,nan", "2,0.2,train/loss,1.0", "2,0.2,val/accuracy,0.75"]
+    rows += ["3,0.3,train/loss,2.0", "4,0.4,val/accuracy,0.5", "4,0.4,val/f1,0.25", "4,0.4,test/accuracy,0.5", ""]
+    logger = start(tmp_path, starts=2, mode="offline")
+    (tmp_path / "run" / "metrics.csv").write_text("\n".join(rows))
+    best = {"metric": "val/accuracy", "value": 0.75, "step": 2, "val": {"accuracy": 0.7500001, "loss": 3.0}}
+    summary = {"test": {"accuracy": 0.5}, "best": best, "baselines": {"majority": 0.4}, "seconds": 1.5}
+    log_summary(logger, summary)
+    log_summary(CSVLogger(tmp_path), summary)  # others don't take it
+    close_wandb()
+    assert experiment.summary == {
+        **{"train/loss": {"min": 1.0}, "val/accuracy": {"max": 0.75}, "val/f1": 0.25, "test/accuracy": 0.5},
+        **{"best/metric": "val/accuracy", "best/value": 0.75, "best/step": 2},
+        **{"best/val/accuracy": 0.75, "best/val/loss": 3.0, "baselines/majority": 0.4, "seconds": 1.5},
+    }
+
+
+CSV = """step,epoch,metric,value
+1,0.1,train/loss,1.0
+1,0.1,lr/default,0.5
+2,0.2,train/loss,1.5
+2,0.2,lr/default,0.25
+2,0.2,val/loss,1.25
+3,0.3,train/loss,0.5
+"""
+TRAINED = {
+    1: {"train/loss": 1.0, "lr/default": 0.5},
+    2: {"train/loss": 1.5, "lr/default": 0.25},
+    3: {"train/loss": 0.5},
+}
+ROWS = [{**values, "epoch": step / 10, "trainer/global_step": step} for step, values in TRAINED.items()]
+ROWS.insert(2, {"val/loss": 1.25, "epoch": 0.2, "trainer/global_step": 2})
+
+
+@pytest.mark.parametrize(
+    ("sent", "missing"),
+    [
+        ({}, ROWS),
+        ({"trainer/global_step": 1, "train/loss": {"min": 1.0}, "lr/default": 0.5}, ROWS[1:]),
+        ({"trainer/global_step": 2, "train/loss": {"min": 1.0}, "lr/default": 0.25}, ROWS[2:]),
+        ({"trainer/global_step": 2, "train/loss": {"min": 1.0}, "lr/default": 0.25, "val/loss": 1.25}, ROWS[3:]),
+        ({"trainer/global_step": 9, "train/loss": {"min": 0.1}}, []),  # it was killed after this checkpoint
+    ],
+)
+def test_what_a_killed_start_did_not_send_is_sent(
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: dict[str, Any],
+    missing: list[dict[str, float]],
+):
+    monkeypatch.setattr(Run, "last_step", 3)
+    experiment.resumed, experiment.summary = True, sent
+    run = a_run(tmp_path)
+    run.metrics.write_text(CSV + "4,0.4,train/loss,0.5\n5,0.5,tra")  # this start has already begun to write
+    start(tmp_path, starts=2, mode="online")
+    close_wandb()
+    assert experiment.rows == missing
+
+
+def test_offline_what_a_killed_start_has_written_is_written_again(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And its folder, at which `wandb sync` would end, is set aside."""
+    monkeypatch.setattr(Run, "last_step", 3)
+    run = a_run(tmp_path)
+    run.metrics.write_text(CSV)
+    closed, killed, this, other = (
+        run.path / "wandb" / f"offline-run-{name}" for name in ("1-cafe", "2-cafe", "3-cafe", "2-f")
+    )
+    for folder in (closed, killed, this, other):
+        folder.mkdir(parents=True)
+    (closed / "rows").write_text("2")
+    experiment.settings.sync_dir = str(this)
+    start(tmp_path, starts=3, mode="offline")
+    close_wandb()
+    assert experiment.rows == ROWS[1:]
+    assert (this / "rows").read_text() == "6"
+    names = {"offline-run-1-cafe", "killed-offline-run-2-cafe", "offline-run-3-cafe", "offline-run-2-f"}
+    assert {folder.name for folder in this.parent.iterdir()} == names
+    start(tmp_path, starts=4, mode="offline")  # nothing is missing now
+    close_wandb()
+    assert experiment.rows == ROWS[1:]
+
+
+@pytest.mark.parametrize("number", [*PERSONAL, *ANNOUNCED])
+def test_what_goes_on_later_is_preempted(experiment: Experiment, tmp_path: Path, number: int):
+    """What a cluster stops; not what its user has interrupted."""
+    start(tmp_path, mode="offline")
+    end(128 + number)
+    assert experiment.exit_codes == [128 + number]
+    assert experiment.preempting == (number != signal.SIGINT)
+
+
+def test_what_is_pruned_or_diverges_does_not_go_on(experiment: Experiment, tmp_path: Path):
+    for exit_code in (143, 3):
+        start(tmp_path, mode="offline")
+        (tmp_path / "run" / "pruned.json").touch()
+        end(exit_code)
+    assert (experiment.exit_codes, experiment.preempting) == ([143, 3], False)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +376,14 @@ def test_a_key_in_netrc_counts_for_the_host_that_wandb_uses(
         monkeypatch.setenv("WANDB_BASE_URL", base_url)
     start(tmp_path)
     assert [call["mode"] for call in started] == [begins]
+
+
+def test_disabled_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_credentials: None):
+    """It neither imports anything nor leaves a file."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    start(tmp_path, mode="disabled").log_metrics({"loss": 1.0}, step=1)
+    close_wandb()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "manifest.json"]
 
 
 def test_a_key_that_is_none_is_said(
@@ -241,6 +462,8 @@ def test_only_the_first_process_has_a_log_file(
         ({"project": ""}, "project='': must have 1 … 128 characters"),
         ({"project": "p" * 129}, f"project='{'p' * 129}': must have 1 … 128 characters"),
         ({"project": "a/b"}, r"project='a/b': must have 1 … 128 characters, none of them / \ # ? % :"),
+        ({"group": ""}, "group='': must have 1 … 128 characters, or be null"),
+        ({"job_type": "j" * 129}, f"job_type='{'j' * 129}': must have 1 … 128 characters, or be null"),
         ({"entity": "me/p"}, "entity='me/p': must be a user or a team"),
         ({"entity": ""}, "entity='': must be a user or a team"),
         ({"init_timeout": 0.0}, "init_timeout=0.0: must be seconds, above 0"),
@@ -257,8 +480,10 @@ def test_what_wandb_would_refuse_is_refused_before(options: dict[str, Any], line
 def test_what_wandb_takes_is_taken():
     """Its own checks are the stricter ones nowhere."""
     options: dict[str, Any] = {"tags": ["t" * 64, "é ü"], "project": "p" * 128, "entity": "my-team_1.x"}
+    options |= {"group": "g" * 128, "job_type": "j" * 128}
     logger = WandbLog(**options)
-    wandb.Settings(run_tags=logger.tags, project=logger.project, entity=logger.entity)
+    named = {"run_group": logger.group, "run_job_type": logger.job_type}
+    wandb.Settings(run_tags=logger.tags, project=logger.project, entity=logger.entity, **named)
 
 
 def stuck(*arguments: Any, **options: Any) -> None:
@@ -319,7 +544,8 @@ def test_rows_wait_for_a_slow_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert experiment.rows == []
     ready.set()
     close_wandb()
-    assert experiment.rows == [{"seed": 0}, {"loss": 1.0, "trainer/global_step": 1}]
+    assert experiment.described["settings"] == {"seed": 0}
+    assert experiment.rows == [{"loss": 1.0, "trainer/global_step": 1}]
     assert experiment.exit_codes == [0]
 
 
@@ -358,35 +584,68 @@ def test_a_run_is_finished_there_only_where_it_is_here(
 
 
 COMMAND = runs.small("task=lds", "model=stu", "trainer.max_steps=2", "log_every=1", "logger=wandb")
-# The keys that the log file of such a run has.
-WRITTEN = (b"train/loss", b"lr/default", b"gradient_norm", b"val/mse", b"test/mse", b"model/mixer/num_filters")
 
 
-def log_files(home: Path) -> list[Path]:
-    """The offline W&B files under a folder."""
-    return sorted(home.rglob("offline-run-*/*.wandb"))
+def upload(server: Server, home: Path, *arguments: str | Path) -> None:
+    """`wandb sync` to that server."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, arguments)]
+    subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True, timeout=120)
+
+
+def assert_complete(kept: Kept, run: Run) -> None:
+    """W&B has the rows of the run, each once, its summary, and what it can be found by."""
+    rows = read_metrics(run.metrics)
+    assert sorted(kept.points()) == sorted((step, name, value) for step, _, name, value in rows)
+    for loss in ("train/loss", "val/loss"):
+        assert kept.summary[loss] == {"min": min(value for _, _, name, value in rows if name == loss)}
+    summary = run.read_summary()
+    assert kept.summary["val/mse"] == {"min": summary["best"]["value"]}
+    assert kept.summary["best/step"] == summary["best"]["step"]
+    assert kept.summary["test/mse"] == summary["test"]["mse"]
+    assert kept.summary["baselines/zero"] == summary["baselines"]["zero"]
+    assert (kept.config["task"], kept.config["model"], kept.config["experiment"]) == ("lds", "stu", None)
+    assert kept.config["settings"]["model"]["mixer"]["num_filters"] == 4
+    assert kept.config["data"] == run.read_manifest()["data"]
+
+
+# In the third step, after that with the least loss; in the second from there on, after a validation.
+STOP = runs.signalled(signal.SIGTERM, "stu.training:MetricsLog.on_train_batch_end", 3)
+KILL = runs.signalled(signal.SIGKILL, "stu.training:MetricsLog.on_train_batch_end", 2)
+LONGER = ("trainer.max_steps=5", "trainer.val_check_interval=2")
 
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_without_a_key_each_run_of_a_sweep_writes_an_offline_log_file(tmp_path: Path):
-    done = runs.train(tmp_path, "-m", *COMMAND, "seed=0,1")
-    assert (done.code, done.err) == (0, "")
-    written = log_files(tmp_path / "runs")
-    assert len(written) == 2
-    for path in written:
-        manifest = json.loads((path.parents[2] / "manifest.json").read_text())
-        assert path.name == f"run-{manifest['id']}.wandb"
-        content = path.read_bytes()
-        assert [key for key in WRITTEN if key not in content and key.replace(b"/", b".") not in content] == []
-        assert f"wandbleet{path.parents[1]}" in "".join(done.out.split())  # the table folds long lines
+def test_without_a_key_each_start_writes_a_file_and_all_are_one_run_where_they_are_uploaded(tmp_path: Path):
+    for at, code in ((STOP, 143), (KILL, 137), (None, 0)):
+        done = runs.train(tmp_path, *COMMAND, *LONGER, "name=run", at=at, STU_SWEEP="lr")
+        assert (done.code, done.err) == (code, "")
+    run = runs.run_of(tmp_path, "lds", "stu", "run")
+    assert f"wandbleet{run.path / 'wandb'}" in "".join(done.out.split())  # the table folds long lines
+    assert len(list(run.path.glob("wandb/killed-offline-run-*"))) == 1
+    files = sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
+    first, last = (Written(file) for file in files)
+    for written in (first, last):
+        named = written.run.run_id, written.run.run_group, written.run.job_type, written.run.display_name
+        assert named == (run.id, "lr", "sweep", "stu/run")
+        assert list(written.run.tags) == ["lds", "stu"]
+        assert (written.config["model"], written.config["sweep"]) == ("stu", "lr")
+    assert (first.exit_code, first.preempting, len(first.rows)) == (143, True, 4)  # the last is that of a validation
+    assert (last.exit_code, last.preempting) == (0, False)
+    assert last.summary["val/mse"] == {"min": run.read_summary()["best"]["value"]}
+    with serving() as server:
+        upload(server, tmp_path, *(file.parent for file in files))
+    assert server.exit_codes == [143, 0]
+    [(name, kept)] = server.runs.items()
+    assert (name, kept.attributes["groupName"], kept.attributes["jobType"]) == (run.id, "lr", "sweep")
+    assert_complete(kept, run)
 
 
-def online(server: Server, home: Path, *overrides: str, name: str = "run", **options: Any) -> runs.Finished:
-    """Runs of that name, or of several, whose W&B goes to that server."""
-    sweep = ("-m",) if "," in name else ()
+def online(server: Server, home: Path, *overrides: str, **options: Any) -> runs.Finished:
+    """A run whose W&B goes to that server."""
     more = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY} | options
-    return runs.train(home, *sweep, *COMMAND, f"name={name}", *overrides, **more)
+    return runs.train(home, *COMMAND, "name=run", *overrides, **more)
 
 
 def assert_result_and_one_line(done: runs.Finished, home: Path, *parts: str, steps: int = 2) -> None:
@@ -417,10 +676,7 @@ def test_a_server_that_takes_no_more_is_one_line(tmp_path: Path):
         done = online(server, tmp_path)
     assert_result_and_one_line(done, tmp_path, "gave up: Fatal error while uploading data;", "/run-2")
     with serving() as server:
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_BASE_URL": server.url}
-        command = [sys.executable, "-m", *done.err.split("`")[1].split()]
-        environment |= {"WANDB_API_KEY": KEY}
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+        upload(server, tmp_path, *done.err.split("`")[1].split()[2:])
     assert {"train/loss", "val/mse", "test/mse"} <= server.history
 
 
@@ -443,22 +699,16 @@ def strike(number: int, pid: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("number", "part", "name", "finish_timeout"),
-    [
-        (signal.SIGKILL, "failed: ", "run,next", 20),
-        (signal.SIGSTOP, "was stopped before it had everything", "run", 1),
-    ],
+    ("number", "part", "finish_timeout"),
+    [(signal.SIGKILL, "failed: ", 20), (signal.SIGSTOP, "was stopped before it had everything", 1)],
 )
-def test_a_wandb_core_that_dies_or_stops_ends_nothing(
-    tmp_path: Path, number: int, part: str, name: str, finish_timeout: int
-):
-    """Nor does it reach the next run of a sweep."""
+def test_a_wandb_core_that_dies_or_stops_ends_nothing(tmp_path: Path, number: int, part: str, finish_timeout: int):
     with serving() as server:
         at = partial(strike, number, tmp_path / "pid")
         more = ("trainer.max_steps=8", f"logger.finish_timeout={finish_timeout}")
-        done = online(server, tmp_path, *more, name=name, at=at)
+        done = online(server, tmp_path, *more, at=at)
     assert_result_and_one_line(done, tmp_path, part, steps=8)
-    assert server.exit_codes == [0] * name.count(",")
+    assert server.exit_codes == []
     state = subprocess.run(["ps", "-o", "state=", "-p", (tmp_path / "pid").read_text()], capture_output=True, text=True)
     assert state.stdout.strip() in ("", "Z")
 
@@ -467,18 +717,33 @@ def test_a_wandb_core_that_dies_or_stops_ends_nothing(
 @pytest.mark.e2e
 def test_a_stopped_run_is_so_there_too_until_it_goes_on(tmp_path: Path):
     with serving() as server:
-        stop = runs.signalled(signal.SIGTERM, "stu.training:MetricsLog.on_train_batch_end", 2)
-        assert online(server, tmp_path, "trainer.max_steps=4", at=stop).code == 143
-        done = online(server, tmp_path, "trainer.max_steps=4")
+        assert online(server, tmp_path, *LONGER, at=STOP).code == 143
+        done = online(server, tmp_path, *LONGER)
     assert (done.code, done.err) == (0, "")
     assert server.exit_codes == [143, 0]
-    assert server.ids == {runs.run_of(tmp_path, "lds", "stu", "run").id}
+    run = runs.run_of(tmp_path, "lds", "stu", "run")
+    [(name, kept)] = server.runs.items()
+    assert (name, kept.attributes["groupName"], kept.attributes["jobType"]) == (run.id, "lds", "train")
+    assert kept.preempted
+    assert_complete(kept, run)
 
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_disabled_is_disabled(tmp_path: Path):
-    done = runs.train(tmp_path, *COMMAND, "logger.mode=disabled", "name=run", WANDB_API_KEY=KEY)
-    assert (done.code, done.err) == (0, "")
-    assert not list(tmp_path.rglob("*wandb*"))
-    assert "wandb leet" not in done.out
+def test_two_processes_are_one_run_which_the_first_one_logs(tmp_path: Path):
+    """Also under an agent of `wandb sweep`, whose trial it then is."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('LOCAL_RANK', '0') != '0': sys.modules['wandb'] = open('refused', 'w').close()\n"
+    )
+    path = f"{tmp_path}:{runs.ENVIRONMENT['PYTHONPATH']}"
+    agent = {"WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "trial"}
+    with serving() as server:
+        more = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+        done = online(server, tmp_path, *more, PYTHONPATH=path, **agent)
+    assert done.code == 0, done.err
+    assert (tmp_path / "refused").exists()  # to the second process
+    [(name, kept)] = server.runs.items()
+    assert (name, kept.attributes["sweep"], kept.attributes["jobType"]) == ("trial", "abc", "sweep")
+    assert kept.exit_codes == [0]
+    assert_complete(kept, runs.run_of(tmp_path, "lds", "stu", "run"))
