@@ -112,7 +112,7 @@ def train(
     run.mend()
     device = training.describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
-    run.record_start(device=device, seed=config.seed, **facts)
+    run.record_start(device=device, world_size=trainer.world_size, seed=config.seed, **facts)
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     wandb.start(run, choices, baselines)
     for logger in trainer.loggers:

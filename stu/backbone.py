@@ -104,7 +104,8 @@ class Backbone(Structured):
     alone; not under function transforms, nor what has a state. Raises `OptionError` for PyTorch's LSTM and GRU, and
     where there is neither a C++ compiler nor a GPU.
     checkpoint_blocks: in training, a block keeps its input alone for the backward pass, which computes the rest again
-    (gradient checkpointing): less memory for a third more time; the same results, dropout and statistics included.
+    (gradient checkpointing): less memory, a quarter to a half more time; the same results, dropout and statistics
+    included.
     """
 
     structure = ("position_kind",)

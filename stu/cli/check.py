@@ -48,6 +48,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "paths.runs": str,
     "paths.data": str,
 }
+CALLS = {"trainer.strategy": ("stu.training.FullyShard", "trainer=fsdp")}  # also allowed, by these options
 SPECIAL = ("_target_", "_partial_")  # keys of a call that are no arguments
 READ_BY = {"checkpoint": "test", "overwrite": "train"}  # the only mode in which a key is read
 # How many of their leading arguments these nodes get from the code.
@@ -72,8 +73,9 @@ def check(config: DictConfig) -> None:
     for key, value in nodes(plain):
         if isinstance(value, float) and math.isnan(value):
             raise Refused(key, value, "must be a number")
-        if key in hints and not fits(value, hints[key]):
-            raise Refused(key, brief(value), f"must be {described(hints[key])}")
+        if key in hints and not fits(value, hints[key]) and not is_allowed_call(key, value):
+            option = f"; or choose {CALLS[key][1]}" if key in CALLS else ""
+            raise Refused(key, brief(value), f"must be {described(hints[key])}{option}")
     for name, value in plain["callbacks"].items():
         callback = resolve_name("lightning.Callback")
         if not fits(value, callback):
@@ -111,13 +113,18 @@ def check_call(key: str, node: Mapping[str, Any]) -> None:
         if name not in parameters and f"{key}.{name}" not in HINTS:
             raise Refused(f"{key}.{name}", brief(value), f"no such key; {suggestion(name, parameters)}")
         hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
-        if not fits(value, hint):
+        if not (fits(value, hint) or is_allowed_call(f"{key}.{name}", value)):
             raise Refused(f"{key}.{name}", brief(value), f"must be {described(hint)}")
     if passed or not node.get("_partial_"):  # else the code may give more
         for name, parameter in signature:
             needed = parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
             if needed and name not in node:
                 raise Refused(f"{key}.{name}", "absent", "is needed")
+
+
+def is_allowed_call(key: str, value: Any) -> bool:
+    """Whether a value is the one call that a key may have besides what its hint says."""
+    return key in CALLS and isinstance(value, Mapping) and value.get("_target_") == CALLS[key][0]
 
 
 def fits(value: Any, hint: Any) -> bool:

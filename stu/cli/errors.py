@@ -3,6 +3,7 @@
 `HYDRA_FULL_ERROR=1` shows tracebacks instead of lines.
 """
 
+import atexit
 import functools
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -53,7 +55,11 @@ def reports_errors(job: Callable[[DictConfig], float | None]) -> Callable[[DictC
             return job(config)
         except Exception as error:
             line = None if TRACEBACKS else _line(error, config)
+            # the first process of a run says why another one has ended: it has recorded it
+            recorded = bool(_place()) and not TRACEBACKS and config.get("mode") == "train"
             if not sweeping() or isinstance(error, CommandError):
+                if recorded:
+                    raise SystemExit(getattr(error, "exit_code", 1)) from None
                 if line is None:
                     raise
                 _fail(line, code=getattr(error, "exit_code", USAGE), told=_told_by_another(error))
@@ -72,6 +78,26 @@ def run(main: Callable[[], object], checked: Callable[[list[str]], list[str]] = 
 
     checked: the words of the command → those that `main` gets; raises `OptionError` for what it refuses.
     """
+    try:
+        _run(main, checked)
+    except BaseException as end:
+        if _place() is not None:
+            _leave(end)
+        raise
+
+
+def _leave(end: BaseException) -> NoReturn:
+    """End a process that others are connected to: it takes the interpreter seconds, in which they would wait for it."""
+    if not isinstance(end, SystemExit):
+        sys.excepthook(type(end), end, end.__traceback__)
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # of an output that nobody reads
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 1)
+
+
+def _run(main: Callable[[], object], checked: Callable[[list[str]], list[str]]) -> None:
     if not TRACEBACKS:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "STU_ERROR_LINES": "1"}  # Hydra then raises instead of printing
     try:
@@ -104,13 +130,21 @@ def _fail(line: str, *, code: int = USAGE, told: bool = False) -> NoReturn:
     raise SystemExit(code) from None
 
 
+def _place() -> int | None:
+    """Which of several processes that have met this is; None elsewhere."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # not imported for this
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        rank: int = distributed.get_rank()
+        return rank
+    return None
+
+
 def _told_by_another(error: BaseException) -> bool:
     """Whether another process on this machine, started for the same command by torchrun or srun, refuses it, too.
 
     Not where this process alone may be wrong: after all have met, or where only variables say that there are others.
     """
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # not imported for this
-    if distributed and distributed.is_available() and distributed.is_initialized():
+    if _place() is not None:
         return False
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return os.environ.get("LOCAL_RANK", "0") != "0"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stu.training.optional import EMA, DeviceStats, EarlyStopping, check_callbacks
     from stu.training.plan import StepPlan, check_trainer, make_trainer
     from stu.training.run import Run, describe_device
+    from stu.training.sharded import FullyShard
     from stu.training.signals import leaving
     from stu.training.wandb_log import WandbLog
 
@@ -36,12 +37,14 @@ __getattr__ = attributes(
         **dict.fromkeys(("EMA", "DeviceStats", "EarlyStopping", "check_callbacks"), "optional"),
         **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
         **dict.fromkeys(("Run", "describe_device"), "run"),
+        "FullyShard": "sharded",
         "leaving": "signals",
         "WandbLog": "wandb_log",
     },
 )
-__all__ = ["Checkpoints", "Diverged", "Figures", "MetricsCSV", "MetricsLog", "Run", "SequenceData", "SequenceModule"]
+__all__ = ["Checkpoints", "Diverged", "Figures", "FullyShard", "MetricsCSV", "MetricsLog", "Run", "SequenceData"]
 __all__ += [
+    "SequenceModule",
     "StepPlan",
     "Stopped",
     "WandbLog",

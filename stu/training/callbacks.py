@@ -24,6 +24,7 @@ from stu.training.cluster import Agreed
 from stu.training.memory import peak, reset_peak
 from stu.training.module import SequenceModule, compute
 from stu.training.plan import StepPlan
+from stu.training.sharded import local, whole
 from stu.training.signals import PERSONAL, Handlers, hurries
 
 AGREE_EVERY = 10  # steps after which several devices agree whether to stop or save
@@ -77,7 +78,9 @@ class MetricsLog(Callback):
         if (trainer.global_step + 1) % self.every == 0:
             self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.gradient_norm = torch.nn.utils.get_total_norm(gradients)  # read with the metrics, after the step
+            self.gradient_norm = whole(
+                torch.nn.utils.get_total_norm(gradients)
+            )  # read with the metrics, after the step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -378,7 +381,9 @@ class Checkpoints(Checkpoint):
         if _agree(trainer, bad >= 0):
             where = f"at step {bad // self.plan.accumulate + 1}" if bad >= 0 else "on another device"
             raise Diverged(f"the loss is not finite {where}")
-        finite = torch.stack([p.isfinite().all() for p in module.parameters()]).all()  # one answer: one wait for a GPU
+        finite = torch.stack(
+            [local(p).isfinite().all() for p in module.parameters()]
+        ).all()  # one answer: one wait for a GPU
         if _agree(trainer, not bool(finite)):
             raise Diverged(f"the weights are not finite after step {trainer.global_step}")
 

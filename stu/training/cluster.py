@@ -1,10 +1,17 @@
 """How many processes a command consists of, and who started them: itself, SLURM's srun, or torchrun."""
 
 import os
+import re
 import signal
 import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from subprocess import Popen
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -12,8 +19,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
+from torch import distributed
 from torch.distributed import DistError
 
 from stu import errors
@@ -24,6 +34,9 @@ require = partial(errors.require, error=CommandError)
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 MPI_RANKS = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MPI_LOCALRANKID"}  # of mpirun's processes
 PORTS = 15_000, 10_000  # of SLURM's jobs: from, how many
+PARENT = "STU_PARENT"  # the process that has started this one
+LOOK_EVERY, GRACE = 0.5, 3.0  # seconds between looks at other processes; that this one has to see for itself
+ON_LOSS: list[Callable[[], None]] = []  # what is left to do when this process ends because another one is gone
 
 
 class Slurm(SLURMEnvironment):
@@ -52,6 +65,57 @@ class Agreed(Exception):
     """An end that all processes of a run come to together."""
 
 
+class Watch(threading.Thread):
+    """Ends this process when another one is gone, which it may wait for without end; unless it sees so itself.
+
+    gone: whether it is. Of several watches in a process the last one counts, until it is `over`.
+    """
+
+    over = threading.Event()
+
+    def __init__(self, gone: Callable[[], bool]) -> None:
+        super().__init__(daemon=True, name="watch over other processes")
+        self.gone, Watch.over = gone, threading.Event()
+
+    def run(self) -> None:
+        """Look until then."""
+        over = self.over
+        while not over.wait(LOOK_EVERY):
+            if self.gone() and not over.wait(GRACE):
+                for act in ON_LOSS:
+                    act()
+                sys.stdout.flush()
+                os._exit(1)  # the main thread waits in a library
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Starts the other processes of this node as Lightning does, which ends all by SIGKILL where one of them fails."""
+
+    started: ClassVar[list[Popen[bytes]]] = []  # by the last one
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
+        """Start them and call the function here, too."""
+        if not self.cluster_environment.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
+            self._call_children_scripts()
+            Launcher.started = self.procs
+            Watch(lambda: bool(failed(seconds=0))).start()
+        return function(*args, **kwargs)
+
+
+def failed(*, seconds: float) -> str:
+    """Which of the processes started here has ended and how, in words, looked for so long; empty where none has."""
+    until = time.monotonic() + seconds
+    while True:
+        for index, process in enumerate(Launcher.started, 1):
+            if code := process.poll():
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
+                return f"process {index} {how}"
+        if time.monotonic() >= until or not Launcher.started:
+            return ""
+        time.sleep(0.05)
+
+
 class Started(Callback):
     """The end of those processes that this one has started."""
 
@@ -61,7 +125,7 @@ class Started(Callback):
         if isinstance(exception, SystemExit) and launcher is not None:
             launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
         elif isinstance(exception, Agreed):
-            getattr(launcher, "procs", []).clear()  # from which Lightning reads that one of them did not end with 0
+            Watch.over.set()  # they, too, do not end with 0
 
 
 def environments() -> list[ClusterEnvironment]:
@@ -105,6 +169,9 @@ def check_processes(trainer: L.Trainer, *, sweeping: bool) -> None:
     rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     if asked > 1:
         check_meeting(trainer)
+        _set_num_threads_if_needed(num_processes=trainer.num_devices)  # Lightning would do so later
+    if number(PARENT, 0) == (parent := os.getppid()):
+        Watch(lambda: os.getppid() != parent).start()
 
 
 def check_meeting(trainer: L.Trainer) -> None:
@@ -147,11 +214,25 @@ def tells_of_a_loss(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or "gloo/transport" in str(error)
 
 
+def in_short(error: RuntimeError) -> str:
+    """What such an error says, without the place in the library's source and its advice."""
+    text = re.sub(r"^\[\S*gloo/transport\S*\] ", "", " ".join(str(error).split()))
+    return text.partition(". This is typically")[0]
+
+
 def part(trainer: L.Trainer) -> None:
     """Leave the other processes after they have come as far as this one, without taking them by surprise."""
     trainer.strategy.barrier()
-    with suppress(RuntimeError):  # the others may be gone, but only after they have left the first one
-        trainer.strategy.barrier()
+    Watch.over.set()
+    disconnect()
+
+
+def disconnect() -> None:
+    """End the threads that talk to other processes, which come here, too; they must not outlive the interpreter."""
+    if distributed.is_available() and distributed.is_initialized():
+        with suppress(RuntimeError):  # the others may be gone, but only after they have come here
+            distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def number(variable: str, default: int) -> int:

@@ -204,7 +204,8 @@ class RunBatches(Sampler[list[int]]):
                 epoch = 0 if self.plan.overfits else step // self.plan.steps_per_epoch
                 order = epoch_batches(self.examples, self.lengths, self.batch_size, self.bucket, self.seed, epoch)
             whole = order[step % self.plan.steps_per_epoch]
-            yield whole[part * self.world_size + self.rank :: self.plan.accumulate * self.world_size].tolist()
+            micro_batch = whole[part :: self.plan.accumulate]  # the same on any number of devices
+            yield micro_batch[self.rank :: self.world_size].tolist()
 
 
 def require_divisible(batch_size: int, plan: StepPlan, world_size: int) -> None:

@@ -19,6 +19,7 @@ from stu.training.loggers import parse_row
 from stu.training.module import SequenceModule
 from stu.training.report import count, note
 from stu.training.run import Run, conditions_now
+from stu.training.sharded import load_weights
 from stu.training.wandb_log import log_summary
 
 
@@ -45,7 +46,7 @@ def finish(
     kept, wanted = states.checked(run.best).best, states.Best(checkpoints.best_value, checkpoints.best_step)
     lost = f"the best weights are lost: {run.best.name} has those of step {kept.step:,}, not {wanted.step:,}"
     require(kept == wanted, "name", run.path, lost)
-    module.load_state_dict(run.weights(run.best))
+    load_weights(module, run.weights(run.best))
     trainer.validate(module, data, verbose=False)
     validation = module.evaluated
     trainer.test(module, data, verbose=False)

@@ -25,6 +25,7 @@ from stu.training import plots, report
 from stu.training.callbacks import Checkpoints
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
+from stu.training.sharded import gathered
 from stu.training.wandb_log import log_figure
 
 if TYPE_CHECKING:
@@ -73,11 +74,12 @@ class Figures(Callback):
             self._draw(trainer, pl_module, "test", trainer.checkpoint_callback.best_step)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, split: str, step: int) -> None:
-        with failing_softly("any kind", step):
+        assert isinstance(module, SequenceModule)
+        with failing_softly("any kind", step), gathered(module.model):
             for name, plot in self._plots(trainer, module, split).items():
                 with failing_softly(name, step):
                     with torch.no_grad(), trainer.precision_plugin.forward_context():
-                        figure = plot()  # on all devices, since some strategies divide the model over them
+                        figure = plot()
                     if trainer.is_global_zero:
                         figure.suptitle(f"{name}, step {step:,}", fontsize="medium")
                         file = self.directory / f"{name}-step{step:07d}.png"

@@ -25,12 +25,15 @@ class RunLock:
         self.file = folder.parent / f".{folder.name}.lock"
         self._lock: BaseFileLock | None = None
 
-    def acquire(self) -> None:
-        """Take the lock, at once. Raises `Busy` if another process has it, `OSError` where none can be made."""
+    def acquire(self, *, seconds: float = 0.0) -> None:
+        """Take the lock, at once or in `seconds`.
+
+        Raises `Busy` if another process has it, `OSError` where none can be made.
+        """
         if self._lock is not None:
             return
         try:
-            self._lock = self._take()
+            self._lock = self._take(seconds)
         except Timeout:
             raise Busy("name", self.folder, f"another process is training this run{self._holder()}") from None
         if not isinstance(self._lock, SoftFileLock):
@@ -45,18 +48,18 @@ class RunLock:
             self._lock.release(force=True)
             self._lock = None
 
-    def _take(self) -> BaseFileLock:
+    def _take(self, seconds: float) -> BaseFileLock:
         was_there = self.file.exists()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # where it becomes a soft lock by itself
-                return self._acquired(FileLock(self.file, timeout=0))
+                return self._acquired(FileLock(self.file, timeout=seconds))
         except (NotImplementedError, OSError) as error:
             if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in WITHOUT_FLOCK:
                 raise
             if not was_there and self.file.stat().st_size == 0:
                 self.file.unlink()  # left by the attempt above; a soft lock is never empty
-            return self._acquired(SoftFileLock(self.file, timeout=0))
+            return self._acquired(SoftFileLock(self.file, timeout=seconds))
 
     def _acquired(self, lock: BaseFileLock) -> BaseFileLock:
         try:

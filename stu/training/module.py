@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
@@ -16,6 +17,7 @@ from stu.errors import require
 from stu.rollout import batch_rollout
 from stu.task import Batch, Task
 from stu.training.optim import NamedParameters
+from stu.training.sharded import gathered
 
 
 class Recipe(Protocol):
@@ -43,6 +45,18 @@ class SequenceModule(L.LightningModule):
         )
         self.evaluated: dict[str, float] = {}  # results of the last evaluation
         self.first_bad_batch: Tensor | None = None  # the batch whose loss was not finite; stays on the device
+        self._evaluation = ExitStack()
+
+    def configure_model(self) -> None:
+        """Under `FullyShard`, divide each block over the devices, and what is around the blocks."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        allowed = "must be false where weights are divided: PyTorch does not compile blocks that gather theirs"
+        require(not self.model.backbone.compiled, "compile", True, allowed)
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.backbone.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Prediction of the model."""
@@ -76,19 +90,23 @@ class SequenceModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics: an interrupted evaluation leaves nothing in them."""
+        self._evaluation.enter_context(gathered(self.model))
         _reset(self.eval_metrics)
 
     def on_test_epoch_start(self) -> None:
         """Reset the metrics."""
+        self._evaluation.enter_context(gathered(self.model))
         _reset(self.eval_metrics)
         _reset(self.rollout_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the results."""
+        self._evaluation.close()
         self.evaluated = compute(self.eval_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Keep the results."""
+        self._evaluation.close()
         self.evaluated = compute(self.eval_metrics) | compute(self.rollout_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

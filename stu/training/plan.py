@@ -11,9 +11,11 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from stu.errors import OptionError, require
-from stu.training.cluster import Started, check_processes, environments
+from stu.training.cluster import Launcher, Started, check_processes, environments
+from stu.training.sharded import FullyShard
 
 # Arguments of a Trainer that would end or shorten a run without its `StepPlan` knowing.
 UNSUPPORTED = (
@@ -39,6 +41,7 @@ PASSED = (
     "enable_model_summary",
     "use_distributed_sampler",
 )
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", 32, "bf16")  # that Lightning has for `FullyShard`
 # What this machine must have for an `accelerator`.
 ACCELERATORS = {
     "gpu": (CUDAAccelerator, MPSAccelerator),
@@ -85,6 +88,9 @@ def check_trainer(arguments: Mapping[str, Any], make: partial[L.Trainer], *, swe
         require(unlike, "trainer.devices", devices, "must be how many, or a list of unlike GPUs")
     else:
         require(str(devices) not in ("0", "-0"), "trainer.devices", devices, "must be above 0, or auto for all")
+    if isinstance(make.keywords["strategy"], FullyShard):
+        allowed = f"must be one of {', '.join(map(str, SHARDED_PRECISIONS))} where weights are divided"
+        require(arguments["precision"] in SHARDED_PRECISIONS, "trainer.precision", arguments["precision"], allowed)
     trial = make_trainer(make, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     check_processes(trial, sweeping=sweeping)
 
@@ -108,6 +114,10 @@ def make_trainer(make: partial[L.Trainer], **arguments: Any) -> L.Trainer:
     except (TypeError, ValueError, LookupError, ImportError, MisconfigurationException) as error:
         asked = {key: configured.get(key) for key in ("accelerator", "devices", "strategy", "precision")}
         raise OptionError("trainer", asked, f"Lightning refuses this: {error}".partition("\n")[0]) from error
+    launcher = getattr(trainer.strategy, "launcher", None)
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        started = launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+        trainer.strategy._launcher = Launcher(*started)
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # ours do
     return trainer
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from stu.errors import OptionError
 from stu.task import Task
 from stu.training import states
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
-from stu.training.cluster import tells_of_a_loss
+from stu.training.cluster import ON_LOSS, Watch, disconnect, failed, in_short, tells_of_a_loss
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
 from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
-from stu.training.run import Run
+from stu.training.run import Run, rank
 from stu.training.signals import leaving
 from stu.training.wandb_log import close_wandb
 
@@ -98,6 +99,8 @@ def quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*functional.all_reduce is deprecated.*",  # torch 2.13; its replacement is not in 2.7
         ".*`srun` command is available.*",  # on any machine of a cluster
+        ".*FSDP2-wrapped module.*returned a view.*",  # which nothing here changes in place
+        ".*Grad strides do not match bucket view strides.*",  # of one head or one channel: the order is the same
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -210,11 +213,13 @@ def exit_codes(run: Run) -> Iterator[None]:
     is gone. The manifest records these and every other error. A start that was refused leaves no directory that was not
     there before, unless it has trained.
     """
-    refused = False
+    refused, on_loss = False, partial(lost, run)
+    ON_LOSS.append(on_loss)
     try:
         with leaving():
             yield
     except Stopped as stop:
+        disconnect()
         stopped(run, stop)
         record(run.record_stop, stop)
         raise SystemExit(128 + stop.signal_number) from None
@@ -228,15 +233,14 @@ def exit_codes(run: Run) -> Iterator[None]:
         record(run.record_stop, signalled)
         raise SystemExit(128 + number) from None
     except Diverged as error:
+        disconnect()
         diverged(run, error)
-        record(run.record_failure, error)
+        if rank() == 0:
+            record(run.record_failure, error)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if isinstance(error, RuntimeError) and tells_of_a_loss(error):
-            lost = "another process of this run has ended or cannot be reached"
-            print(f"error: {lost}: {' '.join(str(error).split())}. The same command resumes the run", file=sys.stderr)
-            with suppress(OSError):
-                run.record_failure(lost)
+            lost(run, error)
             raise SystemExit(1) from None
         refused = isinstance(error, OptionError | MisconfigurationException)
         record(run.record_failure, error)
@@ -245,8 +249,18 @@ def exit_codes(run: Run) -> Iterator[None]:
             raise OptionError("paths.runs", run.path, f"cannot be written to: {way_on}") from error
         raise
     finally:
+        ON_LOSS.remove(on_loss)
         close_wandb()
         run.discard() if refused else run.close()
+
+
+def lost(run: Run, error: RuntimeError | None = None) -> None:
+    """Say that another process of the run is gone, and which; record it. One of those that are left does."""
+    Watch.over.set()
+    reason = failed(seconds=1.0) or (in_short(error) if error else "it does not answer")
+    with suppress(OSError):
+        if reason := run.record_loss(f"another process of this run has ended or cannot be reached: {reason}"):
+            print(f"error: {reason}. The same command resumes the run", file=sys.stderr, flush=True)
 
 
 def record(in_manifest: Callable[[str], None], error: BaseException) -> None:

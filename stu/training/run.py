@@ -21,17 +21,20 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from stu.errors import OptionError, require
+from stu.errors import Busy, OptionError, require
 from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, unsealed, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
 from stu.training.names import is_free, require_plain
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
+SECONDS_TO_REPORT = 5.0  # that the first process of a run has to say how it ended, before another one does
 NO_MATTER = ("hydra-core", "wandb")  # of these, for what is computed
 # Keys that only checks depend on, and the test at the end: they may differ, the latter until the run has its result.
 UNTRAINED_KEYS = ("trainer.num_sanity_val_steps", "trainer.detect_anomaly")
 TEST_KEYS = ("trainer.limit_test_batches",)
+# How many devices compute the same, and how they share it: where that changes, a start says so.
+DEVICE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Options that runs of earlier versions were made without, and may go on with any value of.
 LATER_KEYS = ("trainer.matmul_precision",)
 # Modules that have moved: the names in configurations of earlier runs, and the names now.
@@ -125,7 +128,7 @@ class Run:
         Raises `OptionError` if another process works in it or it holds a run of another configuration or other data
         (their fingerprint is `data`), where `overwrite` does not delete it.
         """
-        if getattr(rank_zero_only, "rank", 0) != 0:
+        if rank() != 0:
             if not overwrite:
                 self.check(config, data=data)  # or this process would wait for a first one that has been refused
             return
@@ -206,7 +209,7 @@ class Run:
             f"{key} ({_show(before, key)} → {_show(now, key)})"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
-            and not (is_free(key) or key in free)
+            and not (is_free(key) or key in free or key.startswith(DEVICE_KEYS))
             and (not within or key.split(".")[0] in within)
             and (key in before or not is_default(now, key))
         ]
@@ -232,7 +235,7 @@ class Run:
 
         Raises `OptionError` where a damaged one cannot be replaced.
         """
-        remarks = states.mend(self.checkpoints) if getattr(rank_zero_only, "rank", 0) == 0 else []
+        remarks = states.mend(self.checkpoints) if rank() == 0 else []
         self.remarks += remarks
         return remarks
 
@@ -249,20 +252,23 @@ class Run:
             allowed = f"is not a checkpoint of a run, or is damaged ({error})"
             raise OptionError("checkpoint", checkpoint, allowed) from error
 
-    @rank_zero_only
-    def record_start(self, *, device: str, **facts: Any) -> None:
+    def record_start(self, *, device: str, world_size: int = 1, **facts: Any) -> None:
         """Add this start to the manifest, with facts of the run: its seed, data, metric, steps and so on.
+
+        world_size: how many processes train it together.
 
         A start that goes on under other conditions than the run began with says which in `remarks`.
         """
+        self._recorded = True  # by the first process
+        if rank() != 0:
+            return
         manifest = self._manifest() or {"id": "", "starts": []}
         manifest |= facts
-        start = conditions_now(device) | {"resumed": self.trained}
+        start = conditions_now(device) | {"world_size": world_size, "resumed": self.trained}
         if start["resumed"] and (other := self.other_conditions(start)):
             self.remarks.append(f"resumed under other conditions than the run began with: {', '.join(other)}")
         manifest["starts"].append(start | ({"remarks": self.remarks} if self.remarks else {}))
         write_atomically(self.manifest, sealed(manifest))
-        self._recorded = True
 
     def other_data(self, now: str) -> str:
         """In words, that this run was trained on data of another fingerprint; empty where it was not, or not known."""
@@ -279,14 +285,37 @@ class Run:
         return [f"{key} {before[key]} → {after[key]}" for key in before if key in after and before[key] != after[key]]
 
     def record_failure(self, reason: str) -> None:
-        """Record in the manifest why this start ended."""
-        self._record_end(failed=reason)
+        """Record in the manifest why this start ended; of several processes, the first that fails does."""
+        if not self.ended:
+            self._record_end(failed=reason if rank() == 0 else f"process {rank()}: {reason}")
 
+    @rank_zero_only
     def record_stop(self, reason: str) -> None:
         """Record in the manifest which signal ended this start."""
         self._record_end(stopped=reason)
 
-    @rank_zero_only
+    def record_loss(self, reason: str) -> str:
+        """Record that a process of the run is gone, and return why: `reason`, or what that process has recorded.
+
+        One of those that are left does so, the first one if it is among them; the others get an empty text.
+        """
+        if rank() != 0:
+            with suppress(Busy, OSError):
+                self._lock.acquire(seconds=SECONDS_TO_REPORT)  # the first one has given it back, or is gone
+                if not self.ended:
+                    self._record_end(failed=reason)
+                    return reason
+            return ""
+        if not self.ended:
+            self._record_end(failed=reason)
+        return self.ended or reason
+
+    @property
+    def ended(self) -> str:
+        """Why the latest start has ended before it was finished; empty where nothing is recorded."""
+        start = ((self._manifest() or {}).get("starts") or [{}])[-1]
+        return str(start.get("failed") or start.get("stopped") or "") if self._recorded else ""
+
     def _record_end(self, **how: str) -> None:
         manifest = self._manifest()
         if self._recorded and manifest and manifest["starts"]:
@@ -342,6 +371,11 @@ def is_summary(content: Mapping[str, Any]) -> bool:
     return isinstance(best.get("metric"), str) and all(isinstance(number, int | float) for number in numbers)
 
 
+def rank() -> int:
+    """Which process of the run this is."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def conditions_now(device: str) -> dict[str, Any]:
     """What a start of a run says of itself: time and place, code and versions."""
     return {
@@ -350,6 +384,7 @@ def conditions_now(device: str) -> dict[str, Any]:
         "git": git_state(),
         "host": socket.gethostname(),
         "device": device,
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
     }
@@ -359,6 +394,7 @@ def _deciding(start: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the conditions of a start that its results depend on, by name."""
     git, packages = start.get("git"), start.get("packages")
     found = {key: start.get(key) for key in ("device", "python")}
+    found |= {key: start[key] for key in ("world_size",) if key in start}  # not in earlier versions
     if isinstance(git, dict):
         found["commit"] = f"{git.get('commit', '')!s:.10}{' with changes' if git.get('dirty') else ''}"
     if isinstance(packages, dict):

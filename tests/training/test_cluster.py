@@ -3,25 +3,28 @@
 There is no SLURM here: what it would set is in the environment.
 """
 
-import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from torch import Tensor
 
 from stu.cli.composition import build
 from stu.errors import CommandError, OptionError
-from stu.training import Diverged, Stopped
-from stu.training.cluster import RANKS, Slurm, Started, environments
+from stu.task import Batch
+from stu.training import Diverged, Stopped, cluster
+from stu.training.cluster import RANKS, Slurm, Started, Watch, environments
+from stu.training.module import SequenceModule
 from stu.training.plan import check_trainer
 from tests import runs
 from tests.models import composed
@@ -32,6 +35,7 @@ TWO = {**TASK, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 NODES = {**TASK, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}
 BY_HAND = {**TASK, "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}  # as salloc calls it
 ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+STEP = "stu.training.module:SequenceModule.training_step"
 SMALL = runs.small("task=lds", "model=stu", "log_every=5")
 BOTH = ("trainer.devices=2", "trainer.strategy=ddp")
 
@@ -155,6 +159,10 @@ def test_steps_of_one_job_meet_at_different_ports(monkeypatch: pytest.MonkeyPatc
         (("+trainer.num_nodes=0",), "trainer.num_nodes=0: must be at least 1"),
         (("trainer.precision=16-mixed",), "trainer.precision=16-mixed: needs a GPU"),
         (("trainer.precision=16",), "trainer.precision=16: needs a GPU"),
+        (
+            ("trainer.strategy={_target_:stu.training.FullyShard}", "trainer.precision=64-true"),
+            "trainer.precision=64-true: must be one of 32-true, bf16-mixed, bf16-true",
+        ),
     ],
 )
 def test_what_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], line: str):
@@ -164,14 +172,20 @@ def test_what_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatch, overri
 
 
 @pytest.mark.parametrize(
-    ("end", "killed", "left"),
-    [(SystemExit(143), [signal.SIGKILL], 2), (Stopped(15, 3), [], 0), (Diverged(), [], 0), (RuntimeError(), [], 2)],
+    ("end", "killed", "over"),
+    [
+        (SystemExit(143), [signal.SIGKILL], False),
+        (Stopped(15, 3), [], True),
+        (Diverged(), [], True),
+        (RuntimeError(), [], False),
+    ],
 )
-def test_the_end_of_the_processes_that_a_run_has_started(end: BaseException, killed: list[int], left: int):
+def test_the_end_of_the_processes_that_a_run_has_started(end: BaseException, killed: list[int], over: bool):
     signals: list[int] = []
-    launcher = SimpleNamespace(procs=[object(), object()], kill=signals.append)
+    watch = Watch(lambda: False)
+    launcher = SimpleNamespace(kill=signals.append)
     Started().on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)), None, end)
-    assert (signals, len(launcher.procs)) == (killed, left)
+    assert (signals, watch.over.is_set()) == (killed, over)
     Started().on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=None)), None, end)
 
 
@@ -194,7 +208,7 @@ def test_a_command_with_devices_in_a_sweep_is_refused_in_one_line(tmp_path: Path
 @pytest.mark.slow
 def test_slurm_announces_its_time_limit(tmp_path: Path):
     """The run is saved and goes on, also where an earlier version has left a checkpoint of Lightning's own."""
-    at = runs.signalled(signal.SIGUSR1, "stu.training.module:SequenceModule.training_step", 7, group=True)
+    at = runs.signalled(signal.SIGUSR1, STEP, 7, group=True)
     stopped = runs.train(tmp_path, *SMALL, "loader.num_workers=1", "name=run", at=at, **ONE)
     run = runs.run_of(tmp_path, "lds", "stu", "run")
     assert (stopped.code, stopped.err, run.last_step) == (128 + signal.SIGUSR1, "", 7)
@@ -235,26 +249,71 @@ def test_two_tasks_of_srun_are_one_run(tmp_path: Path):
 @pytest.mark.slow
 def test_loader_workers_live_until_the_run_is_saved(tmp_path: Path):
     """SLURM ends all processes of a job at once."""
-    at = runs.signalled(signal.SIGTERM, "stu.training.module:SequenceModule.training_step", 5, group=True)
+    at = runs.signalled(signal.SIGTERM, STEP, 5, group=True)
     done = runs.train(tmp_path, *SMALL, "loader.num_workers=2", "name=run", at=at)
     assert (done.code, done.err) == (128 + signal.SIGTERM, "")
     assert runs.run_of(tmp_path, "lds", "stu", "run").last_step == 5
 
 
+def fails(step: int, end: BaseException) -> None:
+    """An `at` of `runs.start`: the process raises `end` in a training step."""
+
+    def training_step(module: SequenceModule, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx == step:
+            raise end
+        return original(module, batch, batch_idx)
+
+    original, SequenceModule.training_step = SequenceModule.training_step, training_step  # type: ignore[method-assign]
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("strategy", "rank", "at", "reason"),
+    [
+        ("ddp", "1", runs.signalled(signal.SIGKILL, STEP, 5), "another process of this run has ended or cannot be"),
+        ("fsdp", "0", runs.signalled(signal.SIGKILL, STEP, 5), "another process of this run has ended or cannot be"),
+        ("fsdp", "1", partial(fails, 5, ValueError("odd\nbatch")), "process 1: ValueError: odd batch"),
+    ],
+    ids=["killed", "first killed", "error"],
+)
+def test_a_process_that_is_gone_ends_the_others_in_one_line(
+    tmp_path: Path, strategy: str, rank: str, at: Callable[[], None], reason: str
+):
+    """Which says why, as the manifest does; the same command goes on."""
     job = {**TWO, "SLURM_JOB_ID": str(os.getpid()), "MASTER_ADDR": "127.0.0.1"}
-    kill = runs.signalled(signal.SIGKILL, "stu.training.module:SequenceModule.training_step", 5)
-    command = (*SMALL, *BOTH, "name=run")
-    first = runs.start(tmp_path, *command, **job)
-    second = runs.start(tmp_path, *command, at=kill, **job | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
-    assert second.wait().code == 128 + signal.SIGKILL
-    done = first.wait()
-    assert (done.code, len(done.err.splitlines())) == (1, 1)
-    assert done.err.startswith("error: another process of this run has ended")
-    [start] = json.loads(runs.run_of(tmp_path, "lds", "stu", "run").manifest.read_text())["starts"]
-    assert start["failed"].startswith("another process")
+    started = {}
+    for process in ("0", "1"):
+        variables = job | {"SLURM_PROCID": process, "SLURM_LOCALID": process}
+        command = [*(o for o in SMALL if o != "trainer=cpu"), "trainer.accelerator=cpu", f"trainer={strategy}"]
+        command += ["trainer.devices=2", "name=run", "trainer.val_check_interval=2"]
+        started[process] = runs.start(tmp_path, *command, at=at if process == rank else None, **variables)
+    gone = started.pop(rank).wait()
+    [left] = [process.wait(timeout=30) for process in started.values()]
+    lines = (gone.err + left.err).splitlines()
+    assert (left.code, len(lines)) == (1, 1)
+    assert lines[0].startswith(f"error: {reason}")
+    run = runs.run_of(tmp_path, "lds", "stu", "run")
+    assert run.read_manifest()["starts"][-1]["failed"].startswith(reason)
+    done = runs.train(tmp_path, *SMALL, "name=run", "trainer.val_check_interval=2")
+    assert done.code == 0
+    assert "resumed after step 4" in done.out
+
+
+@pytest.mark.parametrize(("pid", "gone"), [(1, True), (os.getppid(), False)])
+def test_a_process_that_others_wait_for_in_vain(monkeypatch: pytest.MonkeyPatch, pid: int, gone: bool):
+    """Where no error comes, as from NCCL, they end after a while; not where all is over."""
+    monkeypatch.setattr(cluster, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(cluster, "GRACE", 0.01)
+    ends: list[Any] = []
+    monkeypatch.setattr(os, "_exit", lambda code: (ends.append(code), Watch.over.set()))
+    monkeypatch.setattr(cluster, "ON_LOSS", [lambda: ends.append("reported")])
+    watch = Watch(lambda: os.getppid() != pid)
+    watch.start()
+    watch.join(0.3)
+    Watch.over.set()
+    watch.join(5)
+    assert ends == (["reported", 1] if gone else [])
 
 
 @pytest.mark.parametrize(
