@@ -1,6 +1,8 @@
 """Train a model on a task, or test a trained one: python train.py model=stu task=lra_listops. See --help."""
 
 # ruff: noqa: E402
+from __future__ import annotations  # which name what is imported only when it trains
+
 from stu.cli import output, threads, usage
 
 output.guard()
@@ -8,6 +10,7 @@ usage.answer()  # --help, before the imports that take seconds
 threads.wait_briefly()
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from stu.cli.check import check
 from stu.cli.composition import build, command
 from stu.errors import require, require_length
 from stu.training import names
+
+sys.path.append(str(usage.CONF.parent / "experiments" / "sweep" / "plugin"))  # where Hydra looks for `hydra_plugins`
 
 
 @command

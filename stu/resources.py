@@ -1,14 +1,16 @@
 """What this machine has: sizes that cannot fit are refused before anything of that size is made."""
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from stu.errors import OptionError
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+CGROUPS = Path("/sys/fs/cgroup")
 GIB = 2**30
 
 
@@ -19,6 +21,29 @@ def memory() -> int:
         with suppress(OSError, ValueError):  # no such limit
             found.append(int(Path(path).read_text()))
     return min(found)
+
+
+def cores() -> int:
+    """CPU cores that this process may keep busy: those it may run on, or the quota of a container below them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *_quotas()]))
+
+
+def _quotas() -> Iterator[int]:
+    """Cores, rounded up, of each quota that holds for this process: of its group, and of those around it."""
+    with suppress(OSError, ValueError):  # not Linux
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CGROUPS / "cpu" if "cpu" in controllers.split(",") else CGROUPS
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # "max": none
+                    quota, period = (folder / "cpu.max").read_text().split()
+                    yield math.ceil(int(quota) / int(period))
+                with suppress(OSError):
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                    if int(quota) > 0:  # -1: none
+                        yield math.ceil(int(quota) / int(period))
 
 
 def require_memory(size: float, options: Mapping[str, float], why: str = "") -> None:

@@ -194,7 +194,7 @@ def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
         return []
     whole, _, rest = text.rpartition("\n")
     lines = whole.split("\n")[1:]
-    rows = [row for line in lines if (row := _parse_row(line))]
+    rows = [row for line in lines if (row := parse_row(line))]
     if bad := len(lines) - len(rows):
         unreadable.append(f"{file.name} has {bad:,} unreadable row{'s' * (bad > 1)}")
     if rest:
@@ -204,7 +204,8 @@ def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
     return rows
 
 
-def _parse_row(line: str) -> tuple[int, float, str, float] | None:
+def parse_row(line: str) -> tuple[int, float, str, float] | None:
+    """A line of a metrics.csv; None where it is damaged."""
     try:
         step, epoch, metric, value = line.split(",")
         return int(step), float(epoch), metric, float(value)

@@ -4,17 +4,19 @@ import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
-from stu.cli.usage import GROUPS, folded, options_of
+from stu.cli.usage import CONF, GROUPS, PRESETS, folded, options_of
 from stu.errors import OptionError, require
 
 SEVERAL = ("callbacks",)  # groups of which a list of options may be chosen
-CHOSEN = [group for group in GROUPS if group != "experiment"]  # one option of each is in every configuration
+CHOSEN = [group for group in GROUPS if group not in PRESETS]  # one option of each is in every configuration
 FOLDERS = {"paths.runs": "STU_RUNS", "paths.data": "STU_DATA"}  # keys, and what their defaults are read from
 FLAGS = "-m, --cfg job|hydra|all (with --resolve), --info, --version, --help, --hydra-help"
 
@@ -50,12 +52,32 @@ def checked(arguments: Sequence[str]) -> list[str]:
         parser.error(f"{unknown[0]}: no such flag")
     shown = flags.cfg is not None or not flags.resolve
     require(shown, "flags", "--resolve", f"only with --cfg job|hydra|all; allowed: {FLAGS}")
-    overrides = {word: _expanded(word, swept=flags.multirun) for word in words}
-    return [overrides[word] for word in words] + [word for word in arguments if word not in overrides]
+    for word in words:
+        if word.startswith("sweep=") and word != "sweep=null":
+            single = flags.multirun or flags.cfg is not None or flags.info is not None
+            require(single, "sweep", word.partition("=")[2], "is a sweep: write train.py -m")
+            require_sweep(word.partition("=")[2])
+    overrides = {word: expanded(word, swept=flags.multirun) for word in words}
+    launcher = launcher_for(words)
+    return [*(overrides[word] for word in words), *launcher] + [word for word in arguments if word not in overrides]
 
 
-def _expanded(word: str, *, swept: bool) -> str:
-    """One override, checked; where it sweeps over `glob(…)`, over the options by their names."""
+def launcher_for(words: Sequence[str]) -> list[str]:
+    """The launcher that another sweeper than ours needs, one of Hydra's, where none is given.
+
+    Raises `OptionError` for one of ours, which start commands instead of calling functions.
+    """
+    chosen = {key: value for key, _, value in (word.partition("=") for word in words)}
+    if chosen.get("hydra/sweeper", "fresh") == "fresh":
+        return []
+    given, ours = chosen.get("hydra/launcher"), options_of("hydra/launcher")
+    allowed = f"is of hydra/sweeper=fresh, as are {', '.join(ours)}; other sweepers take hydra/launcher=basic"
+    require(given not in ours, "hydra/launcher", given, allowed)
+    return [] if given else ["hydra/launcher=basic"]
+
+
+def expanded(word: str, *, swept: bool) -> str:
+    """One override, checked; where it sweeps over `glob(…)`, over the options by their names. Raises `OptionError`."""
     require(bool(word.strip()), "override", repr(word), "is empty: write KEY=VALUE")
     try:
         override = OverridesParser.create().parse_override(word)
@@ -74,6 +96,33 @@ def _expanded(word: str, *, swept: bool) -> str:
     if key in CHOSEN and not override.is_delete() and not override.is_sweep_override():
         require_option(key, value)
     return word
+
+
+def require_sweep(name: str) -> None:
+    """Raise `OptionError` unless `name` is one file of conf/sweep, which sets nothing but options of the sweeper."""
+    options = options_of("sweep")
+    require(name in options, "sweep", name, f"no such option; choose one of {', '.join(options)}")
+    text = (CONF / "sweep" / f"{name}.yaml").read_text(encoding="utf-8")
+    require("# @package _global_" in text.splitlines(), "sweep", name, "needs the line # @package _global_")
+    known = _loaded(CONF / "hydra" / "sweeper" / "fresh.yaml")
+    content = _loaded(CONF / "sweep" / f"{name}.yaml")
+    for entry in content.pop("defaults", []):
+        if entry != "_self_":
+            require_sweep(str(entry))
+    hydra = content.pop("hydra", None) or {}
+    sweeper = hydra.pop("sweeper", None) or {}
+    others = [
+        *content,
+        *(f"hydra.{key}" for key in hydra),
+        *(f"hydra.sweeper.{key}" for key in set(sweeper) - set(known)),
+    ]
+    allowed = f"hydra.sweeper.{{{','.join(key for key in known if key != '_target_')}}}"
+    require(not others, "sweep", name, f"sets {', '.join(others)}; a file of conf/sweep may set {allowed}")
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def _swept(word: str, override: Override) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from stu.cli.usage import CONF
+from stu.cli.usage import CONF, PRESETS
 from stu.errors import OptionError
 
 NODES = {  # what the nodes of the root make; the code gives the optimizer arguments of its own
@@ -64,9 +64,9 @@ def check(config: DictConfig) -> None:
     """Raise `Refused` for a key that nobody reads, one that is missing, or a value that a constructor does not take."""
     known = root_keys()
     for key in map(str, config):
-        if key not in known or key == "experiment":
+        if key not in known - PRESETS:
             raise Refused(key, brief(config[key]), f"no such key; {suggestion(key, known)}")
-    for key in sorted(known - {"experiment"} - set(map(str, config))):
+    for key in sorted(known - PRESETS - set(map(str, config))):
         raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     hints = HINTS | {key: resolve_name(target) for key, target in NODES.items()}

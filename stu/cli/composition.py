@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,7 +29,8 @@ def command(job: Callable[[DictConfig], Any]) -> Callable[[], Any]:
 
 def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     """The configuration of `python train.py overrides`; with_hydra: with the node in which Hydra keeps its own."""
-    with initialize_config_dir(str(CONF), **VERSION):
+    initialized = GlobalHydra.instance().is_initialized()  # by `command`, with the same folder
+    with nullcontext() if initialized else initialize_config_dir(str(CONF), **VERSION):
         return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
 

@@ -1,4 +1,4 @@
-"""What a sweep says of itself: which of its jobs begins."""
+"""What a sweep of Hydra's own sweepers, hydra/sweeper=basic, says of itself: which of its jobs begins."""
 
 from contextlib import suppress
 from typing import Any

@@ -13,6 +13,7 @@ GROUPS = {
     "task": "what is learned",
     "model": "what learns it",
     "experiment": "presets: several choices at once",
+    "sweep": "what -m varies: spaces of jobs, to be listed or searched",
     "optimizer": "how it learns",
     "trainer": "where and how long: arguments of lightning.Trainer",
     "callbacks": "what a run may have besides; several: callbacks=[ema,early_stopping]",
@@ -20,13 +21,16 @@ GROUPS = {
     "paths": "where runs and data are stored",
 }
 
+PRESETS = {"experiment", "sweep"}  # groups that set keys elsewhere, and may be absent
+
 EXAMPLES = """\
   python train.py model=stu task=lra_listops                       the full task
   python train.py experiment=quick                                 a few minutes on two CPU cores
   python train.py experiment=lra/listops/s5                        a model with the settings of its authors
   python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
   python train.py task=lds figures.when=validations                figures during training, not only at the end
-  python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination, one after another"""
+  python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination
+  python train.py -m sweep=stu task=lds                            a search of the best settings"""
 
 
 def answer() -> None:

@@ -164,7 +164,7 @@ def check_processes(trainer: L.Trainer, *, sweeping: bool) -> None:
     allowed = f"processes were started, but {words} is {asked}: let them match{alone}"
     require(started in (None, asked), variable, started, allowed)
     require(trainer.world_size == asked, "trainer.devices", trainer.num_devices, f"{trainer.world_size} were started")
-    allowed = "a sweep trains on one device: a run on several is a command of its own, without -m"
+    allowed = "one process runs all jobs of this sweep, on one device: leave out hydra/sweeper=basic"
     require(not sweeping or asked == 1, "trainer.devices", trainer.num_devices, allowed)
     rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     if asked > 1:

@@ -14,15 +14,15 @@ SECONDS_TO_FOLLOW = 10.0  # for which processes that a killed one started may ke
 
 
 class RunLock:
-    """The lock `.<name>.lock` beside the folder of a run.
+    """The lock `.<name>.lock` beside the folder of a run, or another one of that kind: `.<name>.<kind>`.
 
     It is the kernel's, which a killed process gives back; where the file system has none, the file itself is the lock,
     and is taken over from a process of this host that is gone. Its text names the process (`Holder`).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "lock") -> None:
         self.folder = folder
-        self.file = folder.parent / f".{folder.name}.lock"
+        self.file = folder.parent / f".{folder.name}.{kind}"
         self._lock: BaseFileLock | None = None
 
     def acquire(self, *, seconds: float = 0.0) -> None:

@@ -7,12 +7,10 @@ import platform
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pydoc import locate
 from typing import Any, ClassVar
@@ -22,10 +20,11 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import Busy, OptionError, require
-from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, unsealed, write_atomically
+from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
 from stu.training.names import is_free, require_plain
+from stu.training.records import git_state, mapping_in, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 SECONDS_TO_REPORT = 5.0  # that the first process of a run has to say how it ended, before another one does
@@ -95,7 +94,7 @@ class Run:
     def settings(self) -> dict[str, Any] | None:
         """The configuration of the run, by the manifest, which has a checksum, or by config.yaml; None: not known."""
         settings = (self._manifest() or {}).get("settings")
-        return settings if isinstance(settings, dict) else _mapping(self.config, yaml.safe_load)
+        return settings if isinstance(settings, dict) else mapping_in(self.config, yaml.safe_load)
 
     def check(self, config: Mapping[str, Any], *, data: str | None = None) -> None:
         """Raise `OptionError` if the run has results that others would be mixed with: of other settings or other data.
@@ -179,7 +178,7 @@ class Run:
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Write configuration and manifest, of a new run or again; keep what was there and is damaged."""
-        manifest, written, known = self._manifest(), _mapping(self.config, yaml.safe_load), self.settings
+        manifest, written, known = self._manifest(), mapping_in(self.config, yaml.safe_load), self.settings
         if manifest is None:
             self._replaced(self.manifest, "its id, the fingerprint of its data and its earlier starts are lost")
             manifest = {"id": secrets.token_hex(6), "starts": []}
@@ -340,35 +339,14 @@ class Run:
         return summary or {}
 
     def _summary(self) -> dict[str, Any] | None:
-        summary = _mapping(self.summary, unsealed)
-        return summary if summary and is_summary(summary) else None
+        return summary_in(self.summary)
 
     def _manifest(self) -> dict[str, Any] | None:
         """The manifest, None where it is absent or damaged."""
-        manifest = _mapping(self.manifest, unsealed)
+        manifest = mapping_in(self.manifest)
         starts = (manifest or {}).setdefault("starts", [])
         whole = manifest and isinstance(manifest.get("id"), str) and isinstance(starts, list)
         return manifest if whole and all(isinstance(start, dict) for start in starts) else None
-
-
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
-    """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except Exception:  # parsers raise anything, given anything
-        return None
-    return content if isinstance(content, dict) and content else None
-
-
-def is_summary(content: Mapping[str, Any]) -> bool:
-    """Whether a mapping has all that is shown of a finished run."""
-    best = content.get("best")
-    parts = content.get("test"), content.get("baselines"), best
-    if not all(isinstance(part, dict) for part in parts) or not isinstance(best, dict):
-        return False
-    numbers = [*content["test"].values(), *content["baselines"].values(), content.get("seconds")]
-    numbers += [best.get(key) for key in ("value", "epoch", "step")]
-    return isinstance(best.get("metric"), str) and all(isinstance(number, int | float) for number in numbers)
 
 
 def rank() -> int:
@@ -386,7 +364,7 @@ def conditions_now(device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "packages": {name: v for name in PACKAGES if (v := version_of(name))},
     }
 
 
@@ -434,33 +412,11 @@ def relocated(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {key: present(value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit and whether files differ from it; None outside a checkout."""
-    root = Path(__file__).parent
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def describe_device(device: torch.device) -> str:
     """Name of a CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,14 +15,16 @@ import train
 from stu import Backbone, SequenceModel, Task
 from stu.cli.check import calls, check
 from stu.cli.composition import build
-from stu.cli.usage import CONF, options_of
+from stu.cli.usage import CONF, PRESETS, options_of
 from stu.training import Run, SequenceData, StepPlan
 from stu.training.plan import make_trainer
 from stu.training.run import LATER_KEYS
 from tests import runs
 from tests.models import composed
 
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and options_of(folder.name))
+OF_HYDRA = ("hydra/launcher", "hydra/sweeper")
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.name != "hydra" and options_of(folder.name))
+GROUPS += OF_HYDRA
 OPTIONS = [(group, option) for group in GROUPS for option in options_of(group)]
 TASKS, MODELS = options_of("task"), options_of("model")
 
@@ -67,7 +69,9 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize(("group", "option"), [("trainer", "auto"), *((g, o) for g, o in OPTIONS if g != "experiment")])
+@pytest.mark.parametrize(
+    ("group", "option"), [("trainer", "auto"), *((g, o) for g, o in OPTIONS if g not in (*PRESETS, *OF_HYDRA))]
+)
 def test_a_default_is_the_same_in_yaml_and_python(group: str, option: str, monkeypatch: pytest.MonkeyPatch):
     """An option is equal to the default of the constructor, or is required there, or differs for a reason."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

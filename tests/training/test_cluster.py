@@ -191,16 +191,16 @@ def test_the_end_of_the_processes_that_a_run_has_started(end: BaseException, kil
 
 @pytest.mark.parametrize("overrides", [BOTH, ("+trainer.num_nodes=2",)])
 def test_a_sweep_has_one_process(monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]):
-    with pytest.raises(CommandError, match=r"^trainer\.devices=.*without -m"):
+    with pytest.raises(CommandError, match=r"^trainer\.devices=.*one process runs all jobs"):
         checked(monkeypatch, {}, *overrides, sweeping=True)
     checked(monkeypatch, {}, "trainer.strategy=ddp", sweeping=True)
 
 
 @pytest.mark.e2e
-def test_a_command_with_devices_in_a_sweep_is_refused_in_one_line(tmp_path: Path):
-    done = runs.train(tmp_path, "-m", *SMALL, "seed=0,1", "trainer.devices=2")
+def test_devices_in_a_sweep_of_one_process_are_refused_in_one_line(tmp_path: Path):
+    done = runs.train(tmp_path, "-m", *SMALL, "hydra/sweeper=basic", "seed=0,1", "trainer.devices=2")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert done.err.startswith("error: trainer.devices=2: a sweep trains on one device")
+    assert done.err.startswith("error: trainer.devices=2: one process runs all jobs")
     assert not (tmp_path / "runs" / "lds").exists()
 
 

@@ -388,11 +388,16 @@ def test_a_diverged_run_says_so_in_one_line(tmp_path: Path):
     assert not run.finished
 
 
+BASIC = "hydra/sweeper=basic"
+
+
 @pytest.mark.slow
-class TestSweeps:
+class TestSweepsOfHydra:
+    """hydra/sweeper=basic: one job after another in one process."""
+
     def test_a_sweep_is_a_directory_of_runs_and_the_same_command_redoes_none(self, tmp_path: Path):
         command = runs.small("task=lds", "model=stu", "trainer.max_steps=2")
-        done = runs.train(tmp_path, "-m", *command, "seed=0,1")
+        done = runs.train(tmp_path, "-m", BASIC, *command, "seed=0,1")
         assert (done.code, done.err) == (0, "")
         announced = [line.split(":")[0] for line in done.out.splitlines() if line.endswith(("seed=0", "seed=1"))]
         assert announced == ["job 1 of 2", "job 2 of 2"]
@@ -402,7 +407,7 @@ class TestSweeps:
         summaries = [Run(path).read_summary() for path in made]
         assert summaries[0]["test"] != summaries[1]["test"]
         written = {path: path.stat().st_mtime_ns for run in made for path in run.rglob("*.ckpt")}
-        again = runs.train(tmp_path, "-m", *command, "seed=0,1")
+        again = runs.train(tmp_path, "-m", BASIC, *command, "seed=0,1")
         assert (again.code, again.err) == (0, "")
         assert again.out.count("Result") == 2
         assert "validated" not in again.out
@@ -410,7 +415,7 @@ class TestSweeps:
 
     def test_a_diverged_run_does_not_end_a_sweep(self, tmp_path: Path):
         command = runs.small("task=lds", "model=stu", "optimizer.warmup=0", "trainer.max_steps=8")
-        done = runs.train(tmp_path, "-m", *command, "optimizer.lr=1e30,1e-3")
+        done = runs.train(tmp_path, "-m", BASIC, *command, "optimizer.lr=1e30,1e-3")
         assert done.code == 1
         reason, count, *failed = done.err.splitlines()
         assert re.match("error: the (validation )?loss is not finite (at|after) step ", reason)

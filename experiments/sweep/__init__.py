@@ -1,0 +1,120 @@
+"""`python train.py -m …`: jobs in processes of their own. The run directories are the truth: the same command goes on.
+
+jobs.py        words → jobs, and what their run directories say
+spaces.py      what is varied: Hydra's grammar, and keys under conditions
+loop.py        slots, retries, signals; the grid of all combinations
+search.py      jobs that Optuna suggests
+executors/     where jobs run
+ledger.py      notes, derived from the run directories
+table.py       what is shown
+plugin/        what Hydra finds
+"""
+
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.sweep.executors import Executor
+from experiments.sweep.jobs import Jobs
+from experiments.sweep.ledger import Ledger
+from experiments.sweep.loop import Grid, Loop, Source
+from experiments.sweep.spaces import SEARCHES, Space
+from experiments.sweep.table import Board
+from stu.cli import errors
+from stu.cli.check import fits
+from stu.cli.composition import build
+from stu.errors import require
+from stu.training import names
+from stu.training.records import git_state, version_of
+
+OWN = ("hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher", "hydra.mode")  # words that no job gets
+POLICIES = ("continue", "stop")
+PACKAGES = ("hydra-core", "torch", "lightning", "optuna", "submitit", "ray")
+
+
+def run(
+    config: DictConfig,
+    words: Sequence[str],
+    *,
+    name: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    when: Mapping[str, Any] | None = None,
+    retries: int = 1,
+    on_failure: Literal["continue", "stop"] = "continue",
+    sampler: str | None = None,
+    trials: int | None = None,
+    pruner: str = "none",
+    seed: int = 0,
+) -> int:
+    """Run a sweep; returns its exit code. config: composed without the words that are swept.
+
+    The keywords are the options of conf/hydra/sweeper/fresh.yaml. Raises `OptionError`, and what composing raises,
+    before anything starts.
+    """
+    whole = isinstance(retries, int) and not isinstance(retries, bool) and retries >= 0
+    require(whole, "hydra.sweeper.retries", retries, "must be a whole number, 0 or more")
+    require(on_failure in POLICIES, "hydra.sweeper.on_failure", on_failure, f"choose one of {', '.join(POLICIES)}")
+    counted = trials is None or fits(trials, range(1, 2**31))
+    require(counted, "hydra.sweeper.trials", trials, "must be null or at least 1")
+    launcher = config.hydra.launcher
+    hydras = str(launcher.get("_target_")).startswith("hydra")
+    allowed = "is driven by Hydra's own sweepers: add hydra/sweeper=basic"
+    require(not hydras, "hydra/launcher", config.hydra.runtime.choices.get("hydra/launcher"), allowed)
+    executor: Executor = build(launcher)
+
+    space = Space.of(words, params, when)
+    jobs = Jobs(space.swept, [word for word in config.hydra.overrides.hydra if not word.startswith(OWN)])
+    searched = sampler not in (None, "grid")
+    idle = not searched and pruner not in (None, "none")
+    require(
+        not idle, "hydra.sweeper.pruner", pruner, f"is for a search: add hydra.sweeper.sampler={'|'.join(SEARCHES)}"
+    )
+    made = [jobs.make(combination) for combination in (space.examples() if searched else islice(space.jobs(), trials))]
+    name = space.name([job.run for job in made]) if name is None else str(name)
+    names.require_plain(name)
+    ledger = Ledger(Path(os.path.abspath(str(config.paths.runs)), ".sweeps", name))
+    source: Source
+    if searched:
+        require(find_spec("optuna") is not None, "hydra.sweeper.sampler", sampler, "needs pip install 'stu[search]'")
+        from experiments.sweep.search import search_of
+
+        source = search_of(space, jobs, made, ledger.folder, trials=trials, sampler=sampler, pruner=pruner, seed=seed)
+    else:
+        source = Grid(made)
+        for job in made:
+            if not (job.finished or job.pruned):
+                jobs.check(job)
+    board = Board(f"Sweep {name}", ledger, source.total)
+
+    def about() -> dict[str, Any]:
+        return {
+            "name": name,
+            "command": shlex.join(["python", *sys.argv]),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "jobs": source.total,
+            "fixed": list(space.constants),
+            "swept": {one.name: str(one).partition("=")[2] for one in space.parameters},
+            "launcher": OmegaConf.to_container(launcher, resolve=True),
+            "packages": {package: version for package in PACKAGES if (version := version_of(package))},
+            "git": git_state(),
+        }
+
+    environment = {"STU_SWEEP": name}
+    policy: dict[str, Any] = {"retries": retries, "on_failure": on_failure}
+    errors.STARTED.append(config)  # what fails from here on, no word of the command has caused
+    try:
+        code = Loop(source, executor, ledger, board, environment=environment, about=about, **policy).run()
+    finally:
+        board.stop()
+    board.close(code)
+    return code

@@ -1,0 +1,95 @@
+"""The ledger of a sweep, `<paths.runs>/.sweeps/<name>/`: derived from what happens, and never the truth.
+
+sweep.yaml    the command, what is swept, versions and git state of the latest start that had something to do
+jobs.jsonl    every change of a job, a line each
+logs/         the output of each job, of all its attempts
+wandb/        links to what W&B has written for each run: `wandb sync` and `wandb leet` take the whole sweep
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.sweep.jobs import Job
+from stu.files import write_atomically
+from stu.training.records import mapping_in
+
+ABOUT, CHANGES = "sweep.yaml", "jobs.jsonl"
+
+
+class Ledger:
+    """The folder of one sweep; made when the first job starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def changes(self) -> Path:
+        """The file of all changes."""
+        return self.folder / CHANGES
+
+    def log(self, job: Job) -> Path:
+        """Where the output of a job is appended."""
+        digest = hashlib.sha256(job.key.encode()).hexdigest()[:12]
+        return self.folder / "logs" / f"{digest}.log"
+
+    def open(self, about: Mapping[str, Any]) -> None:
+        """Make the folder, and write what the sweep is."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        (self.folder / "wandb").mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another worker of the same sweep has just written it
+            write_atomically(self.folder / ABOUT, yaml.safe_dump(dict(about), sort_keys=False, allow_unicode=True))
+
+    def write(self, job: Job) -> None:
+        """Append the state of a job."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": " ".join(job.overrides),
+            "title": job.title,
+            "run": str(job.run),
+            "state": job.state,
+            "attempt": job.attempts,
+            "value": job.value,
+            "seconds": round(job.seconds, 1),
+            "reason": job.reason,
+        }
+        with self.changes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")  # one write: others append, too
+
+    def read(self) -> list[dict[str, Any]]:
+        """The latest line of each run; lines that are damaged are left out."""
+        latest: dict[str, dict[str, Any]] = {}
+        with suppress(OSError):
+            for line in self.changes.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    latest[entry["run"]] = {key: str(entry[key]) for key in ("job", "title", "run", "state", "reason")}
+        return list(latest.values())
+
+    @property
+    def total(self) -> int | None:
+        """The number of all jobs, where it was known."""
+        total = (mapping_in(self.folder / ABOUT, yaml.safe_load) or {}).get("jobs")
+        return total if isinstance(total, int) else None
+
+    def here(self, run: Path) -> Path:
+        """Where a run of the sweep is now that, perhaps, all runs were moved."""
+        moved = self.folder.resolve().parents[1].joinpath(*run.parts[-3:])
+        return moved if moved.exists() else run
+
+    def link(self, job: Job) -> None:
+        """Link what W&B has written for a run."""
+        for made in (*job.run.glob("wandb/offline-run-*"), *job.run.glob("wandb/run-*")):
+            link = self.folder / "wandb" / made.name
+            with suppress(FileExistsError):
+                link.symlink_to(os.path.relpath(made, link.parent), target_is_directory=True)

@@ -1,0 +1,58 @@
+"""The files of a run that say what became of it, read without PyTorch."""
+
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from stu.files import unsealed
+
+
+def mapping_in(file: Path, parse: Callable[[str], Any] = unsealed) -> dict[str, Any] | None:
+    """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except Exception:  # parsers raise anything, given anything
+        return None
+    return content if isinstance(content, dict) and content else None
+
+
+def summary_in(file: Path) -> dict[str, Any] | None:
+    """The summary in a file, None unless it is whole."""
+    summary = mapping_in(file)
+    return summary if summary and is_summary(summary) else None
+
+
+def is_summary(content: Mapping[str, Any]) -> bool:
+    """Whether a mapping has all that is shown of a finished run."""
+    best = content.get("best")
+    parts = content.get("test"), content.get("baselines"), best
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(best, dict):
+        return False
+    numbers = [*content["test"].values(), *content["baselines"].values(), content.get("seconds")]
+    numbers += [best.get(key) for key in ("value", "epoch", "step")]
+    return isinstance(best.get("metric"), str) and all(isinstance(number, int | float) for number in numbers)
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether files differ from it; None outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed distribution, None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
