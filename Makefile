@@ -10,10 +10,10 @@ CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train test test-fast test-lowest check types format generate clean
+.PHONY: help setup train test test-fast test-lowest test-hydra14 check types format generate clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 setup: $(VENV)/installed  ## create .venv with everything, as pinned in constraints.txt
 
@@ -42,6 +42,17 @@ test-lowest:  ## lint, and the tests that are fast or run train.py, with the low
 	$(BIN)/codespell
 	@$(PYTEST) -m "not slow or e2e" --deselect tests/training/test_training.py::test_golden_trajectory
 
+# Until Hydra 1.4 is out: what pyproject.toml allows besides the pinned 1.3.
+.venv-hydra14/constraints.txt: constraints.txt
+	@mkdir -p $(@D)
+	@sed -E 's/^(hydra-core==).*/\11.4.0rc3/; s/^(omegaconf==).*/\12.4.1rc1/' $< > $@
+
+test-hydra14: VENV = .venv-hydra14
+test-hydra14: .venv-hydra14/constraints.txt  ## the tests of configurations and commands, and two runs, with Hydra 1.4
+	@$(MAKE) --no-print-directory setup VENV=$(VENV) CONSTRAINTS=$<
+	@$(PYTEST) -m "not slow or e2e" -k "test_conf or test_cli or test_presets or test_sweep or (TestARun and lds)" \
+		tests/conf tests/training/test_e2e.py
+
 check: setup types  ## lint, format, types, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +70,4 @@ generate: setup  ## write what is generated for a new model: its golden trajecto
 	@$(BIN)/python -m tests.generate
 
 clean:  ## remove environments and caches; runs and data stay
-	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest .venv-hydra14 .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -53,7 +53,7 @@ _server = get_context("forkserver")
 
 def preload() -> None:
     """Say what the server imports. There is one, also for `experiments.speed`, whose own list this replaces."""
-    _server.set_forkserver_preload([*PRELOADED, "rich.progress", "torch._dynamo"])
+    _server.set_forkserver_preload([*PRELOADED, "rich.progress", "torch._dynamo", "tests.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ def _run(
     """What the forked process does."""
     os.environ.clear()
     os.environ.update(environment)
-    sys.modules.pop("stu.cli.errors", None)  # which reads the environment
+    if sys.modules.pop("stu.cli.errors", None):  # which reads the environment
+        del sys.modules["stu.cli"].errors  # type: ignore[attr-defined]
     os.chdir(home)
     for path, number in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)

@@ -35,3 +35,20 @@ def test_the_tested_versions_are_allowed():
     tested, lowest = pinned("constraints.txt"), declared()
     assert tested.keys() == lowest.keys()
     assert {name for name in lowest if tested[name] < lowest[name]} == set()
+
+
+def test_hydra_is_one_whose_ways_are_known():
+    """1.3 and 1.4; what 1.5 makes of today's warnings nobody knows."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'"hydra-core(.*?)"', text) == [">=1.3.8,<1.5"]
+
+
+def test_one_place_asks_hydra_to_compose_and_to_build():
+    """What its versions want differently stands there."""
+    apart = re.compile(r"(?m)^from hydra.* import .*(instantiate|compose|initialize)|hydra\.main\(|version_base")
+    files = [
+        ROOT / "train.py",
+        *(file for part in ("stu", "data", "experiments") for file in (ROOT / part).rglob("*.py")),
+    ]
+    found = {str(file.relative_to(ROOT)) for file in files if apart.search(file.read_text(encoding="utf-8"))}
+    assert found == {"stu/cli/composition.py"}

@@ -11,8 +11,9 @@ import time
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +37,14 @@ from tests.models import MODELS, randomized
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Size(length=12, batch=2, width=4, filters=3)
 SETTINGS = Settings(min_seconds=1e-3, repeats=2, limit_seconds=60.0, limit_bytes=2e9)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _composed_once():
+    """Composing a model takes longer than most of what is done with it here."""
+    once = cache(candidates._composed)
+    with mock.patch.object(candidates, "_composed", lambda *choice: once(*choice).copy()):
+        yield
 
 
 # --- the literal STU ---

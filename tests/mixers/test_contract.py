@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 
@@ -325,7 +326,7 @@ def test_gradcheck(case):
         return functional_call(mixer, dict(zip(names, parameters, strict=True)), (x, mask))[mask]
 
     x = noise(2, 5, 4).requires_grad_()
-    assert torch.autograd.gradcheck(outputs, (x, *values), fast_mode=False)
+    assert torch.autograd.gradcheck(outputs, (x, *values), fast_mode=True)  # every number, in random combinations
 
 
 @mixers
@@ -354,7 +355,9 @@ def test_an_exported_program_is_the_same_in_another_process(tmp_path):
     files = []
     other = STU(D, seq_len=SEQ_LEN, num_filters=2, k_u=1).double()
     other.bank = FilterBank(noise(SEQ_LEN, 5))  # of no name that another process could understand
-    mixers = {case.name: case.random(seq_len=SEQ_LEN) for case in mixer_cases()} | {"other filters": other}
+    # Both ways wherever a mixer has them: in `test_transforms` programs of causal ones are loaded, too.
+    cases = [case for case in mixer_cases() if not re.search("causal$|^Attention-(causal|bidirectional)$", case.name)]
+    mixers = {case.name: case.random(seq_len=SEQ_LEN) for case in cases} | {"other filters": other}
     for name, mixer in mixers.items():
         x, file = noise(2, 21, D), str(tmp_path / name)
         program = torch.export.export(mixer, (x,), strict=False)  # the default of newer releases

@@ -356,9 +356,13 @@ def operators():
         yield convolution._convolution_backward, (noise(2, L, 3), u, weight, weight, bank.name, "transfer", *wants)
     yield long_convolution._convolution, (u, noise(L + 2, D), 2)
     yield long_convolution._adjoint, (noise(2, L, D), u, noise(L + 2, D), 2)
-    for order, length in ((1, 11), (3, 7)):
-        for algorithm in recurrence.ALGORITHMS[1:]:
-            yield recurrence._recurrence, (*recurrent(order, length).inputs, algorithm)
+    for algorithm, order, length in (
+        ("sequential", 3, 7),
+        ("sequential", 1, 70),
+        ("doubling", 1, 11),
+        ("doubling", 3, 7),
+    ):
+        yield recurrence._recurrence, (*recurrent(order, length).inputs, algorithm)
     for decay, algorithm in itertools.product((decays(D), decays(2, L, D)), scan.ALGORITHMS[1:]):
         yield scan._linear_scan, (noise(2, L, D, dtype=COMPLEX), decay, True, algorithm)
     for directions, algorithm in itertools.product((1, 2), scan.ALGORITHMS[1:]):
@@ -396,6 +400,18 @@ def compiled_operators():
     inputs = 0.4 * noise(D, 2, 2), noise(D, 2), noise(2, D, 2), L
     yield torch.ops.stu.dense_kernel, inputs
     yield torch.ops.stu.dense_kernel_backward, (noise(2, L, D), *inputs)
+
+
+def test_blocks_reach_over_the_end_of_some_inputs():
+    """Where what is returned is a part of what was computed, whose strides are others."""
+    reach = set()
+    for operator, inputs in operators():
+        if operator is recurrence._recurrence:
+            drive, weight, _, algorithm = inputs
+            block, count = recurrence._division(drive, weight, algorithm)
+            if count * block > drive.shape[1]:
+                reach.add(algorithm)
+    assert reach == set(recurrence.ALGORITHMS[1:])
 
 
 def registered():
