@@ -89,7 +89,7 @@ def _measured(run: Run, trainer: L.Trainer) -> dict[str, int]:
             name = line.split(",", 3)[2:3]
             if name and name[0] in values and (row := parse_row(line)):  # damaged rows do not count
                 values[name[0]].append(row[3])
-    measured = {"peak_memory": int(max(highest, *values["memory/peak_bytes"]))}
+    measured = {"peak_memory": int(max([highest, *values["memory/peak_bytes"]]))}
     if rates := values["time/tokens_per_second"]:
         measured["tokens_per_second"] = round(statistics.median(rates))
     return measured
