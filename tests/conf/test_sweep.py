@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from stu.cli.composition import VERSION
 from stu.cli.sweep import Jobs
 from stu.cli.usage import CONF, options_of
 
@@ -19,7 +20,7 @@ def announced(capsys: Any, *overrides: str, mode: RunMode = RunMode.MULTIRUN, **
     hydra = {"sweeper": sweeper, "overrides": {"task": list(overrides)}, "mode": mode, "job": {"num": 1}}
     config = OmegaConf.create({"hydra": hydra})
     jobs = Jobs()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **VERSION):
         jobs.on_multirun_start(config)
     config.hydra.overrides.task = ["seed=1", "task=lds"]
     jobs.on_job_start(config)
@@ -50,6 +51,6 @@ def test_a_single_run_is_not_announced(capsys: Any):
 
 
 def test_it_is_configured():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **VERSION):
         config = compose("config", return_hydra_config=True)
     assert config.hydra.callbacks.jobs._target_ == f"{Jobs.__module__}.{Jobs.__qualname__}"
