@@ -205,13 +205,13 @@ def test_recurrent_networks_of_pytorch_are_refused(model: str):
 
 
 def test_without_a_compiler_or_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     build = factory("stu_t", seq_len=SEQ_LEN)
-    with pytest.raises(OptionError, match=r"^compile=True: needs a C\+\+ compiler"):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(OptionError, match=r"^compile=True: needs a C\+\+ compiler"):
+            build(compile=True)
+        build(compile=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         build(compile=True)
-    build(compile=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    build(compile=True)
 
 
 def without_a_compiler() -> None:

@@ -102,7 +102,7 @@ LATE: Refused = [
     (("trainer=gpu",), ("trainer.accelerator=gpu: there is no GPU here", "trainer=cpu")),
     (("trainer.limit_val_batches=0",), ("trainer.limit_val_batches=0: must be above 0",)),
     (("trainer.limit_train_batches=-2",), ("trainer.limit_train_batches=-2: must be at least 1 batches",)),
-    (("+trainer.max_time=1",), ("trainer.max_time=1: not supported", "max_steps")),
+    (("+trainer.min_steps=1",), ("trainer.min_steps=1: not supported", "max_steps")),
     (("logger=null",), ("logger=None: no such option; choose one of csv, wandb",)),
     (("model.depth=-1",), ("model.depth=-1: must be in 1 … 1000",)),
     (("model.mixer.num_filters=5000",), ("model.mixer.num_filters=5000: must be in 1 … ",)),

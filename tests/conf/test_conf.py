@@ -157,7 +157,7 @@ def test_every_optimizer_is_made_from_parameters_and_a_budget(option: str):
 @pytest.mark.parametrize("option", options_of("logger"))
 def test_every_logger_takes_what_a_run_logs(option: str, tmp_path: Path):
     logger = build(composed("task=lds", f"logger={option}", "logger.mode=disabled").logger)
-    logger.start(Run(tmp_path), ("task", "model"))
+    logger.start(Run(tmp_path), {"task": "task", "model": "model"}, {})
     logger.log_metrics({"loss": 1.0}, step=1)
     assert not list(tmp_path.iterdir())
 

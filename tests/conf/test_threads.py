@@ -44,6 +44,6 @@ def test_what_comes_too_late_is_not_set():
 
 def test_train_py_settles_it_before_other_imports():
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
-    _, *first = map(ast.unparse, tree.body[:5])  # after the docstring
+    _, _, *first = map(ast.unparse, tree.body[:6])  # after the docstring and `from __future__`
     calls = ["output.guard()", "usage.answer()", "threads.wait_briefly()"]
     assert first == ["from stu.cli import output, threads, usage", *calls]

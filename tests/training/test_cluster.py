@@ -297,7 +297,7 @@ def test_a_process_that_is_gone_ends_the_others_in_one_line(
     assert run.read_manifest()["starts"][-1]["failed"].startswith(reason)
     done = runs.train(tmp_path, *SMALL, "name=run", "trainer.val_check_interval=2")
     assert done.code == 0
-    assert "resumed after step 4" in done.out
+    assert "resumedafterstep4" in "".join(done.out.split())  # the table folds long lines
 
 
 @pytest.mark.parametrize(("pid", "gone"), [(1, True), (os.getppid(), False)])

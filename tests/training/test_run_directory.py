@@ -255,7 +255,7 @@ class TestOpening:
             return again
 
         monkeypatch.setattr(run_module, "git_state", lambda: {"commit": 40 * "c", "dirty": True})
-        monkeypatch.setattr(run_module, "version", lambda name: "0")  # also of wandb, which does not matter
+        monkeypatch.setattr(run_module, "version_of", lambda name: "0")  # also of wandb, which does not matter
         for _ in range(2):  # compared with how it began, not with the last start
             [remark] = resumed().remarks
             assert remark.startswith("resumed under other conditions than the run began with: device A → B, commit ")
