@@ -131,7 +131,7 @@ def check_grid(home: Path, times: int, seed: int, grid: Sequence[str] = GRID) ->
     quiet, killed = Sweep(home / "quiet", *grid), Sweep(home / "killed", *grid)
     quiet.start(1)
     faults = [f"the undisturbed sweep ended with {code}" for code in quiet.wait() if code]
-    codes = disturb(killed, 1, times, (1.0, 15.0), seed)
+    codes = disturb(killed, 1, times, (3.0, 25.0), seed)
     faults += [] if codes[-1] == [0] else [f"the repeated sweep ended with {codes}"]
     expected, actual = quiet.finished(), killed.finished()
     faults += [f"lost: {name}" for name in expected.keys() - actual.keys()]
@@ -155,7 +155,7 @@ def check_search(home: Path, times: int, seed: int, trials: int) -> list[str]:
     codes = disturb(sweep, 2, times, (1.0, 12.0), seed)
     faults = [] if codes[-1] == [0, 0] else [f"the repeated search ended with {codes}"]
     [file] = (sweep.home / "runs/.sweeps").glob("*/optuna.jsonl")
-    study = load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(file))))
+    study = load_study(study_name="sweep", storage=JournalStorage(JournalFileBackend(str(file))))
     states = Counter(trial.state.name for trial in study.trials)
     print(f"trials: {dict(states)}", flush=True)
     faults += [] if len(study.trials) == trials else [f"{len(study.trials)} trials, not {trials}"]
@@ -165,7 +165,7 @@ def check_search(home: Path, times: int, seed: int, trials: int) -> list[str]:
     faults += [f"trial {t.number} has a value of no run" for t in complete if t.value not in values.values()]
     told = {trial.value for trial in complete}
     faults += [f"{name} is in no trial" for name, value in values.items() if value not in told]
-    directories = [path for path in (sweep.home / "runs").glob("*/*/*") if path.name[0] != "."]
+    directories = [path for path in (sweep.home / "runs/lds/lru").iterdir() if path.name[0] != "."]
     proposed = {json.dumps(trial.params, sort_keys=True) for trial in study.trials}
     faults += [] if len(directories) == len(proposed) else [f"{len(directories)} runs of {len(proposed)} proposals"]
     return faults + sweep.faults()
