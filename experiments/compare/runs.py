@@ -19,9 +19,10 @@ import yaml
 
 from stu.files import DELETED, agrees_with_checksum, unsealed
 from stu.locks import Holder
+from stu.training.records import PRUNED
 
 Mode = Literal["min", "max"]
-Status = Literal["finished", "running", "stopped", "failed", "never trained"]
+Status = Literal["finished", "running", "pruned", "stopped", "failed", "never trained"]
 Metrics = list[tuple[int, float, str, float]]
 
 
@@ -52,7 +53,7 @@ class Row:
     def state(self) -> str:
         """The status in words, and what could not be read."""
         words: str = self.status
-        if self.status in ("running", "stopped", "failed") and self.step is not None:
+        if self.status in ("running", "pruned", "stopped", "failed") and self.step is not None:
             of = "" if self.total_steps is None else f" of {self.total_steps:,}"
             words += f" at step {self.step:,}{of}"
         elif self.status in ("failed", "stopped"):
@@ -161,6 +162,8 @@ def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
     place = Path(os.path.realpath(path))  # beside which the lock is
     if is_locked(place.parent / f".{place.name}.lock"):
         return "running"
+    if os.path.exists(path / PRUNED):
+        return "pruned"
     starts = _at(manifest, "starts")
     latest = starts[-1] if isinstance(starts, list) and starts else {}
     if _at(latest, "failed"):

@@ -16,7 +16,6 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +23,27 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweep.executors import Executor
-from experiments.sweep.jobs import Jobs
+from experiments.sweep.jobs import Jobs, apart
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.loop import Grid, Loop, Source
 from experiments.sweep.spaces import SEARCHES, Space
 from experiments.sweep.table import Board
 from stu.cli import errors
-from stu.cli.check import fits
+from stu.cli.check import check_call, described, fits
 from stu.cli.composition import build
-from stu.errors import require
+from stu.errors import OptionError, require
 from stu.training import names
 from stu.training.records import git_state, version_of
 
 OWN = ("hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher", "hydra.mode")  # words that no job gets
 POLICIES = ("continue", "stop")
 PACKAGES = ("hydra-core", "torch", "lightning", "optuna", "submitit", "ray")
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """The values of a node."""
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    return values
 
 
 def run(
@@ -65,14 +70,20 @@ def run(
     require(on_failure in POLICIES, "hydra.sweeper.on_failure", on_failure, f"choose one of {', '.join(POLICIES)}")
     counted = trials is None or fits(trials, range(1, 2**31))
     require(counted, "hydra.sweeper.trials", trials, "must be null or at least 1")
+    require(fits(seed, range(2**32)), "hydra.sweeper.seed", seed, f"must be {described(range(2**32))}")
+    known = (None, "grid", *SEARCHES)
+    require(sampler in known, "hydra.sweeper.sampler", sampler, f"choose one of grid, {', '.join(SEARCHES)}")
     launcher = config.hydra.launcher
+    called = OmegaConf.is_dict(launcher) and "_target_" in launcher
+    require(called, "hydra.launcher", launcher, "is no launcher: choose one by hydra/launcher=…")
     hydras = str(launcher.get("_target_")).startswith("hydra")
     allowed = "is driven by Hydra's own sweepers: add hydra/sweeper=basic"
     require(not hydras, "hydra/launcher", config.hydra.runtime.choices.get("hydra/launcher"), allowed)
+    check_call("hydra.launcher", plain(launcher))
     executor: Executor = build(launcher)
 
     space = Space.of(words, params, when)
-    jobs = Jobs(space.swept, [word for word in config.hydra.overrides.hydra if not word.startswith(OWN)])
+    jobs = Jobs(space.swept, [word for word in config.hydra.overrides.hydra if not names.key_of(word).startswith(OWN)])
     searched = sampler not in (None, "grid")
     idle = not searched and pruner not in (None, "none")
     require(
@@ -80,19 +91,29 @@ def run(
     )
     made = [jobs.make(combination) for combination in (space.examples() if searched else islice(space.jobs(), trials))]
     name = space.name([job.run for job in made]) if name is None else str(name)
-    names.require_plain(name)
+    try:
+        names.require_plain(name)
+    except OptionError as error:
+        raise OptionError("hydra.sweeper.name", error.value, error.allowed) from None
     ledger = Ledger(Path(os.path.abspath(str(config.paths.runs)), ".sweeps", name))
     source: Source
     if searched:
-        require(find_spec("optuna") is not None, "hydra.sweeper.sampler", sampler, "needs pip install 'stu[search]'")
-        from experiments.sweep.search import search_of
+        try:
+            from experiments.sweep.search import search_of
+        except ImportError:
+            allowed = 'needs Optuna, 4.9 or newer: pip install ".[search]"'
+            raise OptionError("hydra.sweeper.sampler", sampler, allowed) from None
 
-        source = search_of(space, jobs, made, ledger.folder, trials=trials, sampler=sampler, pruner=pruner, seed=seed)
+        options: dict[str, Any] = {"trials": trials, "sampler": sampler, "pruner": pruner, "seed": seed}
+        try:
+            source = search_of(space, jobs, made, ledger.folder, **options)
+        except OSError as error:
+            require(False, "paths.runs", ledger.folder, f"must be a folder to write to: {error.strerror}")
+            raise
     else:
         source = Grid(made)
-        for job in made:
-            if not (job.finished or job.pruned):
-                jobs.check(job)
+        if new := [job for job in made if not (job.finished or job.pruned)]:
+            apart(lambda: jobs.check(new))
     board = Board(f"Sweep {name}", ledger, source.total)
 
     def about() -> dict[str, Any]:
@@ -104,7 +125,7 @@ def run(
             "jobs": source.total,
             "fixed": list(space.constants),
             "swept": {one.name: str(one).partition("=")[2] for one in space.parameters},
-            "launcher": OmegaConf.to_container(launcher, resolve=True),
+            "launcher": plain(launcher),
             "packages": {package: version for package in PACKAGES if (version := version_of(package))},
             "git": git_state(),
         }

@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,18 +19,20 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.compare.runs import Metrics, is_locked, parse_row
+from experiments.sweep.executors.local import THREADS
 from stu.cli.check import check
 from stu.cli.composition import composed
 from stu.cli.usage import CONF
 from stu.errors import Busy, require
 from stu.files import sealed, write_atomically
+from stu.locks import Holder
 from stu.training import names
 from stu.training.lock import RunLock
-from stu.training.records import mapping_in, summary_in
+from stu.training.records import PRUNED, mapping_in, summary_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep"  # the group of what is swept: no job has it
-PRUNED = "pruned.json"
+T = TypeVar("T")
 
 
 @dataclass
@@ -104,6 +108,23 @@ class Job:
         """Whether a process works in the run, or is about to."""
         place = self._place
         return self.mode == "train" and any(is_locked(place.parent / f".{place.name}.{k}") for k in ("lock", "claim"))
+
+    @property
+    def holder(self) -> str:
+        """Which process that is, where it says so."""
+        for kind in ("lock", "claim"):
+            file = self._place.parent / f".{self._place.name}.{kind}"
+            with suppress(OSError):
+                if is_locked(file):
+                    return f": {Holder.of(file)}"
+        return ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of its process: a run goes on with as many threads as it began with, for equal last digits."""
+        starts = (self.manifest or {}).get("starts") or [{}]
+        threads = starts[0].get("threads")
+        return {THREADS: str(threads)} if isinstance(threads, int) and THREADS not in os.environ else {}
 
     @property
     def _place(self) -> Path:
@@ -241,11 +262,15 @@ class Jobs:
             job.differs = telling(job.settings) != telling(_plain(config))
         return job
 
-    def check(self, job: Job) -> None:
+    def check(self, jobs: Iterable[Job]) -> None:
         """Raise `Refused` where a constructor does not take what the configuration of a job gives it.
 
         Of jobs that differ in plain values, each value is looked at once.
         """
+        for job in jobs:
+            self._check(job)
+
+    def _check(self, job: Job) -> None:
         overrides = parse(job.overrides)
         kind = self._kind(overrides)
         new = {(kind, str(override.input_line)) for override in overrides} - self._checked
@@ -278,6 +303,37 @@ class Jobs:
         simple = value is None or (isinstance(value, bool | int | float | str) and "${" not in str(value))
         changes = override.type is OverrideType.CHANGE and override.package is None
         return key in self.swept and changes and simple and not (CONF / key).is_dir()
+
+
+def apart(call: Callable[[], T]) -> T:
+    """What a call returns or raises, in a process of its own, with which what it imports is gone: PyTorch is 0.5 GB."""
+    if sys.platform != "linux" or "ray" in sys.modules:  # whose threads and connections a fork would break
+        return call()
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def answer() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # of a Ctrl-C, this process says enough
+        said: tuple[Any, Exception | None, BaseException | None]
+        try:
+            said = call(), None, None
+        except Exception as error:
+            said = None, error, error.__cause__  # which is lost when an error is sent
+        with suppress(BrokenPipeError):  # the sweep was killed
+            sender.send(said)
+
+    process = context.Process(target=answer)
+    process.start()
+    sender.close()
+    try:
+        result, error, reason = receiver.recv()
+    except EOFError:
+        raise MemoryError("the process that checks the jobs was killed") from None
+    finally:
+        process.join()
+    if error is not None:
+        raise error from reason
+    return result
 
 
 def parse(words: Sequence[str]) -> list[Override]:

@@ -9,6 +9,7 @@ wandb/        links to what W&B has written for each run: `wandb sync` and `wand
 import hashlib
 import json
 import os
+import shlex
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from stu.files import write_atomically
 from stu.training.records import mapping_in
 
 ABOUT, CHANGES = "sweep.yaml", "jobs.jsonl"
+HEADER = 7  # bytes of a .wandb file that holds nothing, at which `wandb sync` would end
 
 
 class Ledger:
@@ -54,7 +56,7 @@ class Ledger:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "job": " ".join(job.overrides),
+            "job": shlex.join(job.overrides),
             "title": job.title,
             "run": str(job.run),
             "state": job.state,
@@ -83,13 +85,17 @@ class Ledger:
         return total if isinstance(total, int) else None
 
     def here(self, run: Path) -> Path:
-        """Where a run of the sweep is now that, perhaps, all runs were moved."""
+        """Where a run of the sweep is now: beside the sweep, where all runs were moved."""
         moved = self.folder.resolve().parents[1].joinpath(*run.parts[-3:])
-        return moved if moved.exists() else run
+        return moved if moved.exists() and not run.exists() else run
 
     def link(self, job: Job) -> None:
-        """Link what W&B has written for a run."""
+        """Link what W&B has written for a run, as far as `wandb sync` can read it; drop links to what is gone."""
+        folder = self.folder / "wandb"
+        for link in folder.iterdir():
+            if not link.exists():  # a killed start of a run, whose folder has another name now
+                link.unlink(missing_ok=True)
         for made in (*job.run.glob("wandb/offline-run-*"), *job.run.glob("wandb/run-*")):
-            link = self.folder / "wandb" / made.name
-            with suppress(FileExistsError):
-                link.symlink_to(os.path.relpath(made, link.parent), target_is_directory=True)
+            if any(file.stat().st_size > HEADER for file in made.glob("*.wandb")):
+                with suppress(FileExistsError):
+                    (folder / made.name).symlink_to(os.path.relpath(made, folder.resolve()), target_is_directory=True)

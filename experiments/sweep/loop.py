@@ -1,6 +1,7 @@
 """The loop of a sweep: jobs into free slots, retries, signals, and what is said meanwhile."""
 
 import re
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ from experiments.sweep.jobs import Job
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.table import Display
 from stu.errors import Busy, OptionError
-from stu.training.signals import Handlers
+from stu.training.signals import Handlers, hurries
 
 POLL, WATCH = 0.2, 1.0  # seconds between two looks at the processes, and at what a run has written
 PUT_OFF = 1.0  # seconds until a job that another process works on is looked at again
@@ -108,8 +109,8 @@ class Running:
 class Loop:
     """Runs the jobs of a source to their ends. retries: of a job that crashes; on_failure: what a failed one ends.
 
-    A first signal is passed on to the jobs, so that they save; a second one kills them. environment: variables that
-    each job gets. about: what the ledger says of the sweep, asked for when the first job starts.
+    A first signal is passed on to the jobs, so that they save; a second one that `hurries` kills them. environment:
+    variables that each job gets. about: what the ledger says of the sweep, asked for when the first job starts.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Loop:
         self.running: dict[int, Running] = {}
         self.about = about
         self.failed = self._opened = self._unwritten = False
+        self._ended: list[Job] = []  # that had ended before
         self._signals: list[int] = []
         self._passed_on = 0
 
@@ -179,26 +181,31 @@ class Loop:
         if self._ended_before(job):  # another sweep had it a moment ago
             job.release()
             return
-        if not self._opened:
-            self._opened = True
-            self.ledger.open(self.about())
-        job.attempts += 1
-        job.state, job.reason = "running", ""
         log = self.ledger.log(job)
-        logged = log.stat().st_size if log.exists() else 0
         try:
+            if not self._opened:
+                self.ledger.open(self.about())
+                self._opened = True
+                for other in self._ended:
+                    self.ledger.link(other)
+            logged = log.stat().st_size if log.exists() else 0
             handle = self.executor.submit(
                 job.command,
                 log=log,
-                environment=self.environment,
+                environment={**self.environment, **job.environment},
                 devices=job.devices,
                 nodes=job.nodes,
                 slot=slot,
                 name=job.run.name,
             )
+        except OSError as error:
+            job.release()
+            raise OptionError("paths.runs", log, f"no job can start: {error.strerror}") from error
         except BaseException:
             job.release()
             raise
+        job.attempts += 1
+        job.state, job.reason = "running", ""
         now = time.monotonic()
         self.running[slot] = Running(job, handle, now, log, logged, now, job.seconds)
         self._changed(job)
@@ -213,11 +220,12 @@ class Loop:
         job.clear()
         self.source.told(job)
         self.display.changed(job)
+        self._ended.append(job)
         return True
 
     def _put_off(self, job: Job) -> None:
-        if (job.state, job.reason) != ("waiting", ELSEWHERE):
-            job.state, job.reason = "waiting", ELSEWHERE
+        if job.state != "waiting" or not job.reason.startswith(ELSEWHERE):
+            job.state, job.reason = "waiting", ELSEWHERE + job.holder
             self.display.changed(job)
         self.source.again(job)
 
@@ -228,10 +236,11 @@ class Loop:
         if code is not None:
             del self.running[slot]
             self._end(running, code)
-        elif time.monotonic() - running.watched > WATCH:
+        elif job.state == "running" and time.monotonic() - running.watched > WATCH:
             running.watched = time.monotonic()
             self.source.watch(job)
             if job.state == "pruned":
+                self._note(lambda: job.prune(job.reason))  # first: its process tells W&B whether it will go on
                 running.handle.stop()
 
     def _end(self, running: Running, code: int) -> None:
@@ -244,14 +253,16 @@ class Loop:
         elif code == 0 and job.mode != "train":
             job.state = "finished"
         elif job.state == "pruned":
-            job.prune(job.reason)
+            pass
         elif code == Busy.exit_code:
             job.attempts -= 1
             job.release()
             self._put_off(job)
             return
         elif self.ending and code >= STOPPED:
-            job.state, job.reason = "stopped", "saved"
+            killed = code == STOPPED + signal.SIGKILL
+            saved = (job.run / "checkpoints").exists()
+            job.state, job.reason = "stopped", "killed" if killed else "saved" if saved else "before it could save"
         else:
             job.state, job.reason = "failed", cause(code, running.output)
             again = code not in HOPELESS and job.attempts <= self.retries and not self.ending
@@ -265,23 +276,29 @@ class Loop:
             self.source.told(job)
 
     def _pass_on(self) -> None:
-        """Tell the jobs to save and end; once more for a second signal."""
-        wanted = min(len(self._signals), 2) or int(self.ending)
+        """Tell the jobs to save and end; once more for a signal that hurries."""
+        hurry = any(hurries(number, self._signals[0]) for number in self._signals[1:])
+        wanted = 1 + hurry if self.ending else 0
         if wanted > self._passed_on:
             self._passed_on = wanted
-            self.display.ending([running.job for running in self.running.values()])
+            if wanted == 1:
+                self.display.ending([running.job for running in self.running.values()])
             for running in self.running.values():
                 running.handle.kill() if wanted > 1 else running.handle.stop()
 
     def _changed(self, job: Job, output: str = "") -> None:
+        self._note(lambda: self.ledger.write(job))
+        self._note(lambda: self.ledger.link(job))
+        self.display.changed(job, output)
+
+    def _note(self, write: Callable[[], None]) -> None:
+        """Write what is only noted: the run directories say the same, where the disk is full."""
         try:
-            self.ledger.write(job)
-            self.ledger.link(job)
-        except OSError as error:  # of what is only noted: the run directories say the same
+            write()
+        except OSError as error:
             if not self._unwritten:
                 self._unwritten = True
                 self.display.remark(f"{self.ledger.folder} cannot be written to: {error.strerror}; the sweep goes on")
-        self.display.changed(job, output)
 
 
 def cause(code: int, output: str) -> str:

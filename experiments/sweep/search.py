@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 import os
-import re
+import shlex
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiments.sweep.jobs import Job, Jobs
+from experiments.sweep.jobs import Job, Jobs, apart
 from experiments.sweep.ledger import CHANGES
 from experiments.sweep.spaces import SEARCHES, Given, Space, setting
 from stu.cli.composition import build, composed
@@ -51,11 +52,13 @@ def search_of(space: Space, jobs: Jobs, examples: Sequence[Job], folder: Path, *
     """The search of a sweep with this ledger. A new one first checks the examples, and is told what began earlier."""
 
     def direction() -> Direction:
-        for job in examples:
-            jobs.check(job)
+        jobs.check(examples)
         return direction_of(examples)
 
-    return Search(space, jobs.make, folder, direction=direction, known=begun(folder / CHANGES), **options)
+    asked = cache(partial(apart, direction))
+    if not (folder / STUDY).exists():
+        asked()  # what is refused leaves nothing behind
+    return Search(space, jobs.make, folder, direction=asked, known=begun(folder / CHANGES), **options)
 
 
 def direction_of(jobs: Sequence[Job]) -> Direction:
@@ -71,11 +74,13 @@ def direction_of(jobs: Sequence[Job]) -> Direction:
 
 def begun(changes: Path) -> list[list[str]]:
     """The words of the jobs in a ledger, in the order in which they began."""
-    words: dict[str, None] = {}
+    jobs: dict[tuple[str, ...], None] = {}
     for line in changes.read_text(encoding="utf-8").splitlines() if changes.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):  # a line that a killed process has left unfinished
-            words[str(json.loads(line)["job"])] = None
-    return [re.findall(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""", job) for job in words]
+        with suppress(
+            ValueError, KeyError, TypeError, AttributeError
+        ):  # a line that a killed process has left unfinished
+            jobs[tuple(shlex.split(json.loads(line)["job"]))] = None
+    return list(map(list, jobs))
 
 
 class Search:
@@ -113,15 +118,17 @@ class Search:
         self._jobs: dict[int, Job] = {}  # by the number of their trial, also those of other workers
         self._trials: dict[int, Trial] = {}  # those of this worker
         self._waiting: deque[Job] = deque()
-        self._before: deque[Job] = deque()  # that have ended in earlier commands: to be seen, or done again if deleted
+        self._before: deque[Job] = deque()  # that have ended elsewhere: to be seen, or done again if deleted
+        self._seen: set[int] = set()  # numbers of trials whose end is known here
         self._repeats = 0
         self._looks_at = 0.0
         self._others = True  # whether other workers have trials under way
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        tools = sampler_of(sampler, seed, space), pruner_of(pruner)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _Lock(folder / "search")
         with self._lock.held():
-            self.study = _study(folder, space, direction, sampler_of(sampler, seed, space), pruner_of(pruner))
+            self.study = _study(folder, space, direction, *tools)
             self._take_in(known)
             for trial in self._counted():
                 self._bring_back(trial)
@@ -152,6 +159,9 @@ class Search:
             if job is None:
                 self._others = bool(others)
                 self._looks_at = time.monotonic() + LOOK
+                for trial in () if others else self._counted():  # those of other workers, to be seen
+                    if trial.number not in self._seen:
+                        self._bring_in(trial)
             return job
 
     def again(self, job: Job) -> None:
@@ -166,6 +176,7 @@ class Search:
 
     def told(self, job: Job) -> None:
         """Tell the study what became of a trial. One that was finished before it could be stopped is finished."""
+        self._seen.add(_number(job))
         if self._state(job).is_finished():
             return
         self._report(job)
@@ -280,10 +291,16 @@ class Search:
         """Try a failed trial again; of one that has ended, the run directory is the truth."""
         if trial.state is TrialState.FAIL:
             self.study.enqueue_trial(trial.params, user_attrs={"retries": trial.number})
-        elif trial.state.is_finished():
+        else:
+            self._bring_in(trial)
+
+    def _bring_in(self, trial: FrozenTrial) -> None:
+        """See what became of a trial that has ended elsewhere."""
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            self._seen.add(trial.number)
             job = self._make(trial.user_attrs["words"], trial.number)
             job.trial = trial.number
-            if trial.state is TrialState.COMPLETE or job.pruned:  # not one that diverged
+            if trial.state is TrialState.COMPLETE or job.pruned or job.finished:  # not one that diverged
                 self._before.append(job)
 
 
@@ -418,7 +435,7 @@ def sampler_of(name: str, seed: int, space: Space) -> BaseSampler:
     """
     require(name in SEARCHES, "hydra.sweeper.sampler", name, f"must be one of grid, {', '.join(SEARCHES)}")
     absent = name == "cmaes" and find_spec("cmaes") is None
-    require(not absent, "hydra.sweeper.sampler", name, "needs the package cmaes: pip install 'stu[search]'")
+    require(not absent, "hydra.sweeper.sampler", name, 'needs the package cmaes: pip install ".[search]"')
     numbers = [parameter for parameter in space.blocks[0].parameters if parameter.is_number]
     enough = name != "cmaes" or len(numbers) >= 2
     require(

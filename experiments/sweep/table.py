@@ -63,7 +63,7 @@ class Board:
 
     def changed(self, job: Job, output: str = "") -> None:
         """Say it, unless the job had ended before this sweep began."""
-        self.jobs.setdefault(job.key, job)
+        self.jobs[job.key] = job
         self._since.pop(job.key, None)
         if output:
             self._print(output.rstrip("\n"))
@@ -108,6 +108,8 @@ class Board:
     def table(self, running: Sequence[Job]) -> "Table":
         """The counts, and the jobs that run, as many as there is room for."""
         table = _table(f"{self.title}: {self.counts()}", "job", "step", "validation", "time", "left")
+        for column in table.columns:  # a line for each job, however narrow the terminal
+            column.no_wrap, column.overflow = True, "ellipsis"
         room = max(3, self.console.height - 5)
         for job in running[:room]:
             step, value, left = self._progress(job)
@@ -211,7 +213,7 @@ def _table(title: str, *columns: str) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    shown = Text(title) if title else None
+    shown = Text(title, no_wrap=True, overflow="ellipsis") if title else None
     table = Table(title=shown, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         table.add_column(Text(column), justify="left" if column == "job" else "right", overflow="fold")

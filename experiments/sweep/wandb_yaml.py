@@ -71,7 +71,9 @@ def decided(space: Space) -> list[Parameter]:
 def entry(parameter: Parameter) -> dict[str, Any]:
     """A parameter in W&B's words."""
     if parameter.values:
-        return {"values": [parsed(f"{parameter.key}={value}").value() for value in parameter.values]}
+        values = {text: parsed(f"{parameter.key}={text}").value() for text in parameter.values}
+        # others than numbers as they are written: of null, agents would make None, of '16' a number
+        return {"values": [value if isinstance(value, bool | int | float) else text for text, value in values.items()]}
     low, high = (int(one) if parameter.whole else float(one) for one in (parameter.low, parameter.high))
     kind = {
         (False, False): "uniform",

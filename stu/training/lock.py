@@ -37,7 +37,11 @@ class RunLock:
         except Timeout:
             raise Busy("name", self.folder, f"another process is training this run{self._holder()}") from None
         if not isinstance(self._lock, SoftFileLock):
-            self.file.write_text(holder_lines(), encoding="utf-8")
+            try:
+                self.file.write_text(holder_lines(), encoding="utf-8")
+            except OSError:  # no room
+                self.release()
+                raise
 
     def release(self) -> None:
         """Give the lock back and delete its file."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from stu.files import unsealed
 
+PRUNED = "pruned.json"  # in a run that a search has given up, until it is finished all the same
+
 
 def mapping_in(file: Path, parse: Callable[[str], Any] = unsealed) -> dict[str, Any] | None:
     """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""

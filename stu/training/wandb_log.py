@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from stu.errors import require
 from stu.files import write_atomically
 from stu.training.loggers import Row, parse_row
+from stu.training.records import PRUNED
 from stu.training.run import Run, flatten
 from stu.training.signals import ANNOUNCED
 
@@ -184,7 +185,7 @@ class WandbLog(Logger):
         A run that was stopped to go on later, rather than pruned, is marked so.
         """
         self._call(self._recount)
-        if exit_code - 128 in PREEMPTING and self._run and not (self._run.path / "pruned.json").exists():
+        if exit_code - 128 in PREEMPTING and self._run and not (self._run.path / PRUNED).exists():
             self._call(lambda run: run.mark_preempting())
         self._call(lambda run: run.finish(exit_code=exit_code))
         self._call(None)

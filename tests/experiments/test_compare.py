@@ -99,6 +99,8 @@ class TestARow:
         row = read(make_run(tmp_path, f"{task}/stu/a", val={7: 0.3, 10: 0.2, 12: 0.6, 13: math.nan, 14: 0.4}).path)
         assert (row.metric, row.best_val, row.test, row.parameters) == (MONITORS[task], best, None, 1234)
         assert (row.status, row.state) == ("stopped", "stopped at step 14 of 36")
+        (tmp_path / row.path / "pruned.json").write_text("{}")  # by a search
+        assert read(tmp_path / row.path).state == "pruned at step 14 of 36"
 
     def test_of_what_did_not_get_far(self, tmp_path: Path):
         never, failed = make_run(tmp_path, "lds/stu/never", started=False), make_run(tmp_path, "lds/stu/failed")

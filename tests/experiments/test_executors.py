@@ -98,7 +98,9 @@ def test_cores_are_divided_among_jobs_and_their_devices(tmp_path: Path, alone: p
 
 
 def test_who_says_how_many_threads(tmp_path: Path, alone: pytest.MonkeyPatch):
-    assert environment_of(Local(), tmp_path, OMP_NUM_THREADS="7")["OMP_NUM_THREADS"] == "7"  # a resumed run's
+    alone.setattr("experiments.sweep.executors.local.cores", lambda: 8)
+    for began, now in ((7, "7"), (9, "8")):  # a run that goes on, perhaps from a larger machine
+        assert environment_of(Local(), tmp_path, OMP_NUM_THREADS=str(began))["OMP_NUM_THREADS"] == now
     alone.setenv("OMP_NUM_THREADS", "5")
     assert environment_of(Local(), tmp_path)["OMP_NUM_THREADS"] == "5"
     assert environment_of(Local(), tmp_path, OMP_NUM_THREADS="7")["OMP_NUM_THREADS"] == "7"

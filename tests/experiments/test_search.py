@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from experiments import sweep
 from experiments.sweep import wandb_yaml
 from experiments.sweep.jobs import Job, Jobs
+from experiments.sweep.ledger import Ledger
 from experiments.sweep.search import STUDY, Search, begun, direction_of
 from experiments.sweep.spaces import Given, Space, parsed
 from stu.cli import arguments, usage
@@ -189,6 +190,33 @@ def test_a_trial_of_a_killed_worker_goes_on(runs: Runs, monkeypatch: pytest.Monk
     assert states(other) == ["COMPLETE"] * 3
     assert other.next() is None
     assert other.empty
+
+
+def test_what_other_workers_have_found_is_seen_at_the_end(runs: Runs):
+    space = Space.of([], LR)
+    one, two = runs.search(space, 3), runs.search(space, 3)
+    taken = []
+    for search in (one, two, one):
+        job = search.next()
+        assert job is not None
+        assert job.claim()
+        taken.append(job)
+    assert one.next() is None
+    assert not one.empty, "the other worker may end early"
+    for search, job in zip((one, two, one), taken, strict=True):
+        runs.finish(job, 1.0)
+        search.told(job)
+        job.release()
+    assert two.next() is None
+    two._looks_at = one._looks_at = 0.0
+    assert one.next() is None
+    seen = one.next()
+    assert seen is not None
+    assert seen.run == taken[1].run
+    one.told(seen)
+    assert one.next() is None
+    assert one.empty
+    assert states(one) == ["COMPLETE"] * 3
 
 
 def test_a_worker_killed_while_it_asks_leaves_nothing_behind(runs: Runs, monkeypatch: pytest.MonkeyPatch):
@@ -497,7 +525,7 @@ def test_every_kind_of_job_of_a_ready_space_is_accepted(name: str):
     jobs = Jobs(space.swept)
     made = [jobs.make(words) for words in space.examples()]
     for job in made:
-        jobs.check(job)
+        jobs.check([job])
     searched = options["sampler"] is not None
     assert searched == (options["trials"] is not None) == (name in ("ssm", "stu"))
     if not searched:
@@ -548,7 +576,11 @@ def test_a_space_is_chosen_by_one_name_and_for_a_sweep(words: list[str]):
         (["seed=0,1"], {"pruner": "median"}, "hydra.sweeper.pruner=median: is for a search"),
         (["optimizer.lrr=interval(1,2)"], {"sampler": "tpe", "trials": 3}, "lrr"),
         (["model.depth=interval(1,2)"], {"sampler": "random", "trials": 3}, "model.depth=1.0: must be an integer"),
+        (["seed=0,1", "task.seq_len=-1"], {"sampler": "tpe", "trials": 3}, "seq_len=-1"),
         (["seed=0,1"], {"sampler": "random"}, "hydra.sweeper.trials=None: must be how many"),
+        (["seed=0,1"], {"sampler": "bohb"}, "hydra.sweeper.sampler=bohb: choose one of grid, tpe"),
+        (["seed=0,1"], {"sampler": "tpe", "trials": 3, "seed": "x"}, "hydra.sweeper.seed=x: must be an integer"),
+        (["seed=0,1"], {"name": ".."}, "hydra.sweeper.name='..': must be a plain folder"),
     ],
 )
 def test_nothing_starts_where_a_search_cannot_work(
@@ -558,7 +590,7 @@ def test_nothing_starts_where_a_search_cannot_work(
     words = ["task=lds", *words]
     with pytest.raises(Exception, match=line):
         sweep.run(composed(["task=lds"], with_hydra=True), words, **options)
-    assert not (tmp_path / "lds").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_search_has_one_direction():
@@ -572,9 +604,12 @@ def test_a_search_has_one_direction():
 
 
 def test_the_ledger_knows_what_began(tmp_path: Path):
-    words = ["model=s4", "name='a b'", "optimizer.betas=[0.9,0.99]", 'logger.tags=["x y",z]']
-    lines = [json.dumps({"job": " ".join(words), "state": state}) for state in ("running", "finished")]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(lines) + '\n{"job": "mod')
+    words = ["model=s4", r"name='it\'s a'", "optimizer.betas=[0.9,0.99]", 'logger.tags=["x y",z]']
+    ledger = Ledger(tmp_path)
+    for state in ("running", "finished"):
+        ledger.write(Job(tuple(words), tmp_path / "run", state=state))
+    with ledger.changes.open("a") as file:
+        file.write('{"job": "mod')
     assert begun(tmp_path / "jobs.jsonl") == [words]
     assert begun(tmp_path / "none") == []
 
@@ -605,5 +640,10 @@ def test_a_space_as_a_sweep_of_wandb(capsys: pytest.CaptureFixture[str]):
     assert made["metric"] == {"name": "val/accuracy", "goal": "maximize"}
     batches = {"distribution": "q_log_uniform_values", "min": 4, "max": 64, "q": 1}
     assert made["parameters"]["loader.batch_size"] == batches
+    betas, clips = ["optimizer.betas=[0.9,0.99],[0.9,0.999]"], ["trainer.gradient_clip_val=null,1.0"]
+    assert wandb_yaml.main(["lr", "task=lds", *betas, *clips]) == 0
+    parameters = yaml.safe_load(capsys.readouterr().out)["parameters"]
+    assert parameters["optimizer.betas"] == {"values": ["[0.9,0.99]", "[0.9,0.999]"]}
+    assert parameters["trainer.gradient_clip_val"] == {"values": ["null", 1.0]}
     assert wandb_yaml.main(["ssm", "task=lds"]) == 2
     assert "model.mixer.d_state | model=s4,s4d: some jobs have this key" in capsys.readouterr().err

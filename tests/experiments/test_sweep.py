@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +19,16 @@ from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.sweep import OWN, loop
-from experiments.sweep.jobs import Job, Jobs, quoted, telling
+from experiments.sweep import OWN, loop, plain, run
+from experiments.sweep.jobs import Job, Jobs, apart, quoted, telling
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.loop import Grid, Loop, cause
 from experiments.sweep.table import Board
-from stu.cli.check import Refused
-from stu.errors import OptionError
+from stu.cli.check import Refused, check_call
+from stu.cli.composition import composed as compose_with_hydra
+from stu.errors import OptionError, require
 from stu.files import sealed
+from stu.training.lock import RunLock
 from tests import runs
 from tests.models import composed
 
@@ -53,12 +56,16 @@ class Fake:
     def __init__(self, act: Callable[[Path, list[str]], int | None], workers: int = 1) -> None:
         self.act, self.workers = act, workers
         self.started: list[list[str]] = []
+        self.environments: list[dict[str, str]] = []
         self.stopped: list[str] = []
         self.slots: list[int] = []
         self.closed = False
 
-    def submit(self, command: Sequence[str], *, log: Path, slot: int, name: str, **_: Any) -> Any:
+    def submit(
+        self, command: Sequence[str], *, log: Path, slot: int, name: str, environment: Mapping[str, str], **_: Any
+    ) -> Any:
         self.started.append(list(command[2:]))
+        self.environments.append(dict(environment))
         self.slots.append(slot)
         handle = SimpleNamespace(queued=False, ended=None)
 
@@ -70,9 +77,13 @@ class Fake:
 
         def stop(code: int = 128 + signal.SIGTERM) -> None:
             self.stopped.append(f"{name} {code}")
+            self.told_to_stop(name)
             handle.ended = code
 
         return SimpleNamespace(poll=poll, stop=stop, kill=lambda: stop(128 + signal.SIGKILL), queued=False)
+
+    def told_to_stop(self, name: str) -> None:
+        """For a test to look at what there is then."""
 
     def close(self) -> None:
         self.closed = True
@@ -171,15 +182,31 @@ class TestLoop:
         assert executor.stopped == ["seed=1 143"]
         assert states[-1] == ("seed=1", "stopped")
 
-    @pytest.mark.parametrize("signals", [1, 2])
-    def test_a_signal_is_passed_on_and_a_second_one_hurries(self, sweep: Any, tmp_path: Path, signals: int):
+    @pytest.mark.parametrize(
+        ("signals", "ended"),
+        [
+            ([signal.SIGTERM], 143),
+            ([signal.SIGTERM, signal.SIGTERM], 137),
+            ([signal.SIGINT, signal.SIGTERM], 137),
+            ([signal.SIGHUP, signal.SIGHUP], 143),  # of a terminal that closes
+            ([signal.SIGUSR1, signal.SIGTERM], 143),  # of SLURM, a minute later
+        ],
+    )
+    def test_a_signal_is_passed_on_and_a_second_one_may_hurry(
+        self, sweep: Any, tmp_path: Path, capsys: Any, signals: list[signal.Signals], ended: int
+    ):
+        (tmp_path / "lds" / "stu" / "seed=0" / "checkpoints").mkdir(parents=True)
+
         def act(log: Any, words: list[str]) -> None:
-            for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals:
+                os.kill(os.getpid(), number)
 
         code, executor, states = sweep(act, jobs_in(tmp_path))
-        assert code == 128 + signal.SIGTERM
-        assert executor.stopped == [f"seed=0 {143 if signals == 1 else 137}"]
+        assert code == 128 + signals[0]
+        assert executor.stopped == [f"seed=0 {ended}"]
+        out = capsys.readouterr().out
+        assert f"stopped: seed=0: {'killed' if ended == 137 else 'saved'}\n" in out
+        assert out.count("stopping: 1 of the jobs") == (ended == 143)
         assert states == [("seed=0", "running"), ("seed=0", "stopped")]
 
     def test_what_another_process_works_on_is_put_off_and_counts_when_it_is_finished(self, sweep: Any, tmp_path: Path):
@@ -211,15 +238,22 @@ class TestLoop:
         assert sweep(act, [job], retries=0)[0] == 0
         assert job.attempts == 1
 
-    def test_pruned_ones_stay_pruned(self, sweep: Any, tmp_path: Path):
+    def test_pruned_ones_stay_pruned(self, sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         class Pruning(Grid):
             def watch(self, job: Job) -> None:
                 job.state, job.reason = "pruned", "hopeless"
 
+        stopped_when: list[bool] = []
+
+        def stop(self: Any, name: str) -> None:
+            stopped_when.append(jobs[0].pruned)
+
         jobs = jobs_in(tmp_path, 1)
+        monkeypatch.setattr(Fake, "told_to_stop", stop, raising=False)
         code, executor, states = sweep(lambda log, words: None, jobs, source=Pruning(jobs))
         assert (code, states[-1]) == (0, ("seed=0", "pruned"))
         assert jobs[0].pruned
+        assert stopped_when == [True]  # its process must know that it will not go on
         [again] = jobs_in(tmp_path, 1)
         code, executor, _ = sweep(finishes(tmp_path), [again])
         assert (code, executor.started, again.state) == (0, [], "pruned")
@@ -283,6 +317,52 @@ class TestLoop:
         [line] = capsys.readouterr().err.splitlines()
         assert "cannot be written to: No space left on device; the sweep goes on" in line
 
+    def test_a_ledger_that_cannot_be_made_is_one_line_and_no_claim_stays(self, sweep: Any, tmp_path: Path):
+        (tmp_path / ".sweeps").write_text("")
+        [job] = jobs_in(tmp_path, 1)
+        with pytest.raises(OptionError, match=r"paths\.runs=.*\.sweeps.*: no job can start: Not a directory"):
+            sweep(finishes(tmp_path), [job])
+        assert not list(tmp_path.rglob("*.claim"))
+
+    def test_a_run_goes_on_with_the_threads_that_it_began_with(
+        self, sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        first, second = jobs_in(tmp_path, 2)
+        first.run.mkdir(parents=True)
+        (first.run / "manifest.json").write_text(sealed({"id": "x", "starts": [{"threads": 3}, {"threads": 1}]}))
+        _, executor, _ = sweep(finishes(tmp_path), [first, second], environment={"STU_SWEEP": "s"})
+        assert executor.environments == [{"STU_SWEEP": "s", "OMP_NUM_THREADS": "3"}, {"STU_SWEEP": "s"}]
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # its user says how many
+        assert first.environment == {}
+
+    def test_who_works_on_a_run_is_said(self, sweep: Any, tmp_path: Path, capsys: Any):
+        [job, other] = jobs_in(tmp_path, 2)
+        job.run.parent.mkdir(parents=True)
+        lock = RunLock(job.run, "claim")
+        lock.acquire()
+
+        def act(log: Any, words: list[str]) -> int:
+            lock.release()
+            return finishes(tmp_path)(log, words)
+
+        assert sweep(act, [job, other])[0] == 0
+        said = f"waiting: seed=0: another process works on it: process {os.getpid()} on "
+        assert said in capsys.readouterr().out
+
+    def test_no_claim_is_left_where_there_is_no_room_for_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def full(*arguments: Any, **options: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        [job] = jobs_in(tmp_path, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_text", full)
+            with pytest.raises(OptionError, match=r"paths\.runs=.*: must be a folder to write to: No space left"):
+                job.claim()
+        assert not list(tmp_path.rglob("*.claim"))
+        assert job.claim()
+        job.release()
+
     def test_no_folder_is_left_of_what_was_refused(self, sweep: Any, tmp_path: Path):
         sweep(lambda log, words: 2, jobs_in(tmp_path, 2))
         assert [path.name for path in tmp_path.iterdir()] == [".sweeps"]
@@ -290,14 +370,21 @@ class TestLoop:
 
 def test_what_weights_and_biases_writes_is_linked(tmp_path: Path):
     [job] = jobs_in(tmp_path, 1)
-    (job.run / "wandb" / "offline-run-1-a").mkdir(parents=True)
-    (job.run / "wandb" / "run-2-a").mkdir()
     ledger = Ledger(tmp_path / ".sweeps" / "s")
+
+    def linked() -> list[str]:
+        ledger.link(job), ledger.link(job)
+        links = sorted((tmp_path / ".sweeps" / "s" / "wandb").iterdir())
+        assert all(link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.is_dir() for link in links)
+        return [link.name for link in links]
+
+    for name, size in (("offline-run-1-a", 8), ("run-2-a", 8), ("offline-run-3-a", 7), ("killed-offline-run-0-a", 8)):
+        (job.run / "wandb" / name).mkdir(parents=True)
+        (job.run / "wandb" / name / "run-a.wandb").write_bytes(bytes(size))
     ledger.open({"name": "s"})
-    ledger.link(job), ledger.link(job)
-    links = sorted((tmp_path / ".sweeps" / "s" / "wandb").iterdir())
-    assert [link.name for link in links] == ["offline-run-1-a", "run-2-a"]
-    assert all(link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.is_dir() for link in links)
+    assert linked() == ["offline-run-1-a", "run-2-a"]
+    (job.run / "wandb" / "offline-run-1-a").rename(job.run / "wandb" / "killed-offline-run-1-a")  # by the next start
+    assert linked() == ["run-2-a"]
 
 
 @pytest.mark.parametrize(
@@ -404,9 +491,9 @@ class TestJobs:
 
     def test_each_swept_value_is_checked(self):
         jobs = Jobs({"seed", "log_every"})
-        jobs.check(jobs.make(["task=lds", "seed=0", "log_every=1"]))
+        jobs.check([jobs.make(["task=lds", "seed=0", "log_every=1"])])
         with pytest.raises(Refused, match="log_every"):
-            jobs.check(jobs.make(["task=lds", "seed=0", "log_every=x"]))
+            jobs.check([jobs.make(["task=lds", "seed=0", "log_every=x"])])
 
     def test_rows_are_read_as_they_come(self, tmp_path: Path):
         job = Jobs({"seed"}).make(["task=lds", "seed=0"])
@@ -424,6 +511,27 @@ class TestJobs:
         assert job.monitored() == [(2, 0.5)]
 
 
+def refuse() -> None:
+    try:
+        require(False, "key", 1, "no")
+    except OptionError as error:
+        raise ValueError("outer") from error
+
+
+def test_what_is_asked_apart_is_answered_and_leaves_nothing_behind():
+    def answer() -> int:
+        os.environ["LEFT"] = "behind"
+        return os.getpid()
+
+    assert apart(answer) != os.getpid()
+    assert "LEFT" not in os.environ
+    with pytest.raises(ValueError, match="outer") as raised:
+        apart(refuse)
+    assert isinstance(raised.value.__cause__, OptionError)
+    with pytest.raises(MemoryError):
+        apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
 @pytest.mark.parametrize("text", ["seed=1,a=2", "it's", "back\\slash's", "a b"])
 def test_a_quoted_text_is_itself(text: str):
     assert OverridesParser.create().parse_override(f"name={quoted(text)}").value() == text
@@ -433,6 +541,42 @@ def test_settings_that_tell():
     assert telling({"seed": 1, "name": "x", "paths": {"runs": "y"}, "a": {"b": []}, "c": {}}) == {
         "seed": 1, "a.b": [], "c": {}
     }  # fmt: skip
+
+
+def test_a_search_without_optuna_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STU_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setitem(sys.modules, "experiments.sweep.search", None)
+    config = compose_with_hydra(TINY, with_hydra=True)
+    with pytest.raises(OptionError, match=r'sampler=tpe: needs Optuna.*pip install "\.\[search\]"'):
+        run(config, [*TINY, "seed=0,1"], sampler="tpe", trials=2)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("hydra.launcher.grace=abc", "hydra.launcher.grace=abc: must be a number or null"),
+        ("hydra.launcher.gpus=0", "hydra.launcher.gpus=0: must be a list"),
+        ("+hydra.launcher.worker=2", "hydra.launcher.worker=2: no such key; did you mean workers"),
+        ("hydra.launcher=5", "hydra.launcher=5: is no launcher"),
+    ],
+)
+def test_a_wrong_launcher_is_refused(tmp_path: Path, word: str, line: str):
+    config = compose_with_hydra([*TINY, word], with_hydra=True)
+    with pytest.raises(OptionError, match=re.escape(line)):
+        run(config, [*TINY, "seed=0,1"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hydra/launcher=local", "hydra.launcher.gpus=[0,GPU-1]", "hydra.launcher.grace=null"],
+        ["hydra/launcher=slurm", "hydra.launcher.additional={mail-type: FAIL}", "hydra.launcher.setup=[module load x]"],
+        ["hydra/launcher=ray", "hydra.launcher.options={resources: {fast: 1}}"],
+    ],
+)
+def test_options_of_launchers_can_be_given(words: list[str]):
+    check_call("hydra.launcher", plain(compose_with_hydra(words, with_hydra=True).hydra.launcher))
 
 
 def test_words_for_the_sweep_alone():
@@ -459,11 +603,27 @@ class TestBoard:
         [row] = [line.split() for line in shown.splitlines() if "red" in line]
         assert row == ["name=[red]", "step", "4/8", "val/mse", "0.25", "0:01:01"]
 
+    def test_what_is_known_last_of_a_run_counts(self, tmp_path: Path):
+        """Another worker has done what this one has put off."""
+        board = self.board(1)
+        for state in ("waiting", "finished"):
+            [job] = jobs_in(tmp_path, 1)
+            job.state = state
+            board.changed(job)
+        assert board.counts() == "1 finished"
+
     def test_it_is_no_longer_than_the_screen(self, tmp_path: Path):
         board = self.board(1000)
-        board.console.size = (100, 20)
-        table = board.table(jobs_in(tmp_path, 1000))
-        assert len(table.rows) <= 20
+        jobs = jobs_in(tmp_path, 1000)
+        for width in (100, 30):
+            board.console.size = (width, 20)
+            with board.console.capture() as captured:
+                board.console.print(board.table(jobs))
+            lines = captured.get().splitlines()
+            assert len(lines) <= 20
+            assert all(len(line) <= width for line in lines)
+            assert lines[3].startswith("seed")
+            assert lines[4].startswith("seed")
 
     def test_the_best_of_each_task_is_named(self, tmp_path: Path, capsys: Any):
         board = self.board()

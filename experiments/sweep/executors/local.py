@@ -59,7 +59,10 @@ class Local:
         own = {THREADS: str(max(1, cores() // (self.workers * devices)))} | process.unlaunched(os.environ)
         if self._divides:
             own[GPUS] = ",".join(gpus)
-        started = process.start(command, log=log, environment=own | dict(environment))
+        given = own | dict(environment)
+        if THREADS in environment:  # of a run that goes on, perhaps from a larger machine
+            given[THREADS] = str(min(int(environment[THREADS]), cores()))
+        started = process.start(command, log=log, environment=given)
         return Process(started, self.grace, lambda: self._used.subtract(gpus))
 
     def close(self) -> None:
