@@ -9,7 +9,6 @@ output.guard()
 usage.answer()  # --help, before the imports that take seconds
 threads.wait_briefly()
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from stu import training
 from stu.cli import errors
 from stu.cli.check import check
 from stu.cli.composition import build, command
-from stu.errors import require, require_length
-from stu.training import names
 
 sys.path.append(str(usage.CONF.parent / "experiments" / "sweep" / "plugin"))  # where Hydra looks for `hydra_plugins`
 
@@ -36,14 +33,12 @@ def main(config: DictConfig) -> float | None:
     wandb: training.WandbLog = build(config.logger)
     training.report.quiet()
     training.check_trainer(config.trainer, build(config.trainer, _partial_=True), sweeping=errors.sweeping())
-    hydra_config = HydraConfig.get()
-    chosen = hydra_config.runtime.choices["task"], hydra_config.runtime.choices["model"]
-    folder = Path(config.paths.runs, *chosen)
-    name = names.known_as(folder, names.run_name(hydra_config.overrides.task))
-    run = training.Run.named(folder, name if config.name is None else str(config.name))
+    choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
+    folder = Path(config.paths.runs, choices["task"], choices["model"])
+    run = training.Run.named(folder, config.name, HydraConfig.get().overrides.task)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if config.mode == "test":
-        with training.leaving():
+        with training.report.losses(run):
             test(config, run, settings)
         return None
     run.overwrites = config.overwrite
@@ -53,7 +48,7 @@ def main(config: DictConfig) -> float | None:
         if not config.overwrite:
             run.check(settings)
         if built:
-            train(config, run, settings, chosen, wandb, *built)
+            train(config, run, settings, choices, wandb, *built)
         training.report.result(run)
         return float(run.read_summary()["best"]["value"])
 
@@ -63,12 +58,7 @@ def task_and_model(config: DictConfig) -> tuple[stu.Task, stu.SequenceModel]:
     task: stu.Task = build(config.task)
     training.seed_everything(config.seed)
     with training.within_memory():
-        backbone: stu.Backbone = build(config.model)
-        require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
-        model = stu.SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
-    longest = (getattr(block.mixer, "seq_len", math.inf) for block in backbone.blocks)
-    require_length(task.seq_len, min(backbone.longest, *longest))
-    return task, model
+        return task, training.model_for(task, build(config.model))
 
 
 def load_data(config: DictConfig, task: stu.Task) -> training.SequenceData:
@@ -85,7 +75,7 @@ def train(
     config: DictConfig,
     run: training.Run,
     settings: dict[str, Any],
-    chosen: tuple[str, str],
+    choices: dict[str, Any],
     wandb: training.WandbLog,
     task: stu.Task,
     model: stu.SequenceModel,
@@ -118,11 +108,10 @@ def train(
     device = training.describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
     run.record_start(device=device, world_size=trainer.world_size, seed=config.seed, **facts)
-    choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     wandb.start(run, choices, baselines)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
-    training.report.start(run, chosen, data, module, recipe.groups, device=device, precision=config.trainer.precision)
+    training.report.start(run, data, module, recipe.groups, device=device, precision=config.trainer.precision)
     trainer.fit(module, data, ckpt_path=run.resumes_from, weights_only=True)
     training.evaluate.finish(run, trainer, module, data, checkpoints, baselines)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stu.training.figures import Figures
     from stu.training.loggers import MetricsCSV
     from stu.training.memory import within_memory
-    from stu.training.module import SequenceModule, seed_everything
+    from stu.training.module import SequenceModule, model_for, seed_everything
     from stu.training.optional import EMA, DeviceStats, EarlyStopping, check_callbacks
     from stu.training.plan import StepPlan, check_trainer, make_trainer
     from stu.training.run import Run, describe_device
@@ -33,7 +33,7 @@ __getattr__ = attributes(
         "Figures": "figures",
         "MetricsCSV": "loggers",
         "within_memory": "memory",
-        **dict.fromkeys(("SequenceModule", "seed_everything"), "module"),
+        **dict.fromkeys(("SequenceModule", "model_for", "seed_everything"), "module"),
         **dict.fromkeys(("EMA", "DeviceStats", "EarlyStopping", "check_callbacks"), "optional"),
         **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
         **dict.fromkeys(("Run", "describe_device"), "run"),
@@ -55,4 +55,4 @@ __all__ += [
     "make_trainer",
 ]
 __all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
-__all__ += ["names", "part", "report", "seed_everything", "within_memory"]
+__all__ += ["model_for", "names", "part", "report", "seed_everything", "within_memory"]

@@ -61,6 +61,10 @@ class Slurm(SLURMEnvironment):
         return number("MASTER_PORT", 0)
 
 
+class Lost(SystemExit):
+    """The end of this process because another one is gone, which has been said and recorded."""
+
+
 class Agreed(Exception):
     """An end that all processes of a run come to together."""
 
@@ -108,7 +112,7 @@ def failed(*, seconds: float) -> str:
     until = time.monotonic() + seconds
     while True:
         for index, process in enumerate(Launcher.started, 1):
-            if code := process.poll():
+            if (code := process.poll()) is not None:  # 0, too, is an end before the run's
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
                 return f"process {index} {how}"
         if time.monotonic() >= until or not Launcher.started:
@@ -170,7 +174,7 @@ def check_processes(trainer: L.Trainer, *, sweeping: bool) -> None:
     if asked > 1:
         check_meeting(trainer)
         _set_num_threads_if_needed(num_processes=trainer.num_devices)  # Lightning would do so later
-    if number(PARENT, 0) == (parent := os.getppid()):
+    if trainer.local_rank > 0 and (parent := number(PARENT, 0)):  # it may be gone by now
         Watch(lambda: os.getppid() != parent).start()
 
 
@@ -209,9 +213,19 @@ def launched() -> tuple[str, int | None]:
     return "", None
 
 
-def tells_of_a_loss(error: RuntimeError) -> bool:
-    """Whether an error means that another process of the run has ended, or cannot be reached."""
-    return isinstance(error, DistError) or "gloo/transport" in str(error)
+def loss_behind(error: BaseException | None) -> RuntimeError | None:
+    """The error, of this one and those that were handled when it came, that tells of a loss of another process.
+
+    That process has ended, or cannot be reached. None where no error tells so, and where a signal ends this process,
+    which then has ended the other one, too; but torchrun signals those that are left.
+    """
+    if not (isinstance(error, Exception) or TorchElasticEnvironment.detect()):
+        return None
+    while error is not None:
+        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+            return error
+        error = error.__context__
+    return None
 
 
 def in_short(error: RuntimeError) -> str:

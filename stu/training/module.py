@@ -1,5 +1,6 @@
 """The one LightningModule: any backbone on any task."""
 
+import math
 from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
@@ -12,8 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
-from stu.backbone import SequenceModel
-from stu.errors import require
+from stu.backbone import Backbone, SequenceModel
+from stu.errors import require, require_length
 from stu.rollout import batch_rollout
 from stu.task import Batch, Task
 from stu.training.optim import NamedParameters
@@ -148,6 +149,14 @@ class SequenceModule(L.LightningModule):
             else:
                 metric.update(prediction.detach(), target)
         return loss
+
+
+def model_for(task: Task, backbone: Backbone) -> SequenceModel:
+    """A backbone between the encoder and the head of a task. Raises `OptionError` where they do not fit."""
+    require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
+    longest = (getattr(block.mixer, "seq_len", math.inf) for block in backbone.blocks)
+    require_length(task.seq_len, min(backbone.longest, *longest))
+    return SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
 
 
 def seed_everything(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pydoc import locate
 from typing import Any, Literal
 
 import lightning as L
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -51,13 +53,21 @@ def check_callbacks(callbacks: Mapping[str, Callback], trainer: Mapping[str, Any
     trainer: the arguments of the Trainer.
     """
     ours = (EMA, EarlyStopping, DeviceStats)
+    present = [(type(callback), name) for name, callback in callbacks.items() if isinstance(callback, ours)]
+    named: dict[type, str] = dict(reversed(present))
     for name, callback in callbacks.items():
         key, shown = f"callbacks.{name}", type(callback).__name__
+        first = named.get(type(callback), name)
+        require(first == name, key, shown, f"there is one already, callbacks.{first}; a run has one of a kind")
         if isinstance(callback, EarlyStopping):
             callback.metric_of(task)
         if isinstance(callback, EMA):
-            plain = isinstance(trainer["strategy"], str)  # one that divides the weights is a call
-            require(plain, key, shown, "needs whole weights on every device: trainer.strategy must be auto or ddp")
+            strategy = trainer["strategy"]
+            made = DDPStrategy if isinstance(strategy, str) else locate(strategy["_target_"])
+            whole = isinstance(made, type) and issubclass(made, DDPStrategy)
+            require(whole, key, shown, "needs whole weights on every device: trainer.strategy must be auto or ddp")
+            allowed = "would not move, since bfloat16 rounds small steps away: trainer.precision must not be bf16-true"
+            require(trainer.get("precision") != "bf16-true", key, shown, allowed)
         if isinstance(callback, DeviceStats):
             cpu = trainer["accelerator"] == "cpu" or not has(CUDAAccelerator, MPSAccelerator)
             there = not cpu or find_spec("psutil") is not None

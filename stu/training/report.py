@@ -3,7 +3,6 @@
 import errno
 import logging
 import math
-import signal
 import sys
 import time
 import warnings
@@ -27,13 +26,13 @@ from stu.errors import OptionError
 from stu.task import Task
 from stu.training import states
 from stu.training.callbacks import Diverged, MetricsLog, Stopped
-from stu.training.cluster import ON_LOSS, Watch, disconnect, failed, in_short, tells_of_a_loss
+from stu.training.cluster import ON_LOSS, Lost, Watch, disconnect, failed, in_short, loss_behind
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
 from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
 from stu.training.run import Run, rank
-from stu.training.signals import leaving
+from stu.training.signals import Handlers, leaving, signal_behind
 from stu.training.wandb_log import close_wandb
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -108,7 +107,6 @@ def quiet() -> None:
 @rank_zero_only
 def start(
     run: Run,
-    names: tuple[str, str],
     data: SequenceData,
     module: SequenceModule,
     groups: Sequence[ParameterGroup],
@@ -119,14 +117,14 @@ def start(
     """The summary at the start of a run, and what it has found."""
     for remark in run.remarks:
         note(remark)
-    plan = data.plan
+    plan, (task, model) = data.plan, run.path.parts[-3:-1]
     sizes = [len(split) for split in data.splits]
     epochs = plan.total_steps / plan.steps_per_epoch
     where = " on the training batches" if plan.overfits else ""
     rows = [
-        ("task", f"{names[0]}: {sizes[0]:,} / {sizes[1]:,} / {sizes[2]:,} train / val / test{_lengths(data)}"),
+        ("task", f"{task}: {sizes[0]:,} / {sizes[1]:,} / {sizes[2]:,} train / val / test{_lengths(data)}"),
         ("data", data.task.fingerprint()[:16]),
-        ("model", f"{names[1]}: {_shape(module)}"),
+        ("model", f"{model}: {_shape(module)}"),
         *parameter_rows(module.model, groups),
         ("budget", f"{plan.total_steps:,} steps of {data.batch_size} sequences, {epochs:.3g} epochs"),
         ("validation", f"every {plan.val_every:,} steps{where}, by {data.task.monitor} ({data.task.mode})"),
@@ -213,35 +211,29 @@ def exit_codes(run: Run) -> Iterator[None]:
     is gone. The manifest records these and every other error. A start that was refused leaves no directory that was not
     there before, unless it has trained.
     """
-    refused, on_loss = False, partial(lost, run)
-    ON_LOSS.append(on_loss)
+    refused = False
     try:
-        with leaving():
+        with losses(run):
             yield
     except Stopped as stop:
         disconnect()
         stopped(run, stop)
         record(run.record_stop, stop)
         raise SystemExit(128 + stop.signal_number) from None
-    except (KeyboardInterrupt, SystemExit) as end:  # before and after training; Lightning makes 1 of SIGINT
-        code = getattr(end, "code", 1)
-        if code != 1 and not (isinstance(code, int) and code > 128):
-            raise  # no signal's
-        number = signal.SIGINT if code == 1 else code - 128
-        signalled = Stopped(number, run.last_step)
-        stopped(run, signalled)
-        record(run.record_stop, signalled)
-        raise SystemExit(128 + number) from None
     except Diverged as error:
         disconnect()
         diverged(run, error)
         if rank() == 0:
             record(run.record_failure, error)
         raise SystemExit(error.exit_code) from None
-    except Exception as error:
-        if isinstance(error, RuntimeError) and tells_of_a_loss(error):
-            lost(run, error)
-            raise SystemExit(1) from None
+    except Lost:
+        raise
+    except BaseException as error:
+        if number := signal_behind(error):  # before and after training
+            signalled = Stopped(number, run.last_step)
+            stopped(run, signalled)
+            record(run.record_stop, signalled)
+            raise SystemExit(128 + number) from None
         refused = isinstance(error, OptionError | MisconfigurationException)
         record(run.record_failure, error)
         if isinstance(error, OSError) and error.errno in FULL:
@@ -249,18 +241,41 @@ def exit_codes(run: Run) -> Iterator[None]:
             raise OptionError("paths.runs", run.path, f"cannot be written to: {way_on}") from error
         raise
     finally:
-        ON_LOSS.remove(on_loss)
         close_wandb()
         run.discard() if refused else run.close()
 
 
+@contextmanager
+def losses(run: Run) -> Iterator[None]:
+    """Exit with 1, after one line, where another process is gone; with 128 + the signal that `leaving` sees."""
+    on_loss = partial(lost, run)
+    ON_LOSS.append(on_loss)
+    try:
+        with leaving():
+            yield
+    except BaseException as error:
+        if loss := loss_behind(error):
+            lost(run, loss)
+            raise Lost(1) from None
+        raise
+    finally:
+        ON_LOSS.remove(on_loss)
+        Watch.over.set()  # however long it takes to report, and to close W&B
+
+
 def lost(run: Run, error: RuntimeError | None = None) -> None:
-    """Say that another process of the run is gone, and which; record it. One of those that are left does."""
+    """Say that another process of the run is gone, and which; record it. One of those that are left does.
+
+    Signals wait meanwhile: torchrun ends with SIGTERM those that are left.
+    """
     Watch.over.set()
+    shield = Handlers(lambda number, frame: None)
     reason = failed(seconds=1.0) or (in_short(error) if error else "it does not answer")
     with suppress(OSError):
         if reason := run.record_loss(f"another process of this run has ended or cannot be reached: {reason}"):
-            print(f"error: {reason}. The same command resumes the run", file=sys.stderr, flush=True)
+            way_on = "resumes the run" if run.recorded else "starts again"
+            print(f"error: {reason}. The same command {way_on}", file=sys.stderr, flush=True)
+    shield.restore()
 
 
 def record(in_manifest: Callable[[str], None], error: BaseException) -> None:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from stu.errors import Busy, OptionError, require
 from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
-from stu.training.names import is_free, require_plain
+from stu.training.names import is_free, known_as, require_plain, run_name
 from stu.training.records import git_state, mapping_in, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
@@ -62,8 +62,12 @@ class Run:
     _overwritten: ClassVar[set[Path]] = set()  # by this process, whose later jobs must not delete them again
 
     @classmethod
-    def named(cls, parent: Path, name: str) -> "Run":
-        """The run `name` in the folder `parent`; raises `OptionError` unless the name is that of a plain folder."""
+    def named(cls, parent: Path, name: object, overrides: Sequence[str] = ()) -> "Run":
+        """The run `name` in the folder `parent`, None: what the overrides of its command make of it.
+
+        Raises `OptionError` unless the name is that of a plain folder.
+        """
+        name = known_as(parent, run_name(overrides)) if name is None else str(name)
         require_plain(name)
         return cls(parent / name)
 
@@ -75,7 +79,7 @@ class Run:
         self.best, self.last = self.checkpoints / states.BEST, self.checkpoints / states.LAST
         self.remarks: list[str] = []
         self.overwrites = False  # whether the command asks to delete what there is
-        self.deleted = self._recorded = False  # whether this start has deleted what there was, and is in the manifest
+        self.deleted = self.recorded = False  # whether this start has deleted what there was, and is in the manifest
         self._made: list[Path] = []  # folders that this start has made, the innermost first
         self._place = Path(os.path.realpath(path))  # where a link leads: there a run has its one lock, and is deleted
         self._lock = RunLock(self._place)
@@ -258,7 +262,7 @@ class Run:
 
         A start that goes on under other conditions than the run began with says which in `remarks`.
         """
-        self._recorded = True  # by the first process
+        self.recorded = True  # by the first process
         if rank() != 0:
             return
         manifest = self._manifest() or {"id": "", "starts": []}
@@ -296,8 +300,11 @@ class Run:
     def record_loss(self, reason: str) -> str:
         """Record that a process of the run is gone, and return why: `reason`, or what that process has recorded.
 
-        One of those that are left does so, the first one if it is among them; the others get an empty text.
+        One of those that are left does so, the first one if it is among them; the others get an empty text. Where no
+        start is recorded, as for a test, nothing is.
         """
+        if not self.recorded:
+            return reason if rank() == 0 else ""
         if rank() != 0:
             with suppress(Busy, OSError):
                 self._lock.acquire(seconds=SECONDS_TO_REPORT)  # the first one has given it back, or is gone
@@ -313,11 +320,11 @@ class Run:
     def ended(self) -> str:
         """Why the latest start has ended before it was finished; empty where nothing is recorded."""
         start = ((self._manifest() or {}).get("starts") or [{}])[-1]
-        return str(start.get("failed") or start.get("stopped") or "") if self._recorded else ""
+        return str(start.get("failed") or start.get("stopped") or "") if self.recorded else ""
 
     def _record_end(self, **how: str) -> None:
         manifest = self._manifest()
-        if self._recorded and manifest and manifest["starts"]:
+        if self.recorded and manifest and manifest["starts"]:
             manifest["starts"][-1] |= how
             write_atomically(self.manifest, sealed(manifest))
 

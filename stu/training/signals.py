@@ -58,6 +58,14 @@ def leaving() -> Iterator[None]:
         handlers.restore()
 
 
+def signal_behind(end: BaseException) -> int:
+    """The signal by which a process ends: of `leaving`, or SIGINT, of which Lightning makes exit code 1; 0: none."""
+    if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
+        return signal.SIGINT
+    code = end.code if isinstance(end, SystemExit) else None
+    return code - 128 if isinstance(code, int) and code - 128 in set(signal.Signals) else 0
+
+
 def hurries(number: int, first: int) -> bool:
     """Whether signal `number` after signal `first` means that the process shall not wait for a checkpoint.
 

@@ -37,7 +37,7 @@ CLOSED = "rows"  # a file in a folder of W&B that has all it was given: how many
 BEST: dict[str, Callable[..., float]] = {"min": min, "max": max}
 SWEEP = "STU_SWEEP"  # in the environment: the sweep that this command is a job of
 PREEMPTING = (signal.SIGTERM, *ANNOUNCED)  # of clusters and sweeps, which start the command again
-PLACES = ("logger", "paths")  # groups of options that say where to write, not what is computed
+UNTOLD = ("logger", "paths", "sweep")  # groups of options: where to write, and a space, of which a job has its keys
 OF_STARTS = ("id", "starts", "settings", "time", "resumed", "remarks")  # of the manifest, what is said elsewhere
 
 _running: list["WandbLog"] = []
@@ -139,7 +139,7 @@ class WandbLog(Logger):
         self._works = True
         _running.append(self)
         Thread(target=self._work, args=(arguments,), name="wandb", daemon=True).start()
-        options = {group: option for group, option in choices.items() if "/" not in group and group not in PLACES}
+        options = {group: option for group, option in choices.items() if "/" not in group and group not in UNTOLD}
         facts = {key: fact for part in (manifest, *manifest["starts"][-1:]) for key, fact in part.items()}
         facts = {key: fact for key, fact in facts.items() if key not in OF_STARTS}
         facts |= {"baselines": dict(baselines), "run": os.path.abspath(run.path)} | ({"sweep": sweep} if sweep else {})

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -44,19 +45,19 @@ def gradients(rank: int, folder: str) -> None:
     with met(rank, folder):
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
         for name in MODELS:
-            model = double_model(name)
-            found["DDP", name] = gradient(nn.parallel.DistributedDataParallel(model), slice(rank, None, 2))
-            module = around(double_model(name), rank, world_size=2)
-            module._device_mesh = mesh
-            module.configure_model()
-            found["FSDP2", name] = gradient(module.model, slice(rank, None, 2))
+            found["DDP", name] = gradient(nn.parallel.DistributedDataParallel(double_model(name)), slice(rank, None, 2))
+            for kind, again in (("FSDP2", False), ("FSDP2, computed again", True)):
+                module = around(double_model(name, checkpoint_blocks=again), rank, world_size=2)
+                module._device_mesh = mesh
+                module.configure_model()
+                found[kind, name] = gradient(module.model, slice(rank, None, 2))
     torch.save(found, f"{folder}/rank{rank}.pt")
 
 
-def double_model(name: str) -> SequenceModel:
+def double_model(name: str, **options: Any) -> SequenceModel:
     """A small model of conf/model in float64, the same in every process."""
     torch.manual_seed(0)
-    backbone = small_backbone(name, seq_len=max(LENGTHS))
+    backbone = small_backbone(name, seq_len=max(LENGTHS), **options)
     parts = LinearEncoder(backbone.d_model, d_input=3), backbone, PooledHead(backbone.d_model, d_output=2)
     return randomized(SequenceModel(*parts)).double()
 

@@ -6,6 +6,7 @@ There is no SLURM here: what it would set is in the environment.
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -298,6 +299,33 @@ def test_a_process_that_is_gone_ends_the_others_in_one_line(
     done = runs.train(tmp_path, *SMALL, "name=run", "trainer.val_check_interval=2")
     assert done.code == 0
     assert "resumedafterstep4" in "".join(done.out.split())  # the table folds long lines
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("exit 0", "process 1 has ended with exit code 0"),  # the others would wait for it all the same
+        ("exit 3", "process 1 has ended with exit code 3"),
+        ("kill -9 $$", "process 1 was killed by SIGKILL"),
+        ("exec sleep 60", ""),
+    ],
+)
+def test_how_a_process_that_was_started_has_ended(monkeypatch: pytest.MonkeyPatch, end: str, how: str):
+    with subprocess.Popen(["sh", "-c", end]) as process:
+        monkeypatch.setattr(cluster.Launcher, "started", [process])
+        assert cluster.failed(seconds=5.0 if how else 0.0) == how
+        process.kill()
+
+
+@pytest.mark.parametrize(("parent", "rank", "watched"), [("1", "1", True), ("1", "0", False), ("0", "1", False)])
+def test_a_process_whose_parent_is_gone_before_it_looks(
+    monkeypatch: pytest.MonkeyPatch, parent: str, rank: str, watched: bool
+):
+    watches: list[Any] = []
+    monkeypatch.setattr(cluster, "Watch", lambda gone: SimpleNamespace(start=lambda: watches.append(gone())))
+    meeting = {"NODE_RANK": "0", "MASTER_PORT": "12910", "WORLD_SIZE": "2"}
+    checked(monkeypatch, {**meeting, "LOCAL_RANK": rank, cluster.PARENT: parent}, *BOTH)
+    assert watches == [True] * watched
 
 
 @pytest.mark.parametrize(("pid", "gone"), [(1, True), (os.getppid(), False)])

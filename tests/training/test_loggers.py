@@ -84,7 +84,7 @@ def started(monkeypatch: pytest.MonkeyPatch, no_credentials: None) -> list[dict[
     return calls
 
 
-CHOICES = {"task": "lds", "model": "stu", "experiment": None, "optimizer": "adamw", "paths": "default"}
+CHOICES = {"task": "lds", "model": "stu", "experiment": None, "optimizer": "adamw", "paths": "default", "sweep": None}
 
 
 def a_run(tmp_path: Path, starts: int = 1) -> Run:

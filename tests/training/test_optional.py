@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class TestEMA:
 
     @pytest.mark.parametrize("stop", [(3, None), (4, None), (4, 0), (4, 2)])
     def test_stopped_and_resumed_it_is_the_same(self, tmp_path: Path, whole: dict[str, Any], stop: Any):
-        options: Any = {"max_steps": 9, "max_epochs": None}
+        options: Any = {"max_steps": 9, "max_epochs": None, "accumulate_grad_batches": 2}
         first = Training(tmp_path, Steps(), model(dropout=0.1), callbacks=[EMA(decay=0.9), Stops(*stop)], **options)
         with pytest.raises(Stopped):
             first.fit()
@@ -113,7 +114,7 @@ class TestEMA:
     def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("whole")
         torch.use_deterministic_algorithms(True)
-        options: Any = {"max_steps": 9, "max_epochs": None}
+        options: Any = {"max_steps": 9, "max_epochs": None, "accumulate_grad_batches": 2}
         Training(folder, Steps(), model(dropout=0.1), callbacks=[EMA(decay=0.9)], **options).fit()
         return {name: parts(checkpoint(folder, name)) for name in ("last", "best")}
 
@@ -284,9 +285,25 @@ def test_all_of_lightnings_callbacks_are_known():
 
 
 def test_what_can_be_borne():
-    check_callbacks({"a": EMA(), "b": EarlyStopping(), "mine": Mine(), "c": theirs.ModelSummary()}, ON_CPU, Steps())
-    with pytest.raises(OptionError, match=r"^callbacks\.a=EMA: needs whole weights"):
-        check_callbacks({"a": EMA()}, ON_CPU | {"strategy": {"_target_": "x.ModelParallelStrategy"}}, Steps())
+    mine = {"mine": Mine(), "more": Mine(), "c": theirs.ModelSummary()}
+    check_callbacks({"a": EMA(), "b": EarlyStopping()} | mine, ON_CPU, Steps())
+    with pytest.raises(OptionError, match=r"^callbacks\.b=EMA: there is one already, callbacks\.a;"):
+        check_callbacks({"a": EMA(), "b": EMA()}, ON_CPU, Steps())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("strategy", {"_target_": "stu.training.FullyShard"}, "needs whole weights"),
+        ("strategy", {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}, "needs whole weights"),
+        ("strategy", {"_target_": "lightning.pytorch.strategies.DDPStrategy"}, None),
+        ("precision", "bf16-true", "would not move"),
+        ("precision", "bf16-mixed", None),
+    ],
+)
+def test_where_there_are_averages(option: str, value: Any, reason: str | None):
+    with pytest.raises(OptionError, match=rf"^callbacks\.a=EMA: {reason}") if reason else nullcontext():
+        check_callbacks({"a": EMA()}, ON_CPU | {option: value}, Steps())
 
 
 def test_as_a_user_does_it(tmp_path: Path):

@@ -393,6 +393,15 @@ class TestDamage:
             run.open(changed(seed=1), overwrite=False)
 
 
+LOST = {"failed": "another process of this run has ended or cannot be reached"}
+ENDS = {"failed", "stopped"}
+
+
+def while_handling(first: BaseException, then: BaseException) -> BaseException:
+    then.__context__ = first
+    return then
+
+
 class TestEnds:
     """What `exit_codes` makes of the ways in which a run ends."""
 
@@ -419,13 +428,40 @@ class TestEnds:
             (Diverged("not finite"), {"failed": "not finite"}),
             (Stopped(signal.SIGTERM, 3), {"stopped": "stopped by SIGTERM after step 3"}),
             (KeyboardInterrupt(), {"stopped": "stopped by SIGINT after step 0"}),
+            (SystemExit(143), {"stopped": "stopped by SIGTERM after step 0"}),
+            (SystemExit(1), {"failed": "SystemExit: 1"}),  # of a callback, say
+            (SystemExit(255), {"failed": "SystemExit: 255"}),
+            (RuntimeError("[a/gloo/transport/pair.cc:5] Closed. This is typically"), LOST),
         ],
     )  # fmt: skip
     def test_the_manifest_says_how(self, tmp_path: Path, error: BaseException, how: dict[str, str]):
         run = self.ended(tmp_path / "run", error)
         [start] = json.loads(run.manifest.read_text())["starts"]
-        assert {key: start.get(key) for key in ("failed", "stopped")} == {"failed": None, "stopped": None} | how
+        found = {key: str(start[key]).partition(": ")[0] if how == LOST else start[key] for key in ENDS & start.keys()}
+        assert found == how
         assert not (tmp_path / ".run.lock").exists()
+
+    @pytest.mark.parametrize("elastic", [True, False])
+    def test_a_signal_after_a_loss(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elastic: bool):
+        """Which torchrun sends to those that are left, and others to all."""
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        if not elastic:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        run = self.ended(tmp_path / "run", while_handling(RuntimeError("gloo/transport"), SystemExit(143)))
+        expected = LOST["failed"] if elastic else "stopped by SIGTERM after step 0"
+        assert run.ended.startswith(expected)
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_a_loss_during_a_test_is_one_line_of_the_first_process_and_writes_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: int
+    ):
+        monkeypatch.setattr(run_module.rank_zero_only, "rank", place)
+        with pytest.raises(SystemExit) as end, report.losses(Run(tmp_path / "run")):
+            raise RuntimeError("[a/gloo/transport/pair.cc:5] Closed. This is typically")
+        assert end.value.code == 1
+        line = f"error: {LOST['failed']}: Closed. The same command starts again\n"
+        assert capsys.readouterr().err == (line if place == 0 else "")
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("known", [True, False])
     def test_what_is_refused_leaves_no_trace(self, tmp_path: Path, known: bool):
