@@ -1,7 +1,8 @@
 """What a sweep costs besides the training of its jobs: python -m experiments.sweep.overhead.
 
-Three small jobs, one after another, are compared with the seconds that they say they trained; and a finished sweep of
-many jobs, most of them copies of one, is repeated, which only looks for their results. Measure on a quiet machine.
+Sweeps of one and of three small jobs, one after another, are compared with the seconds that the jobs say they trained;
+and a finished sweep of many jobs, most of them copies of one, is repeated, which only looks for their results. Measure
+on a quiet machine.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from stu.files import sealed, unsealed
 from stu.training.names import run_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +41,11 @@ def copied(runs: Path, jobs: int) -> None:
     """Let the run of seed 1 stand for as many seeds."""
     first = runs / run_name([*SMALL, "seed=1"], {"seed"})
     for seed in range(2, jobs + 1):
-        if not (target := runs / run_name([*SMALL, f"seed={seed}"], {"seed"})).exists():
-            shutil.copytree(first, target)
+        target = runs / run_name([*SMALL, f"seed={seed}"], {"seed"})
+        shutil.copytree(first, target, dirs_exist_ok=True)
+        manifest = unsealed((target / "manifest.json").read_text(encoding="utf-8"))
+        manifest["settings"]["seed"] = seed
+        (target / "manifest.json").write_text(sealed(manifest), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         sweep(home, "0")  # makes the data
-        seconds = sweep(home, "1,2,3")
+        one, three = sweep(home, "1"), sweep(home, "2,3,4")
         runs = home / "runs/lds/lru"
-        summaries = [file.read_text(encoding="utf-8") for file in runs.glob("seed=[123],*/summary.json")]
-        trained = [json.loads(text)["seconds"] for text in summaries]
-        print(f"a job: {(seconds - sum(trained)) / 3:.2f} s besides its training of {statistics.mean(trained):.2f} s")
+        summaries = [file.read_text(encoding="utf-8") for file in runs.glob("seed=[1234],*/summary.json")]
+        trained = statistics.mean(json.loads(text)["seconds"] for text in summaries)
+        job = (three - one) / 2
+        print(f"a job: {job - trained:.1f} s besides its training of {trained:.1f} s; a sweep: {one - job:.1f} s to start")
         copied(runs, options.jobs)
         again = [sweep(home, f"range(1,{options.jobs + 1})") for _ in range(options.times)]
         best, median = min(again), statistics.median(again)
