@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tests.golden import path
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us, and our children, without it
+# A shell may have started us, and our children, without the one, and nohup without the other.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)
 settings.register_profile("stu", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("stu")
