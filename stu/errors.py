@@ -24,6 +24,9 @@ class Busy(OptionError):
     exit_code = 75  # EX_TEMPFAIL, which schedulers and scripts know
 
 
+DIVERGED = 3  # the exit code of a run whose loss is not finite: the same command would diverge again
+
+
 class CommandError(OptionError):
     """An option that no job of a command can have, so that a sweep ends with it."""
 

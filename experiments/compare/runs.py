@@ -19,7 +19,7 @@ import yaml
 
 from stu.files import DELETED, agrees_with_checksum, unsealed
 from stu.locks import Holder
-from stu.training.records import PRUNED
+from stu.training.records import PRUNED, mapping_in, parse_row
 
 Mode = Literal["min", "max"]
 Status = Literal["finished", "running", "pruned", "stopped", "failed", "never trained"]
@@ -174,14 +174,10 @@ def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
 
 
 def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]) -> dict[str, Any]:
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except Exception:  # parsers raise anything, given anything
-        content = None
-    if isinstance(content, dict):
-        return content
-    unreadable.append(f"{file.name} is unreadable")
-    return {}
+    content = mapping_in(file, parse)
+    if content is None:
+        unreadable.append(f"{file.name} is unreadable")
+    return content or {}
 
 
 def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
@@ -205,15 +201,6 @@ def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
     if not agrees_with_checksum(file):
         unreadable.append(f"{file.name} does not agree with its checksum")
     return rows
-
-
-def parse_row(line: str) -> tuple[int, float, str, float] | None:
-    """A line of a metrics.csv; None where it is damaged."""
-    try:
-        step, epoch, metric, value = line.split(",")
-        return int(step), float(epoch), metric, float(value)
-    except ValueError:
-        return None
 
 
 def _at(content: Any, *keys: str | None) -> Any:

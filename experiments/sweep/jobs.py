@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.compare.runs import Metrics, is_locked, parse_row
+from experiments.compare.runs import Metrics, is_locked
 from experiments.sweep.executors.local import THREADS
 from stu.cli.check import check
 from stu.cli.composition import composed
@@ -28,7 +28,7 @@ from stu.files import sealed, write_atomically
 from stu.locks import Holder
 from stu.training import names
 from stu.training.lock import RunLock
-from stu.training.records import PRUNED, mapping_in, summary_in
+from stu.training.records import PRUNED, mapping_in, parse_row, summary_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep"  # the group of what is swept: no job has it
@@ -39,10 +39,11 @@ T = TypeVar("T")
 class Job:
     """The command `python train.py <overrides>` and its run directory `run`.
 
-    state: waiting, running, finished, failed, pruned or stopped, as far as this sweep has seen; reason: why it failed
-    or was pruned; value: the best validation value; seconds: of all attempts of this sweep. title: what tells it from
-    the others. replaces: the id of the run that `overwrite=true` asks to delete. differs: whether the run that is there
-    was made with other settings, of which its own process knows whether they matter.
+    code: the exit code of the last attempt. state: waiting, running, finished, failed, pruned or stopped, as far as
+    this sweep has seen; reason: why it failed or was pruned; value: the best validation value; seconds: of all attempts
+    of this sweep. title: what tells it from the others. replaces: the id of the run that `overwrite=true` asks to
+    delete. differs: whether the run that is there was made with other settings, of which its own process knows whether
+    they matter.
     """
 
     overrides: tuple[str, ...]
@@ -51,6 +52,7 @@ class Job:
     nodes: int = 1
     trial: int | None = None
     attempts: int = 0
+    code: int | None = None
     state: str = "waiting"
     reason: str = ""
     value: float | None = None

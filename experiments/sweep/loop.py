@@ -13,13 +13,13 @@ from experiments.sweep.executors import Executor, Handle
 from experiments.sweep.jobs import Job
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.table import Display
-from stu.errors import Busy, OptionError
+from stu.errors import DIVERGED, Busy, OptionError
 from stu.training.signals import Handlers, hurries
 
 POLL, WATCH = 0.2, 1.0  # seconds between two looks at the processes, and at what a run has written
 PUT_OFF = 1.0  # seconds until a job that another process works on is looked at again
 STOPPED = 128  # exit codes from here on: ended by a signal
-HOPELESS = (OptionError.exit_code, 3)  # exit codes that come again: a refused setting, a loss that is not finite
+HOPELESS = (OptionError.exit_code, DIVERGED)  # exit codes that come again
 ELSEWHERE = "another process works on it"
 LONGEST = 300  # characters of a reason
 
@@ -246,6 +246,7 @@ class Loop:
     def _end(self, running: Running, code: int) -> None:
         """What has become of a job, and whether it is tried again."""
         job, again = running.job, False
+        job.code = code
         if code == 0:
             job.differs = False
         if job.finished:

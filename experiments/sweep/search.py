@@ -34,7 +34,7 @@ from experiments.sweep.jobs import Job, Jobs, apart
 from experiments.sweep.ledger import CHANGES
 from experiments.sweep.spaces import SEARCHES, Given, Space, setting
 from stu.cli.composition import build, composed
-from stu.errors import Busy, require
+from stu.errors import DIVERGED, Busy, require
 from stu.files import kept_name
 from stu.training.lock import RunLock
 
@@ -45,7 +45,6 @@ REPEATS = 10  # suggestions in a row of what is known, after which what is left 
 MOST_REPEATS = 50  # … after which the search ends, where it can't be listed
 LOOK = 1.0  # seconds between looks at what other workers do
 TO_CLAIM = 5.0  # seconds within which a worker has claimed the run of a trial that it asked for
-DIVERGED = "exit code 3"  # the reason of a failure that would come again
 
 
 def search_of(space: Space, jobs: Jobs, examples: Sequence[Job], folder: Path, **options: Any) -> "Search":
@@ -182,7 +181,7 @@ class Search:
         self._report(job)
         if job.finished:
             self._tell(job, job.result())
-        elif job.state == "pruned" or job.reason.startswith(DIVERGED):
+        elif job.state == "pruned" or job.code == DIVERGED:
             self._tell(job, TrialState.PRUNED)
         else:
             self._tell(job, TrialState.FAIL)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
-from stu.errors import require
+from stu.errors import DIVERGED, require
 from stu.files import PARTIAL, put_in_place
 from stu.task import Batch
 from stu.training import states
@@ -41,7 +41,7 @@ class Stopped(Agreed):
 class Diverged(Agreed):
     """The loss is not finite."""
 
-    exit_code = 3  # which says that the same command would diverge again
+    exit_code = DIVERGED
 
 
 class MetricsLog(Callback):

@@ -15,8 +15,8 @@ from stu.training import states
 from stu.training.callbacks import Checkpoints, Diverged, highest_peak
 from stu.training.cluster import part
 from stu.training.data import SequenceData
-from stu.training.loggers import parse_row
 from stu.training.module import SequenceModule
+from stu.training.records import parse_row
 from stu.training.report import count, note
 from stu.training.run import Run, conditions_now
 from stu.training.sharded import load_weights

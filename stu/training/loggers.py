@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import OptionError, require
 from stu.files import agrees_with_checksum, is_written, kept_name, note_checksum, sync, write_atomically
+from stu.training.records import Row, parse_row
 
 COLUMNS = ("step", "epoch", "metric", "value")
-Row = tuple[int, float, str, float]  # a value at an optimiser step: step, epoch, metric, value
 
 
 class MetricsCSV(Logger):
@@ -89,15 +89,6 @@ class MetricsCSV(Logger):
         write_atomically(self.path, "".join([",".join(COLUMNS) + "\n", *kept]))
         note_checksum(self.path)
         return remarks
-
-
-def parse_row(line: str) -> Row | None:
-    """A line of a `metrics.csv`, as (step, epoch, metric, value); None where it is damaged."""
-    try:
-        [[step, epoch, metric, value]] = csv.reader([line])
-        return (int(step), float(epoch or "nan"), metric, float(value)) if "\ufffd" not in line else None
-    except (ValueError, csv.Error):
-        return None
 
 
 def _belongs(row: Row, step: int) -> bool:

@@ -1,5 +1,6 @@
 """The files of a run that say what became of it, read without PyTorch."""
 
+import csv
 import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,19 @@ from typing import Any
 from stu.files import unsealed
 
 PRUNED = "pruned.json"  # in a run that a search has given up, until it is finished all the same
+
+
+Row = tuple[int, float, str, float]  # of a metrics.csv, a value at an optimiser step: step, epoch, metric, value
+
+
+def parse_row(line: str) -> Row | None:
+    """A line of a `metrics.csv`, None where it is damaged."""
+    try:
+        # the names of metrics have those of parameter groups in them, which may have commas; most lines have no quotes
+        step, epoch, metric, value = next(csv.reader([line])) if '"' in line else line.split(",")
+        return (int(step), float(epoch or "nan"), metric, float(value)) if "\ufffd" not in line else None
+    except (ValueError, csv.Error):
+        return None
 
 
 def mapping_in(file: Path, parse: Callable[[str], Any] = unsealed) -> dict[str, Any] | None:

@@ -21,8 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
 from stu.files import write_atomically
-from stu.training.loggers import Row, parse_row
-from stu.training.records import PRUNED
+from stu.training.records import PRUNED, Row, parse_row
 from stu.training.run import Run, flatten
 from stu.training.signals import ANNOUNCED
 

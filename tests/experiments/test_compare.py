@@ -191,6 +191,13 @@ class TestBrokenFiles:
         assert (row.best_val, row.step) == (0.2, 8)
         assert row.unreadable == ("metrics.csv has 2 unreadable rows", "metrics.csv ends in half a row")
 
+    def test_names_of_parameter_groups_may_have_commas(self, tmp_path: Path):
+        run = make_run(tmp_path, val={7: 0.3})
+        log = MetricsCSV(run.metrics)
+        log.log_metrics({"epoch": 1.0, 'lr/a, "b"': 0.1}, step=8)
+        log.save()
+        assert (read(run.path).step, read(run.path).unreadable) == (8, ())
+
     def test_a_folder_in_place_of_a_file(self, tmp_path: Path):
         run = make_run(tmp_path, test=0.1)
         for file in (run.summary, run.metrics):

@@ -26,7 +26,7 @@ from experiments.sweep.spaces import Given, Space, parsed
 from stu.cli import arguments, usage
 from stu.cli.composition import composed
 from stu.cli.usage import CONF, options_of
-from stu.errors import OptionError
+from stu.errors import DIVERGED, OptionError
 from stu.files import sealed
 
 LR = {"optimizer.lr": "tag(log,interval(1e-4,1e-1))"}
@@ -237,10 +237,10 @@ def test_failed_trials_are_tried_again_and_diverged_ones_are_not(runs: Runs):
     space = Space.of([], LR)
     search = runs.search(space, 3)
     jobs = []
-    for reason in ("exit code 1: MemoryError", "exit code 3: the loss is not finite at step 9", ""):
+    for code, reason in ((1, "MemoryError"), (DIVERGED, "the loss is not finite at step 9"), (0, "")):
         job = search.next()
         assert job is not None
-        job.state, job.reason = ("failed", reason) if reason else ("finished", "")
+        job.code, job.reason, job.state = code, reason, "failed" if reason else "finished"
         if not reason:
             runs.finish(job, 1.0)
         search.told(job)
