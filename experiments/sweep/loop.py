@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from experiments.sweep.executors import Executor, Handle
+from experiments.sweep.executors import Executor, Handle, Work
 from experiments.sweep.jobs import Job
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.table import Display
@@ -189,15 +189,9 @@ class Loop:
                 for other in self._ended:
                     self.ledger.link(other)
             logged = log.stat().st_size if log.exists() else 0
-            handle = self.executor.submit(
-                job.command,
-                log=log,
-                environment={**self.environment, **job.environment},
-                devices=job.devices,
-                nodes=job.nodes,
-                slot=slot,
-                name=job.run.name,
-            )
+            environment = {**self.environment, **job.environment}
+            work = Work(job.command, log, environment, job.devices, job.nodes, slot, job.run.name)
+            handle = self.executor.submit(work)
         except OSError as error:
             job.release()
             raise OptionError("paths.runs", log, f"no job can start: {error.strerror}") from error

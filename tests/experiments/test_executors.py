@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from experiments.sweep.executors import Handle, Local
+from experiments.sweep.executors import Handle, Local, Work
 from experiments.sweep.executors.local import listed_gpus, visible_gpus
 from experiments.sweep.executors.process import unlaunched
 from stu.errors import CommandError
@@ -44,9 +44,7 @@ print("runs", child.pid, flush=True)
 def submitted(executor: Local, folder: Path, code: str, slot: int = 0, devices: int = 1, **environment: str) -> Handle:
     command = [sys.executable, "-S", "-c", code]
     log = folder / f"{slot}.log"
-    return executor.submit(
-        command, log=log, environment=environment, devices=devices, nodes=1, slot=slot, name=f"job{slot}"
-    )
+    return executor.submit(Work(command, log, environment, devices=devices, slot=slot, name=f"job{slot}"))
 
 
 def until(value: Callable[[], Any], what: str, seconds: float = 30) -> Any:
@@ -234,11 +232,11 @@ def test_a_failed_job_leaves_no_processes(end: str, code: int, tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_jobs_of_a_sweep_that_is_gone_save(number: int, tmp_path: Path):
     sweep = (
-        "import signal, sys, time\nfrom pathlib import Path\nfrom experiments.sweep.executors import Local\n"
+        "import signal, sys, time\nfrom pathlib import Path\nfrom experiments.sweep.executors import Local, Work\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as under nohup
         f"command = [sys.executable, '-S', '-c', {SAVES!r}]\n"
         f"log = Path({str(tmp_path / '0.log')!r})\n"
-        "job = Local().submit(command, log=log, environment={})\nprint(job.pid, flush=True)\ntime.sleep(60)\n"
+        "job = Local().submit(Work(command, log))\nprint(job.pid, flush=True)\ntime.sleep(60)\n"
     )
     started = subprocess.Popen(
         [sys.executable, "-c", sweep],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.sweep.executors import Ray
+from experiments.sweep.executors import Ray, Work
 from stu.errors import CommandError
 from tests import runs
 from tests.experiments.test_executors import SAVES, code_of, until
@@ -24,7 +24,7 @@ def executor() -> Iterator[Ray]:
 
 def submitted(executor: Ray, log: Path, code: str, devices: int = 1):
     command = [sys.executable, "-S", "-c", code]
-    return executor.submit(command, log=log, environment={"GIVEN": log.name}, devices=devices)
+    return executor.submit(Work(command, log, {"GIVEN": log.name}, devices=devices))
 
 
 def test_exit_codes_and_surroundings(executor: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -61,10 +61,10 @@ def test_a_job_waits_for_its_place_saves_and_is_killed(executor: Ray, tmp_path: 
 def test_jobs_of_a_sweep_that_is_gone_save(executor: Ray, tmp_path: Path):
     log = tmp_path / "log"
     sweep = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom experiments.sweep.executors import Ray\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom experiments.sweep.executors import Ray, Work\n"
         f"log = Path({str(log)!r})\n"
         f"job = Ray(address={executor._ray.get_runtime_context().gcs_address!r})"
-        f".submit([sys.executable, '-S', '-c', {SAVES!r}], log=log, environment={{}})\n"
+        f".submit(Work([sys.executable, '-S', '-c', {SAVES!r}], log))\n"
         "while not log.exists() or not log.read_text(): time.sleep(0.05)\n"
         "os.kill(os.getpid(), 9)\n"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.sweep.executors import Slurm
+from experiments.sweep.executors import Slurm, Work
 from experiments.sweep.executors import slurm as module
 from stu.errors import CommandError
 from tests import runs
@@ -25,7 +25,7 @@ FACTS = "import os, sys; print('runs', os.getcwd(), os.environ['OMP_NUM_THREADS'
 def submitted(executor: Slurm, home: Path, code: str, name: str = "job", **options: Any) -> module.Submitted:
     (home / "logs").mkdir(exist_ok=True)
     command = [sys.executable, "-S", "-c", code]
-    return executor.submit(command, log=home / "logs" / name, environment={"GIVEN": name}, name=name, **options)
+    return executor.submit(Work(command, home / "logs" / name, {"GIVEN": name}, name=name, **options))
 
 
 @pytest.fixture
@@ -75,9 +75,8 @@ def test_a_preempted_job_goes_on_in_the_same_run(tmp_path: Path, alone: pytest.M
         "STU_DATA": str(tmp_path / "undisturbed" / "data"),
         **runs.ENVIRONMENT,
     }
-    job = Slurm(cluster="local").submit(
-        [sys.executable, str(runs.SCRIPT), *words], log=home / "logs" / "log", environment=environment
-    )
+    command = [sys.executable, str(runs.SCRIPT), *words]
+    job = Slurm(cluster="local").submit(Work(command, home / "logs" / "log", environment))
     run = runs.run_of(home, "lds", "lru", "run")
     until(lambda: run.metrics.exists() and run.metrics.read_text().count("train/loss") > 1, "the first steps", 120)
     controller = int(job._job.job_id)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from experiments.sweep import OWN, loop, plain, run
+from experiments.sweep.executors import Work
 from experiments.sweep.jobs import Job, Jobs, apart, quoted, telling
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.loop import Grid, Loop, cause
@@ -61,23 +62,21 @@ class Fake:
         self.slots: list[int] = []
         self.closed = False
 
-    def submit(
-        self, command: Sequence[str], *, log: Path, slot: int, name: str, environment: Mapping[str, str], **_: Any
-    ) -> Any:
-        self.started.append(list(command[2:]))
-        self.environments.append(dict(environment))
-        self.slots.append(slot)
+    def submit(self, work: Work) -> Any:
+        self.started.append(list(work.command[2:]))
+        self.environments.append(dict(work.environment))
+        self.slots.append(work.slot)
         handle = SimpleNamespace(queued=False, ended=None)
 
         def poll() -> int | None:
             if handle.ended is None:
-                with log.open("a") as file:
-                    handle.ended = self.act(file, list(command[2:]))
+                with work.log.open("a") as file:
+                    handle.ended = self.act(file, list(work.command[2:]))
             return handle.ended
 
         def stop(code: int = 128 + signal.SIGTERM) -> None:
-            self.stopped.append(f"{name} {code}")
-            self.told_to_stop(name)
+            self.stopped.append(f"{work.name} {code}")
+            self.told_to_stop(work.name)
             handle.ended = code
 
         return SimpleNamespace(poll=poll, stop=stop, kill=lambda: stop(128 + signal.SIGKILL), queued=False)

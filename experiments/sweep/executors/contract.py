@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,23 @@ from stu.errors import CommandError, require
 
 # Where launchers say how many processes they have started for one command.
 COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command to start, whose output is appended to the file `log`.
+
+    environment: variables beside those of the place. devices, nodes: the processes that train in it, per node, and its
+    nodes. slot: 0 … workers-1, of no other job that runs. name: what the job is called on a cluster.
+    """
+
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    devices: int = 1
+    nodes: int = 1
+    slot: int = 0
+    name: str = "job"
 
 
 class Handle(Protocol):
@@ -37,23 +55,8 @@ class Executor(Protocol):
 
     workers: int
 
-    def submit(
-        self,
-        command: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        devices: int,
-        nodes: int,
-        slot: int,
-        name: str,
-    ) -> Handle:
-        """Start a command, or queue it; from the main thread, with whose end the job saves and ends.
-
-        log: file to which its output is appended. environment: variables beside this process's. devices, nodes: the
-        processes that train in it, per node, and its nodes. slot: 0 … workers-1, of no other job that runs.
-        name: what the job is called on a cluster.
-        """
+    def submit(self, work: Work) -> Handle:
+        """Start it, or queue it; from the main thread, with whose end the job saves and ends."""
         ...
 
     def close(self) -> None:

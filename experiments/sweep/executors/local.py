@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from experiments.sweep.executors import process
-from experiments.sweep.executors.contract import require_workers
+from experiments.sweep.executors.contract import Work, require_workers
 from stu.errors import CommandError, require
 from stu.resources import cores
 
@@ -43,26 +43,16 @@ class Local:
         self._used: Counter[str] = Counter()  # jobs per GPU
         self._shares = False
 
-    def submit(
-        self,
-        command: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        devices: int = 1,
-        nodes: int = 1,
-        slot: int = 0,
-        name: str = "",
-    ) -> "Process":
-        """Start a command (`Executor.submit`); what it says of nodes, the command itself refuses."""
-        gpus = self._take(devices, slot)
-        own = {THREADS: str(max(1, cores() // (self.workers * devices)))} | process.unlaunched(os.environ)
+    def submit(self, work: Work) -> "Process":
+        """Start it (`Executor.submit`); several nodes the command itself refuses."""
+        gpus = self._take(work.devices, work.slot)
+        own = {THREADS: str(max(1, cores() // (self.workers * work.devices)))} | process.unlaunched(os.environ)
         if self._divides:
             own[GPUS] = ",".join(gpus)
-        given = own | dict(environment)
-        if THREADS in environment:  # of a run that goes on, perhaps from a larger machine
-            given[THREADS] = str(min(int(environment[THREADS]), cores()))
-        started = process.start(command, log=log, environment=given)
+        given = own | dict(work.environment)
+        if THREADS in work.environment:  # of a run that goes on, perhaps from a larger machine
+            given[THREADS] = str(min(int(work.environment[THREADS]), cores()))
+        started = process.start(work.command, log=work.log, environment=given)
         return Process(started, self.grace, lambda: self._used.subtract(gpus))
 
     def close(self) -> None:

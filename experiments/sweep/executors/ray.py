@@ -4,12 +4,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.sweep.executors import process
-from experiments.sweep.executors.contract import require_workers
+from experiments.sweep.executors.contract import Work, require_workers
 from experiments.sweep.executors.local import THREADS
 from stu.errors import CommandError, require
 
@@ -56,23 +55,14 @@ class Ray:
         self._gpus = int("GPU" in ray.cluster_resources()) if gpus is None else gpus
         self._options = dict(options or {})
 
-    def submit(
-        self,
-        command: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        devices: int = 1,
-        nodes: int = 1,
-        slot: int = 0,
-        name: str = "",
-    ) -> "Placed":
-        """Queue a command (`Executor.submit`); all its devices are on one node."""
+    def submit(self, work: Work) -> "Placed":
+        """Queue it (`Executor.submit`); all its devices are on one node."""
         own = {n: text for n, text in process.unlaunched(os.environ).items() if not n.endswith("_VISIBLE_DEVICES")}
-        given = {THREADS: str(self._cpus)} | own | dict(environment)
-        resources = {"num_cpus": self._cpus * devices, "num_gpus": self._gpus * devices, "max_restarts": 0}
+        given = {THREADS: str(self._cpus)} | own | dict(work.environment)
+        resources = {"num_cpus": self._cpus * work.devices, "num_gpus": self._gpus * work.devices, "max_restarts": 0}
         place = self._ray.remote(**resources | self._options)(process.Place)
-        return Placed(self._ray, place.remote(list(command), str(log.absolute()), given, os.getcwd()), self.grace)
+        placed = place.remote(list(work.command), str(work.log.absolute()), given, os.getcwd())
+        return Placed(self._ray, placed, self.grace)
 
     def close(self) -> None:
         """Leave the cluster; jobs that still run save and end."""

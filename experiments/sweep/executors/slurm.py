@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweep.executors import process
-from experiments.sweep.executors.contract import require_workers
+from experiments.sweep.executors.contract import Work, require_workers
 from experiments.sweep.executors.local import THREADS
 from stu.errors import CommandError, require
 
@@ -107,32 +107,23 @@ class Slurm:
             self._resources |= {f"slurm_{name}": value for name, value in given.items()}
         self._queue = Queue() if cluster == "slurm" else None
 
-    def submit(
-        self,
-        command: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        devices: int = 1,
-        nodes: int = 1,
-        slot: int = 0,
-        name: str = "job",
-    ) -> "Submitted":
-        """Queue a command (`Executor.submit`), unless it is queued, or runs, since an earlier start of this sweep.
+    def submit(self, work: Work) -> "Submitted":
+        """Queue it (`Executor.submit`), unless it is queued, or runs, since an earlier start of this sweep.
 
         Raises `CommandError` for what sbatch refuses.
         """
-        folder = Path(self.folder or log.parent.parent / "slurm").absolute()
-        digest = hashlib.sha256(shlex.join([str(folder), *command]).encode()).hexdigest()[:10]
-        called = f"{re.sub('[^A-Za-z0-9=,.+-]', '-', name)[:60]}-{digest}"
+        folder = Path(self.folder or work.log.parent.parent / "slurm").absolute()
+        digest = hashlib.sha256(shlex.join([str(folder), *work.command]).encode()).hexdigest()[:10]
+        called = f"{re.sub('[^A-Za-z0-9=,.+-]', '-', work.name)[:60]}-{digest}"
         if self._queue and (number := self._queue.find(called)):
-            found: Any = self._submitit.SlurmJob(folder, number, range(devices * nodes))
-            return Submitted(lambda: found, self._queue, log, self.grace)
-        tasks = devices if self._queue else 1  # without SLURM, the command starts its own processes
-        resources = self._resources | {"nodes": nodes, "tasks_per_node": tasks, "name": called}
-        resources["gpus_per_node"] = self._gpus * devices or None
-        threads = os.environ.get(THREADS, str(max(1, self._cpus * tasks // devices)))
-        job = process.Command(command, str(log.absolute()), {THREADS: threads} | dict(environment), os.getcwd())
+            found: Any = self._submitit.SlurmJob(folder, number, range(work.devices * work.nodes))
+            return Submitted(lambda: found, self._queue, work.log, self.grace)
+        tasks = work.devices if self._queue else 1  # without SLURM, the command starts its own processes
+        resources = self._resources | {"nodes": work.nodes, "tasks_per_node": tasks, "name": called}
+        resources["gpus_per_node"] = self._gpus * work.devices or None
+        threads = os.environ.get(THREADS, str(max(1, self._cpus * tasks // work.devices)))
+        environment = {THREADS: threads} | dict(work.environment)
+        job = process.Command(work.command, str(work.log.absolute()), environment, os.getcwd())
 
         def submitted() -> Any:
             limits = {f"{cluster}_max_num_timeout": self._requeues for cluster in CLUSTERS}
@@ -141,7 +132,7 @@ class Slurm:
                 executor.update_parameters(**resources)
                 return executor.submit(job)
 
-        return Submitted(submitted, self._queue, log, self.grace)
+        return Submitted(submitted, self._queue, work.log, self.grace)
 
     def close(self) -> None:
         """Nothing is left open: what is queued or runs goes on."""
