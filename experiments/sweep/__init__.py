@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweep.executors import Executor
-from experiments.sweep.jobs import Jobs, apart
+from experiments.sweep.jobs import Job, Jobs, apart
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.loop import Grid, Loop, Source
 from experiments.sweep.spaces import SEARCHES, Space
@@ -65,30 +66,11 @@ def run(
     The keywords are the options of conf/hydra/sweeper/fresh.yaml. Raises `OptionError`, and what composing raises,
     before anything starts.
     """
-    whole = isinstance(retries, int) and not isinstance(retries, bool) and retries >= 0
-    require(whole, "hydra.sweeper.retries", retries, "must be a whole number, 0 or more")
-    require(on_failure in POLICIES, "hydra.sweeper.on_failure", on_failure, f"choose one of {', '.join(POLICIES)}")
-    counted = trials is None or fits(trials, range(1, 2**31))
-    require(counted, "hydra.sweeper.trials", trials, "must be null or at least 1")
-    require(fits(seed, range(2**32)), "hydra.sweeper.seed", seed, f"must be {described(range(2**32))}")
-    known = (None, "grid", *SEARCHES)
-    require(sampler in known, "hydra.sweeper.sampler", sampler, f"choose one of grid, {', '.join(SEARCHES)}")
-    launcher = config.hydra.launcher
-    called = OmegaConf.is_dict(launcher) and "_target_" in launcher
-    require(called, "hydra.launcher", launcher, "is no launcher: choose one by hydra/launcher=…")
-    hydras = str(launcher.get("_target_")).startswith("hydra")
-    allowed = "is driven by Hydra's own sweepers: add hydra/sweeper=basic"
-    require(not hydras, "hydra/launcher", config.hydra.runtime.choices.get("hydra/launcher"), allowed)
-    check_call("hydra.launcher", plain(launcher))
-    executor: Executor = build(launcher)
-
+    _require_options(retries, on_failure, sampler, trials, pruner, seed)
+    executor = _executor(config)
     space = Space.of(words, params, when)
     jobs = Jobs(space.swept, [word for word in config.hydra.overrides.hydra if not names.key_of(word).startswith(OWN)])
-    searched = sampler not in (None, "grid")
-    idle = not searched and pruner not in (None, "none")
-    require(
-        not idle, "hydra.sweeper.pruner", pruner, f"is for a search: add hydra.sweeper.sampler={'|'.join(SEARCHES)}"
-    )
+    searched = sampler in SEARCHES
     made = [jobs.make(combination) for combination in (space.examples() if searched else islice(space.jobs(), trials))]
     name = space.name([job.run for job in made]) if name is None else str(name)
     try:
@@ -96,41 +78,16 @@ def run(
     except OptionError as error:
         raise OptionError("hydra.sweeper.name", error.value, error.allowed) from None
     ledger = Ledger(Path(os.path.abspath(str(config.paths.runs)), ".sweeps", name))
-    source: Source
     if searched:
-        try:
-            from experiments.sweep.search import search_of
-        except ImportError:
-            allowed = 'needs Optuna, 4.9 or newer: pip install ".[search]"'
-            raise OptionError("hydra.sweeper.sampler", sampler, allowed) from None
-
-        options: dict[str, Any] = {"trials": trials, "sampler": sampler, "pruner": pruner, "seed": seed}
-        try:
-            source = search_of(space, jobs, made, ledger.folder, **options)
-        except OSError as error:
-            require(False, "paths.runs", ledger.folder, f"must be a folder to write to: {error.strerror}")
-            raise
+        options = {"trials": trials, "sampler": sampler, "pruner": pruner, "seed": seed}
+        source = _search(space, jobs, made, ledger.folder, **options)
     else:
         source = Grid(made)
         if new := [job for job in made if not (job.finished or job.pruned)]:
             apart(lambda: jobs.check(new))
     board = Board(f"Sweep {name}", ledger, source.total)
-
-    def about() -> dict[str, Any]:
-        return {
-            "name": name,
-            "command": shlex.join(["python", *sys.argv]),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "jobs": source.total,
-            "fixed": list(space.constants),
-            "swept": {one.name: str(one).partition("=")[2] for one in space.parameters},
-            "launcher": plain(launcher),
-            "packages": {package: version for package in PACKAGES if (version := version_of(package))},
-            "git": git_state(),
-        }
-
     environment = {"STU_SWEEP": name}
+    about = partial(_about, name, source, space, config.hydra.launcher)
     policy: dict[str, Any] = {"retries": retries, "on_failure": on_failure}
     errors.STARTED.append(config)  # what fails from here on, no word of the command has caused
     try:
@@ -139,3 +96,62 @@ def run(
         board.stop()
     board.close(code)
     return code
+
+
+def _require_options(
+    retries: object, on_failure: object, sampler: object, trials: object, pruner: object, seed: object
+) -> None:
+    """Raise `OptionError` for an option of the sweeper that cannot work."""
+    whole = isinstance(retries, int) and not isinstance(retries, bool) and retries >= 0
+    require(whole, "hydra.sweeper.retries", retries, "must be a whole number, 0 or more")
+    require(on_failure in POLICIES, "hydra.sweeper.on_failure", on_failure, f"choose one of {', '.join(POLICIES)}")
+    counted = trials is None or fits(trials, range(1, 2**31))
+    require(counted, "hydra.sweeper.trials", trials, "must be null or at least 1")
+    require(fits(seed, range(2**32)), "hydra.sweeper.seed", seed, f"must be {described(range(2**32))}")
+    known = (None, "grid", *SEARCHES)
+    require(sampler in known, "hydra.sweeper.sampler", sampler, f"choose one of grid, {', '.join(SEARCHES)}")
+    idle = sampler not in SEARCHES and pruner not in (None, "none")
+    allowed = f"is for a search: add hydra.sweeper.sampler={'|'.join(SEARCHES)}"
+    require(not idle, "hydra.sweeper.pruner", pruner, allowed)
+
+
+def _executor(config: DictConfig) -> Executor:
+    """What the launcher node makes. Raises `OptionError` for one that is none, or has options that cannot work."""
+    launcher = config.hydra.launcher
+    called = OmegaConf.is_dict(launcher) and "_target_" in launcher
+    require(called, "hydra.launcher", launcher, "is no launcher: choose one by hydra/launcher=…")
+    hydras = str(launcher.get("_target_")).startswith("hydra")
+    allowed = "is driven by Hydra's own sweepers: add hydra/sweeper=basic"
+    require(not hydras, "hydra/launcher", config.hydra.runtime.choices.get("hydra/launcher"), allowed)
+    check_call("hydra.launcher", plain(launcher))
+    executor: Executor = build(launcher)
+    return executor
+
+
+def _search(space: Space, jobs: Jobs, examples: Sequence[Job], folder: Path, **options: Any) -> Source:
+    """What Optuna suggests. Raises `OptionError` where it is not installed, or the folder cannot be written to."""
+    try:
+        from experiments.sweep.search import search_of
+    except ImportError:
+        allowed = 'needs Optuna, 4.9 or newer: pip install ".[search]"'
+        raise OptionError("hydra.sweeper.sampler", options["sampler"], allowed) from None
+    try:
+        return search_of(space, jobs, examples, folder, **options)
+    except OSError as error:
+        raise OptionError("paths.runs", folder, f"must be a folder to write to: {error.strerror}") from error
+
+
+def _about(name: str, source: Source, space: Space, launcher: DictConfig) -> dict[str, Any]:
+    """What the ledger says of a sweep."""
+    return {
+        "name": name,
+        "command": shlex.join(["python", *sys.argv]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "jobs": source.total,
+        "fixed": list(space.constants),
+        "swept": {one.name: str(one).partition("=")[2] for one in space.parameters},
+        "launcher": plain(launcher),
+        "packages": {package: version for package in PACKAGES if (version := version_of(package))},
+        "git": git_state(),
+    }
