@@ -78,9 +78,8 @@ class MetricsLog(Callback):
         if (trainer.global_step + 1) % self.every == 0:
             self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.gradient_norm = whole(
-                torch.nn.utils.get_total_norm(gradients)
-            )  # read with the metrics, after the step
+            # read with the metrics, after the step
+            self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -381,9 +380,8 @@ class Checkpoints(Checkpoint):
         if _agree(trainer, bad >= 0):
             where = f"at step {bad // self.plan.accumulate + 1}" if bad >= 0 else "on another device"
             raise Diverged(f"the loss is not finite {where}")
-        finite = torch.stack(
-            [local(p).isfinite().all() for p in module.parameters()]
-        ).all()  # one answer: one wait for a GPU
+        # one answer: one wait for a GPU
+        finite = torch.stack([local(p).isfinite().all() for p in module.parameters()]).all()
         if _agree(trainer, not bool(finite)):
             raise Diverged(f"the weights are not finite after step {trainer.global_step}")
 
