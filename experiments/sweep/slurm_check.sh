@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sweeps on a real SLURM: installs one of a single node from Debian's packages, runs them, and removes it again.
 #
-#   sudo PYTHON=.venv/bin/python experiments/sweep/slurm_check.sh      (five minutes on two idle cores; in a container, at best)
+#   sudo PYTHON=.venv/bin/python experiments/sweep/slurm_check.sh      (three minutes on two idle cores; in a container, at best)
 #
 # 1 of 4 jobs, 2 diverge   2 a preempted job goes on   3 a job of two processes   4 a killed sweep finds its queued job
 set -euo pipefail
