@@ -1,6 +1,7 @@
 # make train       train the quick main job; ARGS="model=transformer task=lds" passes anything else to train.py
 # make test        run the tests; make test-fast leaves out the slow ones
 # make check       lint, format, types, spelling
+# make docs        the documentation, into site/
 # The first of them creates .venv and installs what is needed; nothing else has to be done.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train test test-fast test-lowest test-hydra14 check types format generate clean
+.PHONY: help setup train test test-fast test-lowest test-hydra14 check types format generate docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -69,5 +70,8 @@ format: setup  ## fix what lint and format can fix themselves
 generate: setup  ## write what is generated for a new model: its golden trajectory and its row in README.md
 	@$(BIN)/python -m tests.generate
 
+docs: setup  ## build the documentation into site/
+	$(BIN)/python -m zensical build --clean --strict
+
 clean:  ## remove environments and caches; runs and data stay
-	rm -rf .venv .venv-lowest .venv-hydra14 .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest .venv-hydra14 .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache site *.egg-info
