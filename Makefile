@@ -67,7 +67,7 @@ format: setup  ## fix what lint and format can fix themselves
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: setup  ## write what is generated for a new model: its golden trajectory and its row in README.md
+generate: setup  ## write what is generated for a new model or task: golden trajectory, row in README.md, sections of docs/
 	@$(BIN)/python -m tests.generate
 
 docs: setup  ## build the documentation into site/

@@ -1,14 +1,15 @@
 """What is generated for every model of conf/model: python -m tests.generate, or make generate.
 
 Golden trajectories, 20 losses each, in tests/golden/trajectories.json: those of new models are added. One that a change
-alters on purpose is written again where the model is named: python -m tests.generate stu s4. And the table of models in
-README.md, from the first lines of each file of conf/model.
+alters on purpose is written again where the model is named: python -m tests.generate stu s4. The table of models in
+README.md, from the first lines of each file of conf/model. And what the documentation has from conf/ and from its tour:
+docs/models.md, docs/tasks.md, docs/api/data.md (`tests.pages`), docs/tour.md and docs/tour.ipynb (`tests.tour`).
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from stu.cli.usage import CONF, options_of
 from stu.errors import OptionError, require
 from stu.mixer import map_state
 from stu.training import report
+from tests import pages, tour
 from tests.models import composed, model_config
 from tests.runs import ROOT, Training
 
@@ -58,6 +60,11 @@ def main(rewritten: Sequence[str]) -> None:
     text = between(README.read_text(encoding="utf-8"), BOARD_START, BOARD_END, board())
     README.write_text(between(text, START, END, rows), encoding="utf-8")
     print("README.md: the table of models is up to date")
+    for group, page in pages.PAGES.items():
+        page.write_text(pages.updated(page.read_text(encoding="utf-8"), group, cells(rows)), encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}: the {group}s are up to date")
+    pages.REFERENCE.write_text(pages.referenced(pages.REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")
+    tour.write()
 
 
 def read_trajectories() -> dict[str, list[float]]:
@@ -86,32 +93,28 @@ def table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
+def cells(rows: str) -> dict[str, list[str]]:
+    """The cells of every model's row in the table, by its name."""
+    split = ([cell.strip() for cell in line.split(" | ")] for line in rows.splitlines()[2:])
+    return {first.strip("|` "): [first, *others[:-1], others[-1].removesuffix(" |")] for first, *others in split}
+
+
 def row(name: str) -> list[str]:
     """One model: its description, parameters on ListOps, work, and state at 2048 steps."""
     description, work = header(name)
-    linked = re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", description)
     backbone = build(composed(f"model={name}", "task=lra_listops").model)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    return [f"`{name}`", linked, f"{parameters:,}", work, state(name)]
+    return [f"`{name}`", pages.linked(description), f"{parameters:,}", work, state(name)]
 
 
 def header(name: str) -> tuple[str, str]:
     """The description of a model and its work in L, from the comments at the head of its file."""
     file = CONF / "model" / f"{name}.yaml"
-    comments = " ".join(_comments(file.read_text(encoding="utf-8")))
-    found = re.fullmatch(r"(.+)\. Work: (.+)\.", comments)
+    found = re.fullmatch(r"(.+)\. Work: (.+)\.", pages.head(file))
     must = "must start with '# <what it is>.' and '# Work: <in terms of L>.'"
     require(found is not None, "header", file.relative_to(ROOT), must)
     assert found is not None
     return found[1], found[2]
-
-
-def _comments(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            return
-        if not line.startswith("# @package"):
-            yield line.removeprefix("#").strip()
 
 
 def state(name: str) -> str:

@@ -53,10 +53,13 @@ def test_the_examples_are_short():
     assert len(FILES) == 4
 
 
-def test_what_is_generated_for_a_new_model(copy: Path):
+def test_what_is_generated_for_a_new_model_and_a_new_task(copy: Path):
     added = (copy / README.name).read_text(encoding="utf-8").splitlines()
     [row] = set(added) - set(README.read_text(encoding="utf-8").splitlines())
     assert row.startswith("| `ema` | EMA: an exponential moving average with a learned rate per channel |")
+    assert "\n## `ema`\n\nEMA: an exponential moving average" in (copy / "docs/models.md").read_text(encoding="utf-8")
+    assert "\n## `parity`\n\nParity of random bits" in (copy / "docs/tasks.md").read_text(encoding="utf-8")
+    assert "\n::: data.memory.parity\n" in (copy / "docs/api/data.md").read_text(encoding="utf-8")
     trajectories = (copy / "tests/golden/trajectories.json").read_text()
     assert '"ema"' in trajectories
     assert START in README.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ B batch, L length, D model width, K filters (of all branches), k_u, k_y lags of 
     y_t = Σ_{i=1}^{k_y} M^y_i y_{t−i} + Σ_{i=1}^{k_u} M^u_i u_{t+1−i}
           + Σ_k M^{φ+}_k σ_k^{1/4} U⁺_{t−2,k} + Σ_k M^{φ−}_k σ_k^{1/4} U⁻_{t−2,k}
 
-with U^±_{t,k} = Σ_{i=0}^{t−1} u_{t−i} (±1)^i φ_k(i). All terms but the first are one convolution with a fixed filter
+with `U^±_{t,k} = Σ_{i=0}^{t−1} u_{t−i} (±1)^i φ_k(i)`. All terms but the first are one convolution with a fixed filter
 bank, mixed by learned matrices (`stu.ops.convolution`); the first is a linear recurrence (`stu.ops.recurrence`).
 `stu.reference.stu` has the equations one by one.
 

@@ -41,7 +41,7 @@ class ContinuousSystem(NamedTuple):
 def irregular_ssm(
     u: Tensor, factors: Tensor, system: ContinuousSystem, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y_t = Re(C_1 x_t) + Re(C_2 z_t) with, from the end, z_t = Λ̄_t ⊙ z_{t+1} + Γ_t ⊙ B u_t.
+    """`y_t = Re(C_1 x_t) + Re(C_2 z_t)` with, from the end, `z_t = Λ̄_t ⊙ z_{t+1} + Γ_t ⊙ B u_t`.
 
     u: (batch, L, D), real; factors: f, (batch, L); C of the system: (2, O, P), or (1, O, P) without z; initial: complex
     (batch, P), the x before the first, zeros where None. Returns y (batch, L, O) in u's dtype and the last x.
