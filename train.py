@@ -30,7 +30,7 @@ sys.path.append(str(usage.CONF.parent / "experiments" / "sweep" / "plugin"))  # 
 def main(config: DictConfig) -> float | None:
     """One run; returns its best monitored *validation* value, so that no sweep can select on the test set."""
     check(config)
-    wandb: training.WandbLog = build(config.logger)
+    loggers = {str(name): build(node) for name, node in config.logger.items()}
     training.report.quiet()
     training.check_trainer(config.trainer, build(config.trainer, _partial_=True), sweeping=errors.sweeping())
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
@@ -48,7 +48,7 @@ def main(config: DictConfig) -> float | None:
         if not config.overwrite:
             run.check(settings)
         if built:
-            train(config, run, settings, choices, wandb, *built)
+            train(config, run, settings, choices, loggers, *built)
         training.report.result(run)
         return float(run.read_summary()["best"]["value"])
 
@@ -76,7 +76,7 @@ def train(
     run: training.Run,
     settings: dict[str, Any],
     choices: dict[str, Any],
-    wandb: training.WandbLog,
+    loggers: dict[str, Any],
     task: stu.Task,
     model: stu.SequenceModel,
 ) -> None:
@@ -97,7 +97,7 @@ def train(
     trainer = training.make_trainer(
         build(config.trainer, _partial_=True),
         callbacks=[figures, log, training.report.progress(plan, log), *callbacks.values(), checkpoints],
-        logger=[metrics, wandb],
+        logger=[metrics, *loggers.values()],
         default_root_dir=run.checkpoints,
     )
     data.require_enough(trainer.world_size)
@@ -108,8 +108,9 @@ def train(
     device = training.describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
     run.record_start(device=device, world_size=trainer.world_size, seed=config.seed, **facts)
-    wandb.start(run, choices, baselines)
     for logger in trainer.loggers:
+        if isinstance(logger, training.Tracker):
+            logger.start(run, choices, baselines)
         logger.log_hyperparams(settings)
     training.report.start(run, data, module, recipe.groups, device=device, precision=config.trainer.precision)
     trainer.fit(module, data, ckpt_path=run.resumes_from, weights_only=True)

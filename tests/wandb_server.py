@@ -26,6 +26,7 @@ class Kept:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     exit_codes: list[int] = field(default_factory=list)
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # as they were created, by their names
     preempted: bool = False  # whether it said so before it ended
 
     def points(self) -> list[tuple[float, str, float]]:
@@ -54,6 +55,7 @@ class Server(ThreadingHTTPServer):
         self.failing = phase == "start"
         self.requests: list[tuple[str, Any]] = []  # path and body
         self.runs: dict[str, Kept] = {}  # by their ids
+        self.views: list[dict[str, Any]] = []  # saved workspaces
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -142,6 +144,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def uploaded(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Where a file of an artifact goes."""
+        named = {"id": "RmlsZQ==", "name": spec["name"], "displayName": spec["name"], "storagePath": spec["name"]}
+        url = f"{self.server.url}/up/{spec['name']}"
+        artifact = {"artifact": {"id": "QXJ0aWZhY3Q="}}
+        return {**named, **artifact, "uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
+
+    @staticmethod
+    def listed(name: str, run: Kept) -> dict[str, Any]:
+        """A run as a list of runs has it."""
+        empty = ("sweepName", "group", "jobType", "commit", "description", "notes", "systemMetrics")
+        named = {"id": "UnVuOg==", "name": name, "displayName": name, "projectId": "1", "tags": [], "state": "finished"}
+        times = dict.fromkeys(("createdAt", "heartbeatAt"), "2026-01-01T00:00:00Z")
+        config = json.dumps({key: {"value": value} for key, value in run.config.items()})
+        numbers = {"summaryMetrics": json.dumps(run.summary), "historyLineCount": len(run.history), "readOnly": False}
+        return {**dict.fromkeys(empty), **named, **times, **numbers, "config": config, "historyKeys": None, "user": {}}
+
     def content(self, request: dict[str, Any]) -> dict[str, Any]:
         query, variables = request.get("query", ""), request.get("variables", {})
         if "file_stream" in self.path:
@@ -162,6 +181,31 @@ class Handler(BaseHTTPRequestHandler):
             bucket |= {"logLineCount": 0, "eventsLineCount": 0, "historyLineCount": len(known.history)}
             bucket |= {"historyTail": tail, "eventsTail": "[]", "wandbConfig": '{"t": 1}'}
             return {"data": {"model": {"id": "UHJvag==", "name": "stu", "bucket": bucket}}}
+        if "createArtifact(" in query:
+            given = variables["input"]
+            run = self.server.runs[given["runName"]]
+            run.artifacts[given["artifactCollectionName"]] = given
+            artifact = {"id": "QXJ0aWZhY3Q=", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+            return {"data": {"createArtifact": {"artifact": artifact}}}
+        if "createArtifactManifest(" in query or "updateArtifactManifest(" in query:
+            file = {"id": "RmlsZQ==", "uploadUrl": f"{self.server.url}/up/manifest.json", "uploadHeaders": []}
+            payload = {"artifactManifest": {"id": "TWFu", "file": file}}
+            return {"data": {"createArtifactManifest": payload, "updateArtifactManifest": payload}}
+        if "createArtifactFiles(" in query:
+            edges = [{"node": self.uploaded(spec)} for spec in variables["input"]["artifactFiles"]]
+            return {"data": {"createArtifactFiles": {"files": {"edges": edges}}}}
+        if "commitArtifact(" in query:
+            return {"data": {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}}}
+        if "upsertView" in query:
+            self.server.views.append(variables)
+            return {
+                "data": {"upsertView": {"view": {"id": "VmlldzoxMg==", "name": variables["name"]}, "inserted": True}}
+            }
+        if "query Runs" in query:
+            nodes = [self.listed(name, run) for name, run in self.server.runs.items()]
+            edges = [{"node": node, "cursor": node["name"]} for node in nodes]
+            runs = {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}
+            return {"data": {"project": {"internalId": "1", "runCount": len(nodes), "readOnly": False, "runs": runs}}}
         if "createRunFiles" in query:
             files = [{"name": n, "uploadUrl": f"{self.server.url}/up/{n}"} for n in variables.get("files", [])]
             return {"data": {"createRunFiles": {"runID": "UnVuOg==", "uploadHeaders": [], "files": files}}}

@@ -146,7 +146,7 @@ def read(path: Path) -> Row:
         path=_printable(str(path)),
         experiment=_preset(command),
         sweep=_text(starts[-1].get("sweep")),
-        tags=tuple(_printable(str(tag)) for tag in _list(_at(config, "logger", "tags"))),
+        tags=tuple(_printable(str(tag)) for logger in _loggers(config) for tag in _list(_at(logger, "tags"))),
         device=_text(starts[-1].get("device")),
         started=_text(starts[0].get("time")),
         command=command,
@@ -228,6 +228,12 @@ def _preset(command: str | None) -> str | None:
     return next(
         (word.partition("=")[2] for word in reversed(words) if word.lstrip("+").startswith("experiment=")), None
     )
+
+
+def _loggers(config: Mapping[str, Any]) -> list[Any]:
+    """The nodes of a configuration that name tags: one for each logger, in earlier versions a single one."""
+    logger = _mapping(_at(config, "logger"))
+    return [logger, *logger.values()]
 
 
 def _at(content: Any, *keys: str | None) -> Any:

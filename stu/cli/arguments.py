@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from stu.cli.usage import CONF, GROUPS, PRESETS, folded, options_of
 from stu.errors import OptionError, require
 
-SEVERAL = ("callbacks",)  # groups of which a list of options may be chosen
+SEVERAL = ("callbacks", "logger")  # groups of which a list of options may be chosen
 CHOSEN = [group for group in GROUPS if group not in PRESETS]  # one option of each is in every configuration
 FOLDERS = {"paths.runs": "STU_RUNS", "paths.data": "STU_DATA"}  # keys, and what their defaults are read from
 FLAGS = "-m, --cfg job|hydra|all (with --resolve), --info, --version, --help, --hydra-help"

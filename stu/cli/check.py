@@ -26,7 +26,6 @@ NODES = {  # what the nodes of the root make; the code gives the optimizer argum
     "checkpoints": "stu.training.Checkpoints",
     "figures": "stu.training.figures.Figures",
     "trainer": "lightning.Trainer",
-    "logger": "stu.training.WandbLog",
 }
 HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
     "trainer.max_epochs": float | None,
@@ -38,6 +37,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "trainer.precision": Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", 32, 64, 16, "bf16"],
     "optimizer": Callable[..., Any],
     "callbacks": Mapping,
+    "logger": Mapping,
     "mode": Literal["train", "test"],
     "name": str | int | None,
     "seed": range(2**32),
@@ -48,6 +48,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "paths.runs": str,
     "paths.data": str,
 }
+NAMED = {"callbacks": "lightning.Callback", "logger": "lightning.pytorch.loggers.Logger"}  # what their entries make
 CALLS = {"trainer.strategy": ("stu.training.FullyShard", "trainer=fsdp")}  # also allowed, by these options
 SPECIAL = ("_target_", "_partial_")  # keys of a call that are no arguments
 READ_BY = {"checkpoint": "test", "overwrite": "train"}  # the only mode in which a key is read
@@ -76,10 +77,10 @@ def check(config: DictConfig) -> None:
         if key in hints and not fits(value, hints[key]) and not is_allowed_call(key, value):
             option = f"; or choose {CALLS[key][1]}" if key in CALLS else ""
             raise Refused(key, brief(value), f"must be {described(hints[key])}{option}")
-    for name, value in plain["callbacks"].items():
-        callback = resolve_name("lightning.Callback")
-        if not fits(value, callback):
-            raise Refused(f"callbacks.{name}", brief(value), f"must be {described(callback)}")
+    for key, made in NAMED.items():
+        for name, value in plain[key].items():
+            if not fits(value, resolve_name(made)):
+                raise Refused(f"{key}.{name}", brief(value), f"must be {described(resolve_name(made))}")
     for name, value in plain["paths"].items():
         if f"paths.{name}" not in HINTS:
             raise Refused(f"paths.{name}", brief(value), f"no such key; {suggestion(name, plain['paths'])}")

@@ -17,7 +17,7 @@ GROUPS = {
     "optimizer": "how it learns",
     "trainer": "where and how long: arguments of lightning.Trainer",
     "callbacks": "what a run may have besides; several: callbacks=[ema,early_stopping]",
-    "logger": "where metrics are logged besides metrics.csv",
+    "logger": "where metrics are logged besides metrics.csv; several: logger=[wandb,tensorboard]",
     "paths": "where runs and data are stored",
 }
 

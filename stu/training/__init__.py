@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from stu.training.run import Run, describe_device
     from stu.training.sharded import FullyShard
     from stu.training.signals import leaving
+    from stu.training.tensorboard_log import TensorBoardLog
+    from stu.training.trackers import Tracker
+    from stu.training.trackio_log import TrackioLog
     from stu.training.wandb_log import WandbLog
 
 __getattr__ = attributes(
@@ -39,6 +42,9 @@ __getattr__ = attributes(
         **dict.fromkeys(("Run", "describe_device"), "run"),
         "FullyShard": "sharded",
         "leaving": "signals",
+        "TensorBoardLog": "tensorboard_log",
+        "Tracker": "trackers",
+        "TrackioLog": "trackio_log",
         "WandbLog": "wandb_log",
     },
 )
@@ -47,6 +53,9 @@ __all__ += [
     "SequenceModule",
     "StepPlan",
     "Stopped",
+    "TensorBoardLog",
+    "Tracker",
+    "TrackioLog",
     "WandbLog",
     "check_trainer",
     "describe_device",

@@ -20,7 +20,7 @@ from stu.training.records import parse_row
 from stu.training.report import count, note
 from stu.training.run import Run, conditions_now
 from stu.training.sharded import load_weights
-from stu.training.wandb_log import log_summary
+from stu.training.trackers import log_summary
 
 
 def finish(

@@ -26,7 +26,7 @@ from stu.training.callbacks import Checkpoints
 from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
 from stu.training.sharded import gathered
-from stu.training.wandb_log import log_figure
+from stu.training.trackers import log_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -33,7 +33,7 @@ from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
 from stu.training.run import Run, rank
 from stu.training.signals import Handlers, leaving, signal_behind
-from stu.training.wandb_log import close_wandb
+from stu.training.trackers import close_trackers
 
 SECONDS_BETWEEN_LINES = 10.0
 FULL = (*states.FULL, errno.EROFS)  # how a disk says that it takes nothing more
@@ -241,7 +241,7 @@ def exit_codes(run: Run) -> Iterator[None]:
             raise OptionError("paths.runs", run.path, f"cannot be written to: {way_on}") from error
         raise
     finally:
-        close_wandb()
+        close_trackers()
         run.discard() if refused else run.close()
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -16,7 +15,6 @@ from subprocess import Popen
 from threading import Event, Thread
 from typing import Any, Literal, get_args
 
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
@@ -24,6 +22,7 @@ from stu.files import write_atomically
 from stu.training.records import PRUNED, SWEEP, Row, parse_row
 from stu.training.run import Run, flatten
 from stu.training.signals import ANNOUNCED
+from stu.training.trackers import RUNNING, Tracker, description
 
 log = logging.getLogger(__name__)
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -35,13 +34,10 @@ STEP = "trainer/global_step"  # the axis of all charts
 CLOSED = "rows"  # a file in a folder of W&B that has all it was given: how many rows metrics.csv had by then
 BEST: dict[str, Callable[..., float]] = {"min": min, "max": max}
 PREEMPTING = (signal.SIGTERM, *ANNOUNCED)  # of clusters and sweeps, which start the command again
-UNTOLD = ("logger", "paths", "sweep")  # groups of options: where to write, and a space, of which a job has its keys
-OF_STARTS = ("id", "starts", "settings", "time", "resumed", "remarks")  # of the manifest, what is said elsewhere
-
-_running: list["WandbLog"] = []
+CHECKPOINTS: dict[str, tuple[str, ...]] = {"none": (), "best": ("best",), "all": ("best", "last")}
 
 
-class WandbLog(Logger):
+class WandbLog(Tracker):
     """A Weights & Biases run. Whatever W&B, its server or its disk does, training goes on; `metrics.csv` is complete.
 
     A thread works off what is logged. Its first failure ends it and is said in one line, with the command that uploads
@@ -49,12 +45,15 @@ class WandbLog(Logger):
 
     mode: "auto": online where wandb has credentials (environment, settings or netrc), else offline in the run
     directory; never a prompt. Nothing starts before `start`. Raises `OptionError` for what W&B would refuse.
+    checkpoints: which of a finished run are uploaded, each an artifact: "none", "best", or "all": the last one, too.
 
     Its config has the chosen options by their names (`model`, `task`, `experiment`, …), the facts of the manifest, the
     baselines, the directory, and all options in full below `settings`. The summary has of losses the least and of the
     monitored metric the best value, over all starts of the run, of other metrics the last one, and at the end all of
     summary.json.
     """
+
+    title = "wandb"
 
     def __init__(
         self,
@@ -65,6 +64,7 @@ class WandbLog(Logger):
         tags: Sequence[str] = (),
         group: str | None = None,
         job_type: str | None = None,
+        checkpoints: Literal["none", "best", "all"] = "none",
         init_timeout: float = 30.0,
         finish_timeout: float = 20.0,
     ) -> None:
@@ -72,6 +72,8 @@ class WandbLog(Logger):
         require(mode in get_args(WandbMode), "mode", mode, f"must be one of {', '.join(get_args(WandbMode))}")
         fits = 0 < len(project) <= NAME and not set(project) & set("/\\#?%:")
         require(fits, "project", repr(project), rf"must have 1 … {NAME} characters, none of them / \ # ? % :")
+        allowed = f"must be one of {', '.join(CHECKPOINTS)}"
+        require(checkpoints in CHECKPOINTS, "checkpoints", checkpoints, allowed)
         named = entity is None or re.fullmatch(r"[\w.-]+", entity) is not None
         require(named, "entity", repr(entity), "must be a user or a team: letters, digits and - _ . only")
         for tag in tags:
@@ -82,7 +84,7 @@ class WandbLog(Logger):
         for name, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
             require(0 < seconds <= LONGEST, name, seconds, "must be seconds, above 0 and at most a day")
         self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
-        self.group, self.job_type = group, job_type
+        self.group, self.job_type, self.checkpoints = group, job_type, checkpoints
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         self._calls: Queue[Callable[[Any], object] | None] = Queue(WAITING)
         self._started, self._ended = Event(), Event()
@@ -94,16 +96,6 @@ class WandbLog(Logger):
         self._goes_on = self._offline = False  # whether there were earlier starts; whether W&B is offline
         self._resumes_after = 0  # optimiser steps in the checkpoint that the run goes on from
         self._extremes: dict[str, str] = {}  # metrics of which the least or greatest value counts: "min" or "max"
-
-    @property
-    def name(self) -> str:
-        """Lightning's name for this logger."""
-        return "wandb"
-
-    @property
-    def version(self) -> str:
-        """One run, one version."""
-        return ""
 
     @rank_zero_only
     def start(self, run: Run, choices: Mapping[str, Any], baselines: Mapping[str, float]) -> None:
@@ -135,13 +127,9 @@ class WandbLog(Logger):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         logging.raiseExceptions = False  # on a full disk, each line of its own log would be a traceback
         self._works = True
-        _running.append(self)
+        RUNNING.append(self)
         Thread(target=self._work, args=(arguments,), name="wandb", daemon=True).start()
-        options = {group: option for group, option in choices.items() if "/" not in group and group not in UNTOLD}
-        facts = {key: fact for part in (manifest, *manifest["starts"][-1:]) for key, fact in part.items()}
-        facts = {key: fact for key, fact in facts.items() if key not in OF_STARTS}
-        facts |= {"baselines": dict(baselines), "run": os.path.abspath(run.path)} | ({"sweep": sweep} if sweep else {})
-        self._describe(facts | options)
+        self._describe(description(run, choices, baselines))
         # Processes that load data fork after it: not while W&B starts one itself, if that can be helped.
         self._started.wait(self.init_timeout)
 
@@ -176,6 +164,22 @@ class WandbLog(Logger):
         best = summary["best"]
         flat = flatten(summary, separator="/") | {f"best/{best['metric']}": best["value"]}
         self._call(lambda run: run.summary.update(flat))
+        for name in CHECKPOINTS[self.checkpoints]:
+            at = {"step": best["step"], "epoch": best["epoch"], best["metric"]: best["value"]}
+            self._upload(name, at if name == "best" else {"step": summary["steps"]})
+
+    def _upload(self, name: str, metadata: Mapping[str, Any]) -> None:
+        """A checkpoint as an artifact, read where it lies: nothing is copied."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            assert self._run is not None
+            artifact = wandb.Artifact(f"{self._run.id}-{name}", "model", metadata=dict(metadata))
+            artifact.add_file(os.path.abspath(self._run.checkpoints / f"{name}.ckpt"), policy="immutable")
+            run.log_artifact(artifact, aliases=[name, "latest"])
+
+        self._call(send)
 
     def close(self, exit_code: int) -> None:
         """End the W&B run, as failed unless the exit code is 0; what doesn't answer any more is killed.
@@ -363,31 +367,6 @@ class WandbLog(Logger):
             command = f"wandb sync --include-online {shlex.quote(str(self._folder))}"
             later = f", and `{command}` uploads what is missing" if self._folder else ""
             log.warning("Weights & Biases %s; metrics.csv has everything%s", what, later)
-
-
-def log_figure(logger: Logger, name: str, file: Path, step: int) -> None:
-    """Log a PNG to W&B; other loggers do not take images."""
-    if isinstance(logger, WandbLog):
-        logger.log_image(name, file, step)
-
-
-def log_summary(logger: Logger, summary: Mapping[str, Any]) -> None:
-    """Log the summary of a finished run to W&B; for other loggers it is a file of the run."""
-    if isinstance(logger, WandbLog):
-        logger.log_summary(summary)
-
-
-def close_wandb() -> None:
-    """End the W&B runs of this process, as failed where an exception is under way (`finally`): with its exit code."""
-    match sys.exc_info()[1]:
-        case None | SystemExit(code=None):
-            code = 0
-        case SystemExit(code=int(given)):
-            code = given
-        case _:
-            code = 1
-    while _running:
-        _running.pop().close(code)
 
 
 def _in_sweep() -> bool:

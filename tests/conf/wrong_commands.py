@@ -181,6 +181,8 @@ trainer=nope
 trainer=gpu
 trainer=GPU
 logger=nope
+logger=[wandb,nope]
+logger.mode=offline
 paths=nope
 paths.runs=
 paths.data=
@@ -214,8 +216,8 @@ model@foo=stu
 +checkpoints.directory=x
 +loader.seed=3
 +logger.name=x
-+logger.run=x
-+logger.names=[a,b]
++logger.wandb.run=x
++logger.wandb.names=[a,b]
 +figures.directory=x
 +optimizer.total_steps=9
 +optimizer.named_parameters=[]
@@ -301,8 +303,8 @@ model._target_=
 ~optimizer._target_
 ~optimizer._partial_
 ~optimizer.lr
-~logger._target_
-~logger.mode
+~logger.wandb._target_
+~logger.wandb.mode
 ~model.d_model
 ~model.depth
 ~model.norm
@@ -339,7 +341,7 @@ trainer._target_=nope
 loader._target_=nope
 checkpoints._target_=nope
 figures._target_=stu.STU
-logger._target_=nope
+logger.wandb._target_=nope
 loader.batch_size=41
 loader.batch_size=3 trainer.accumulate_grad_batches=2
 loader.num_workers=100000

@@ -21,7 +21,7 @@ from stu.errors import OptionError
 from stu.rollout import batch_rollout
 from stu.task import Batch, Rollout, Splits, Task
 from stu.training import Figures, MetricsCSV, WandbLog, figures, plots
-from stu.training.wandb_log import log_figure
+from stu.training.trackers import log_figure
 from tests import runs
 from tests.models import composed, small_backbone
 from tests.runs import Training

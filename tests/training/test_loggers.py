@@ -14,16 +14,19 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 from lightning.pytorch.loggers import CSVLogger
 
+from experiments.compare.wandb import main as workspace
 from stu.errors import OptionError
 from stu.training import Run, WandbLog, wandb_log
 from stu.training.loggers import read_metrics
 from stu.training.signals import ANNOUNCED, PERSONAL
-from stu.training.wandb_log import close_wandb, log_summary
+from stu.training.trackers import MEASURED, close_trackers, log_summary
 from tests import runs
+from tests.event_files import hyperparameters, scalars
 from tests.wandb_files import Written
 from tests.wandb_server import Kept, Server, serving
 
@@ -67,7 +70,7 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     wandb.teardown()
     yield
-    close_wandb()
+    close_trackers()
     wandb.teardown()
 
 
@@ -108,7 +111,7 @@ def end(exit_code: int) -> None:
         try:
             raise SystemExit(exit_code)
         finally:
-            close_wandb()
+            close_trackers()
 
 
 @pytest.fixture
@@ -198,7 +201,7 @@ def test_what_a_table_of_runs_can_be_grouped_by(
 ):
     monkeypatch.setenv("STU_SWEEP", "lr")
     start(tmp_path, starts=2, mode="offline").log_hyperparams({"model": {"d_model": 8}, "seed": 3})
-    close_wandb()
+    close_trackers()
     assert experiment.described == {
         **{"task": "lds", "model": "stu", "experiment": None, "optimizer": "adamw"},
         **{"seed": 3, "data": "5ea1", "monitor": "accuracy", "mode": "max", "parameters": 7},
@@ -210,7 +213,7 @@ def test_what_a_table_of_runs_can_be_grouped_by(
 
 def test_of_which_metrics_the_best_value_counts(experiment: Experiment, tmp_path: Path):
     start(tmp_path, mode="offline")
-    close_wandb()
+    close_trackers()
     assert experiment.defined == {
         **{"trainer/global_step": None, "*": None},
         **{"train/loss": "min", "val/loss": "min", "train/accuracy": "max", "val/accuracy": "max"},
@@ -227,12 +230,46 @@ def test_the_summary_is_over_all_starts(experiment: Experiment, tmp_path: Path):
     summary = {"test": {"accuracy": 0.5}, "best": best, "baselines": {"majority": 0.4}, "seconds": 1.5}
     log_summary(logger, summary)
     log_summary(CSVLogger(tmp_path), summary)  # others don't take it
-    close_wandb()
+    close_trackers()
     assert experiment.summary == {
         **{"train/loss": {"min": 1.0}, "val/accuracy": {"max": 0.75}, "val/f1": 0.25, "test/accuracy": 0.5},
         **{"best/metric": "val/accuracy", "best/value": 0.75, "best/step": 2},
         **{"best/val/accuracy": 0.75, "best/val/loss": 3.0, "baselines/majority": 0.4, "seconds": 1.5},
     }
+
+
+@pytest.mark.parametrize(("checkpoints", "uploaded"), [("none", []), ("best", ["best"]), ("all", ["best", "last"])])
+def test_checkpoints_are_artifacts_by_option(
+    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture, checkpoints: Any, uploaded: list[str]
+):
+    sent: list[tuple[Any, list[str]]] = []
+    experiment.log_artifact = lambda artifact, aliases: sent.append((artifact, aliases))  # type: ignore[attr-defined]
+    logger = start(tmp_path, mode="offline", checkpoints=checkpoints)
+    files = [tmp_path / "run" / "checkpoints" / f"{name}.ckpt" for name in uploaded]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(file.stem)
+    best = {"metric": "val/accuracy", "value": 0.75, "step": 2, "epoch": 0.5}
+    log_summary(logger, {"best": best, "steps": 4})
+    close_trackers()
+    assert [artifact.name for artifact, _ in sent] == [f"cafe-{name}" for name in uploaded]
+    assert [aliases for _, aliases in sent] == [[name, "latest"] for name in uploaded]
+    metadata = {"best": {"step": 2, "epoch": 0.5, "val/accuracy": 0.75}, "last": {"step": 4}}
+    assert [artifact.metadata for artifact, _ in sent] == [metadata[name] for name in uploaded]
+    entries = [entry for artifact, _ in sent for entry in artifact.manifest.entries.values()]
+    assert [entry.local_path for entry in entries] == list(map(str, files))  # no copy
+    assert (experiment.exit_codes, said(caplog)) == ([0], [])
+
+
+def test_a_checkpoint_that_cannot_be_read_costs_a_line(
+    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    logger = start(tmp_path, mode="offline", checkpoints="best")
+    log_summary(logger, {"best": {"metric": "val/mse", "value": 0.75, "step": 2, "epoch": 0.5}, "steps": 4})
+    close_trackers()
+    [line] = said(caplog)
+    assert line.startswith("Weights & Biases failed: ")
+    assert str(tmp_path / "run/checkpoints/best.ckpt") in line
 
 
 CSV = """step,epoch,metric,value
@@ -274,7 +311,7 @@ def test_what_a_killed_start_did_not_send_is_sent(
     run = a_run(tmp_path)
     run.metrics.write_text(CSV + "4,0.4,train/loss,0.5\n5,0.5,tra")  # this start has already begun to write
     start(tmp_path, starts=2, mode="online")
-    close_wandb()
+    close_trackers()
     assert experiment.rows == missing
 
 
@@ -293,13 +330,13 @@ def test_offline_what_a_killed_start_has_written_is_written_again(
     (closed / "rows").write_text("2")
     experiment.settings.sync_dir = str(this)
     start(tmp_path, starts=3, mode="offline")
-    close_wandb()
+    close_trackers()
     assert experiment.rows == ROWS[1:]
     assert (this / "rows").read_text() == "6"
     names = {"offline-run-1-cafe", "killed-offline-run-2-cafe", "offline-run-3-cafe", "offline-run-2-f"}
     assert {folder.name for folder in this.parent.iterdir()} == names
     start(tmp_path, starts=4, mode="offline")  # nothing is missing now
-    close_wandb()
+    close_trackers()
     assert experiment.rows == ROWS[1:]
 
 
@@ -382,7 +419,7 @@ def test_disabled_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     """It neither imports anything nor leaves a file."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     start(tmp_path, mode="disabled").log_metrics({"loss": 1.0}, step=1)
-    close_wandb()
+    close_trackers()
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "manifest.json"]
 
 
@@ -418,7 +455,7 @@ def test_where_nothing_starts_a_line_says_so(
     monkeypatch.setattr(wandb, "init", init)
     logger = start(tmp_path, mode="online")
     logger.log_metrics({"loss": 1.0}, step=1)
-    close_wandb()
+    close_trackers()
     assert [call["mode"] for call in started] == ["online", "offline"]
     assert said(caplog) == ["Weights & Biases failed: connection refused; metrics.csv has everything"]
 
@@ -435,7 +472,7 @@ def test_where_online_does_not_start_offline_does(
 
     monkeypatch.setattr(wandb, "init", init)
     start(tmp_path, mode="online").log_metrics({"loss": 1.0}, step=1)
-    close_wandb()
+    close_trackers()
     assert (experiment.rows, experiment.exit_codes) == ([{"loss": 1.0, "trainer/global_step": 1}], [0])
     assert said(caplog) == [
         "Weights & Biases did not start online: returned error 401; metrics.csv has everything, "
@@ -449,7 +486,7 @@ def test_only_the_first_process_has_a_log_file(
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
     logger = start(tmp_path, mode="offline")
     logger.log_metrics({"loss": 1.0}, step=1)
-    close_wandb()
+    close_trackers()
     assert not started
 
 
@@ -464,6 +501,7 @@ def test_only_the_first_process_has_a_log_file(
         ({"project": "a/b"}, r"project='a/b': must have 1 … 128 characters, none of them / \ # ? % :"),
         ({"group": ""}, "group='': must have 1 … 128 characters, or be null"),
         ({"job_type": "j" * 129}, f"job_type='{'j' * 129}': must have 1 … 128 characters, or be null"),
+        ({"checkpoints": "last"}, "checkpoints=last: must be one of none, best, all"),
         ({"entity": "me/p"}, "entity='me/p': must be a user or a team"),
         ({"entity": ""}, "entity='': must be a user or a team"),
         ({"init_timeout": 0.0}, "init_timeout=0.0: must be seconds, above 0"),
@@ -521,7 +559,7 @@ def test_a_failure_is_one_line_and_holds_nothing_up(
     logger = start(tmp_path, mode="offline", init_timeout=0.3, finish_timeout=0.2)
     for step in range(3):
         logger.log_metrics({"loss": 1.0}, step=step)
-    close_wandb()
+    close_trackers()
     assert time.monotonic() - began < 5
     assert len(experiment.rows) == rows
     command = "wandb sync --include-online 'my run/wandb'"
@@ -543,7 +581,7 @@ def test_rows_wait_for_a_slow_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     logger.log_metrics({"loss": 1.0}, step=1)
     assert experiment.rows == []
     ready.set()
-    close_wandb()
+    close_trackers()
     assert experiment.described["settings"] == {"seed": 0}
     assert experiment.rows == [{"loss": 1.0, "trainer/global_step": 1}]
     assert experiment.exit_codes == [0]
@@ -558,7 +596,7 @@ def test_what_waits_for_a_stuck_one_is_bounded(
     logger = start(tmp_path, mode="offline", finish_timeout=0.1)
     for step in range(20):
         logger.log_metrics({"loss": 1.0}, step=step)
-    close_wandb()
+    close_trackers()
     assert said(caplog) == ["Weights & Biases does not answer: 5 calls wait for it; metrics.csv has everything"]
 
 
@@ -577,7 +615,7 @@ def test_a_run_is_finished_there_only_where_it_is_here(
             if end:
                 raise end
         finally:
-            close_wandb()
+            close_trackers()
     except (SystemExit, ZeroDivisionError):
         pass
     assert experiment.exit_codes == [exit_code]
@@ -615,11 +653,48 @@ KILL = runs.signalled(signal.SIGKILL, "stu.training:MetricsLog.on_train_batch_en
 LONGER = ("trainer.max_steps=5", "trainer.val_check_interval=2")
 
 
+def assert_rows_in_tensorboard(run: Run) -> None:
+    """Each once, also those that a killed start has written after its checkpoint."""
+    rows = [(step, name, value) for step, name, value in scalars(run.path / "tensorboard") if name != "epoch"]
+    expected = [(step, name, float(np.float32(value))) for step, _, name, value in read_metrics(run.metrics)]
+    assert sorted(row for row in rows if not row[1].startswith("run/")) == sorted(expected)
+    assert {name for _, name, _ in rows if name.startswith("run/")} == {f"run/{name}" for name in MEASURED}
+    options, _ = hyperparameters(run.path / "tensorboard")
+    assert (options["model"], options["settings.model.mixer.num_filters"], options["sweep"]) == ("stu", 4.0, "lr")
+
+
+def assert_a_workspace_names_what_is_logged(written: Written, home: Path) -> None:
+    """Every name in it: of options, of results, and of curves."""
+    assert workspace(["--json", str(home / "spec.json"), str(home / "runs")]) == 0
+    [spec] = json.loads((home / "spec.json").read_text())
+    section = spec["spec"]["section"]
+    [runs_shown] = section["runSets"]
+    panels = [panel["config"] for panel in section["panelBankConfig"]["sections"][0]["panels"]]
+    named = [f"{key['section']}:{key['name']}" for key in runs_shown["grouping"]]
+    named += [f"config:{one['key']['name']}.value" for one in runs_shown["filters"]["filters"]]
+    named += [f"summary:{key['key']['name']}" for key in runs_shown["sort"]["keys"]]
+    named += [name for name in runs_shown["runFeed"]["columnPinned"] if name != "run:displayName"]
+    named += [panel[axis] for panel in panels for axis in ("xAxis", "yAxis") if axis in panel]
+    named += [column["accessor"] for panel in panels for column in panel.get("columns", [])]
+    named += [f"config:{panel['groupBy']}" for panel in panels if "groupBy" in panel]
+    named += [metric for panel in panels for metric in panel.get("metrics", [])]
+    named += [panel["targetKey"] for panel in panels if "targetKey" in panel]
+    curves = {name for row in written.rows for name in row}
+    known = {f"config:{key}.value" for key in written.config} | {f"summary:{key}" for key in written.summary}
+    known |= {f"summary:{key}" for key in curves} | curves | written.summary.keys()
+    assert len(named) > 25
+    assert set(named) - known == set()
+
+
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore:(Pydantic V1 style|.*is deprecated).*:DeprecationWarning")  # of wandb-workspaces
 def test_without_a_key_each_start_writes_a_file_and_all_are_one_run_where_they_are_uploaded(tmp_path: Path):
+    """With its best weights; and beside it the files of TensorBoard."""
+    command = [*(word for word in COMMAND if word != "logger=wandb"), "logger=[wandb,tensorboard]"]
+    command += ["logger.wandb.checkpoints=best", *LONGER, "name=run"]
     for at, code in ((STOP, 143), (KILL, 137), (None, 0)):
-        done = runs.train(tmp_path, *COMMAND, *LONGER, "name=run", at=at, STU_SWEEP="lr")
+        done = runs.train(tmp_path, *command, at=at, STU_SWEEP="lr")
         assert (done.code, done.err) == (code, "")
     run = runs.run_of(tmp_path, "lds", "stu", "run")
     assert f"wandbleet{run.path / 'wandb'}" in "".join(done.out.split())  # the table folds long lines
@@ -634,12 +709,21 @@ def test_without_a_key_each_start_writes_a_file_and_all_are_one_run_where_they_a
     assert (first.exit_code, first.preempting, len(first.rows)) == (143, True, 4)  # the last is that of a validation
     assert (last.exit_code, last.preempting) == (0, False)
     assert last.summary["val/mse"] == {"min": run.read_summary()["best"]["value"]}
+    assert_rows_in_tensorboard(run)
+    assert_a_workspace_names_what_is_logged(last, tmp_path)
     with serving() as server:
         upload(server, tmp_path, *(file.parent for file in files))
     assert server.exit_codes == [143, 0]
     [(name, kept)] = server.runs.items()
     assert (name, kept.attributes["groupName"], kept.attributes["jobType"]) == (run.id, "lr", "sweep")
     assert_complete(kept, run)
+    [(artifact, given)] = kept.artifacts.items()
+    assert (artifact, given["artifactTypeName"]) == (f"{run.id}-best", "model")
+    assert {one["alias"] for one in given["aliases"]} == {"best", "latest"}
+    best = run.read_summary()["best"]
+    assert json.loads(given["metadata"]) == {"step": best["step"], "epoch": best["epoch"], "val/mse": best["value"]}
+    sizes = [body["bytes"] for path, body in server.requests if path.endswith("/best.ckpt")]
+    assert sizes == [run.best.stat().st_size]
 
 
 def online(server: Server, home: Path, *overrides: str, **options: Any) -> runs.Finished:
@@ -663,7 +747,7 @@ def assert_result_and_one_line(done: runs.Finished, home: Path, *parts: str, ste
 @pytest.mark.e2e
 def test_a_server_that_hangs_costs_its_timeout(tmp_path: Path):
     with serving("hang", "middle") as server:
-        done = online(server, tmp_path, "logger.finish_timeout=1")
+        done = online(server, tmp_path, "logger.wandb.finish_timeout=1")
     assert_result_and_one_line(done, tmp_path, "failed: Timed out finishing run", "/run-2")
     assert server.ids == {runs.run_of(tmp_path, "lds", "stu", "run").id}
 
@@ -705,7 +789,7 @@ def strike(number: int, pid: Path) -> None:
 def test_a_wandb_core_that_dies_or_stops_ends_nothing(tmp_path: Path, number: int, part: str, finish_timeout: int):
     with serving() as server:
         at = partial(strike, number, tmp_path / "pid")
-        more = ("trainer.max_steps=8", f"logger.finish_timeout={finish_timeout}")
+        more = ("trainer.max_steps=8", f"logger.wandb.finish_timeout={finish_timeout}")
         done = online(server, tmp_path, *more, at=at)
     assert_result_and_one_line(done, tmp_path, part, steps=8)
     assert server.exit_codes == []
