@@ -1,1 +1,1 @@
-"""A table of runs: `python -m experiments.compare runs/`."""
+"""What runs have reached, side by side: `python -m experiments.compare runs/`."""

@@ -2,18 +2,24 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-from experiments.compare.runs import Mode, Row, rank
+from experiments.compare.runs import Mode, Row, printable, rank
 from experiments.compare.select import options
 from stu.training.names import is_free
 
 # Besides what may change between the starts of a run: what does not change what is computed.
-NEUTRAL = ("seed", "log_every", "checkpoints", "hydra")
+NEUTRAL = ("seed", "log_every", "checkpoints", "hydra", "task._target_", "task.data._target_")
+# Of the options of a task, those that say how a model sees the data; by all others its results are of other data.
+VIEWS = ("causal", "pool", "tokens", "centered", "vocab_size")
+LIMITS = ("trainer.limit_test_batches", "trainer.overfit_batches")
+# Of these options 1 is one batch, and 1.0 is all of them.
+SHARES = (*LIMITS, "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.val_check_interval")
 
 
 @dataclass(frozen=True)
@@ -21,13 +27,20 @@ class Group:
     """Runs of one task and one model with the same settings, up to the seed; `rows` has at least one.
 
     settings: what tells it from the other groups of the same task and model, dotted key → value; a key is absent where
-    the runs do not have it.
+    the runs do not have it. variant: likewise, what tells the data of a task from those of other runs of it, whose
+    results must not be compared with these.
     """
 
     task: str
     model: str
     settings: Mapping[str, Any]
     rows: tuple[Row, ...]
+    variant: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The task, and which of its variants where there are several: what has a table of its own."""
+        return f"{self.task} ({described(self.variant)})" if self.variant else self.task
 
     @property
     def metric(self) -> str | None:
@@ -41,10 +54,8 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The settings in words, by the last parts of their keys where these are unique."""
-        last = [key.rpartition(".")[2] for key in self.settings]
-        names = [part if last.count(part) == 1 else key for part, key in zip(last, self.settings, strict=True)]
-        return ", ".join(f"{name}={_text(value)}" for name, value in zip(names, self.settings.values(), strict=True))
+        """The settings in words, by the last parts of their keys where these tell enough."""
+        return described(self.settings)
 
     @property
     def finished(self) -> list[Row]:
@@ -75,7 +86,7 @@ class Group:
     @property
     def best(self) -> float | None:
         """The best of `tests`."""
-        return (max if self.mode == "max" else min)(self.tests, default=None)
+        return min(self.tests, key=lambda test: rank(test, self.mode), default=None)
 
     @property
     def best_val(self) -> float | None:
@@ -94,69 +105,110 @@ class Group:
         return statistics.median(values) if values else None
 
     @property
+    def repeated(self) -> list[int]:
+        """Seeds of several finished runs, which are no independent results."""
+        seeds = Counter(row.seed for row in self.finished if row.seed is not None)
+        return sorted(seed for seed, count in seeds.items() if count > 1)
+
+    @property
     def order(self) -> tuple[bool, float, bool, float]:
         """Sorts groups of one task, best first: by the mean on the test set, then by that on the validation set."""
         return *rank(self.mean, self.mode), *rank(self.best_val, self.mode)
 
 
 def grouped(rows: Iterable[Row]) -> list[Group]:
-    """All groups, sorted by task and then best first."""
-    groups = []
-    by_model = sorted(rows, key=lambda row: (row.task, row.model))
-    for (task, model), some in groupby(by_model, key=lambda row: (row.task, row.model)):
-        groups += _split(task, model, list(some))
-    return sorted(groups, key=lambda group: (group.task, group.order, group.model, group.label))
+    """All groups, sorted by task and variant and then best first."""
+    groups = [
+        Group(task, model, settings, tuple(some), variant)
+        for task, of_task in _by(sorted(rows, key=_place), lambda row: row.task)
+        for variant, of_variant in _apart(of_task, tells_data)
+        for model, of_model in _by(of_variant, lambda row: row.model)
+        for settings, some in _apart(of_model, _tells)
+    ]
+    return sorted(groups, key=lambda group: (group.task, group.title, group.order, group.model, group.label))
 
 
 def chosen(groups: Sequence[Group]) -> list[Group]:
-    """Of each task and model the group that a search would choose: of those with the most finished runs, the one that
-    is best on the validation set. The test set has no say.
+    """Of each task, variant and model the group that a search would choose: of those with the most finished runs, the
+    one that is best on the validation set. The test set has no say.
     """
     best: dict[tuple[str, str], Group] = {}
     for group in groups:
-        key = group.task, group.model
+        key = group.title, group.model
         if key not in best or _choice(group) < _choice(best[key]):
             best[key] = group
-    return [group for group in groups if best[group.task, group.model] is group]
+    return [group for group in groups if best[group.title, group.model] is group]
 
 
-def _choice(group: Group) -> tuple[int, bool, float]:
-    return -group.n, *rank(group.best_val, group.mode)
+def described(settings: Mapping[str, Any]) -> str:
+    """Settings in words, by the last part of a key where all keys that end so have one value."""
+    values: dict[str, set[Any]] = {}
+    for key, value in settings.items():
+        values.setdefault(key.rpartition(".")[2], set()).add(value)
+    last = {key: key.rpartition(".")[2] for key in settings}
+    words = {last[key] if len(values[last[key]]) == 1 else key: value for key, value in settings.items()}
+    return ", ".join(f"{name}={_text(value)}" for name, value in words.items())
 
 
-def _split(task: str, model: str, rows: Sequence[Row]) -> list[Group]:
-    """The groups of one task and model."""
-    flat = [{key: _hashable(value) for key, value in options(row.config).items() if _tells(key)} for row in rows]
+def _choice(group: Group) -> tuple[int, bool, float, str]:
+    return -group.n, *rank(group.best_val, group.mode), group.label
+
+
+def _place(row: Row) -> tuple[float, str]:
+    return math.inf if row.seed is None else row.seed, row.path
+
+
+def _by(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[tuple[str, list[Row]]]:
+    return ((name, list(some)) for name, some in groupby(sorted(rows, key=key), key=key))
+
+
+def _apart(rows: Sequence[Row], tells: Callable[[str], bool]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """The rows in parts that agree in all options that tell: what tells a part from the others, and its rows.
+
+    An option that only some rows have tells nothing unless these differ: earlier versions did not have it.
+    """
+    flat = [{key: told(key, value) for key, value in options(row.config).items() if tells(key)} for row in rows]
     values: dict[str, set[Any]] = {}
     for settings in flat:
         for key, content in settings.items():
             values.setdefault(key, set()).add(content)
     telling = [key for key, different in values.items() if len(different) > 1]
-    found: dict[tuple[Any, ...], list[int]] = {}
-    for index, settings in enumerate(flat):
-        found.setdefault(tuple(settings.get(key) for key in telling), []).append(index)
-    return [
-        Group(
-            task=task,
-            model=model,
-            settings={key: flat[some[0]][key] for key in telling if key in flat[some[0]]},
-            rows=tuple(rows[index] for index in some),
-        )
-        for some in found.values()
-    ]
+    found: dict[frozenset[tuple[str, Any]], tuple[dict[str, Any], list[Row]]] = {}
+    for settings, row in zip(flat, rows, strict=True):
+        own = {key: settings[key] for key in telling if key in settings}
+        found.setdefault(frozenset(own.items()), (own, []))[1].append(row)
+    return list(found.values())
 
 
+@cache
 def _tells(key: str) -> bool:
     return not is_free(key) and not any(key == one or key.startswith(f"{one}.") for one in NEUTRAL)
 
 
+@cache
+def tells_data(key: str) -> bool:
+    """Whether results under other values of an option are of other data: sizes, lengths, difficulty."""
+    views = key.rpartition(".")[2] in VIEWS or key.endswith(".workers")
+    return (key.startswith("task.") and not views and _tells(key)) or key in LIMITS
+
+
+def told(key: str, value: Any) -> Any:
+    """The value of an option as one that can be compared and hashed, equal where runs do not differ by it."""
+    return str(value) if key in SHARES else _hashable(value)
+
+
 def _hashable(value: Any) -> Any:
+    """Lists as tuples, NaN as a text."""
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
     if isinstance(value, Mapping):
         return tuple((key, _hashable(content)) for key, content in value.items())
-    return (str(value) if value != value else value) if isinstance(value, float) else value
+    if isinstance(value, set):  # yaml has them
+        return tuple(sorted(map(str, value)))
+    return str(value) if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(value: Any) -> str:
-    return f"[{', '.join(map(_text, value))}]" if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return "null" if value is None else printable(str(value).lower() if isinstance(value, bool) else str(value))

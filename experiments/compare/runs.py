@@ -6,6 +6,7 @@ unreadable.
 """
 
 import fcntl
+import json
 import math
 import os
 import shlex
@@ -111,7 +112,7 @@ def read(path: Path) -> Row:
     unreadable += history.unreadable
 
     monitored = (_at(manifest, "monitor"), _at(summary, "best", "metric"))  # the manifest may be unreadable
-    metric = next((_printable(name).removeprefix("val/") for name in monitored if isinstance(name, str)), None)
+    metric = next((printable(name).removeprefix("val/") for name in monitored if isinstance(name, str)), None)
     mode: Mode = "max" if _at(manifest, "mode") == "max" else "min"
     best = _number(_at(summary, "best", "value"))
     if best is None:
@@ -124,11 +125,11 @@ def read(path: Path) -> Row:
     starts = [start for start in _list(_at(manifest, "starts")) if isinstance(start, dict)] or [{}]
     command = _text(starts[-1].get("command"))
     trivial = _at(summary, "trivial")
-    baselines = {_printable(str(name)): _number(value) for name, value in _mapping(_at(summary, "baselines")).items()}
+    baselines = {printable(str(name)): _number(value) for name, value in _mapping(_at(summary, "baselines")).items()}
     return Row(
-        task=_printable(path.parent.parent.name),
-        model=_printable(path.parent.name),
-        name=_printable(path.name),
+        task=printable(path.parent.parent.name),
+        model=printable(path.parent.name),
+        name=printable(path.name),
         seed=_whole(_at(manifest, "seed"), _at(config, "seed")),  # the manifest has a checksum
         metric=metric,
         mode=mode,
@@ -143,10 +144,10 @@ def read(path: Path) -> Row:
         step=history.last_step,
         total_steps=_whole(_at(manifest, "total_steps")),
         unreadable=tuple(unreadable),
-        path=_printable(str(path)),
+        path=printable(str(path)),
         experiment=_preset(command),
         sweep=_text(starts[-1].get("sweep")),
-        tags=tuple(_printable(str(tag)) for logger in _loggers(config) for tag in _list(_at(logger, "tags"))),
+        tags=tuple(printable(str(tag)) for logger in _loggers(config) for tag in _list(_at(logger, "tags"))),
         device=_text(starts[-1].get("device")),
         started=_text(starts[0].get("time")),
         command=command,
@@ -154,7 +155,7 @@ def read(path: Path) -> Row:
         best_step=_whole(_at(summary, "best", "step")),
         best_epoch=_number(_at(summary, "best", "epoch")),
         baselines={name: value for name, value in baselines.items() if value is not None},
-        trivial_names=None if trivial is None else tuple(_printable(str(name)) for name in _list(trivial)),
+        trivial_names=None if trivial is None else tuple(printable(str(name)) for name in _list(trivial)),
         config=_mapping(_at(manifest, "settings")) or config,  # the manifest has a checksum
     )
 
@@ -216,7 +217,10 @@ def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]
 def _yaml(text: str) -> Any:
     """The content of a yaml file, by the C parser, unless it might be nested so deeply that this crashes Python."""
     shallow = sum(map(text.count, ("[", "{", "- ", "? ", ": "))) < DEPTH
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader) if shallow else yaml.SafeLoader)
+    content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader) if shallow else yaml.SafeLoader)
+    if "&" in text:
+        json.dumps(content, default=str, skipkeys=True)  # raises where something contains itself
+    return content
 
 
 def _preset(command: str | None) -> str | None:
@@ -252,7 +256,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str | None:
-    return _printable(value) if isinstance(value, str) and value else None
+    return printable(value) if isinstance(value, str) and value else None
 
 
 def _number(value: Any) -> float | None:
@@ -270,6 +274,6 @@ def _whole(*values: Any) -> int | None:
     return next((int(number) for number in numbers if number is not None and math.isfinite(number)), None)
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Names of files, and texts in them, may have characters that a terminal obeys, or that cannot be encoded."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

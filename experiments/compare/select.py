@@ -61,11 +61,9 @@ def require_key(rows: Sequence[Row], option: str, key: str) -> None:
     if not rows or any(value(row, key) is not ABSENT for row in rows):
         return
     known = {*FIELDS, *(name for row in rows for name in options(row.config))}
-    close = [*get_close_matches(key, known, n=3), *sorted(name for name in known if name.endswith(f".{key}"))][:3]
-    hint = (
-        f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else f"; a run has {', '.join(FIELDS[:4])}, …"
-    )
-    require(False, option, key, f"no run has such a key{hint}")
+    close = sorted(name for name in known if name.endswith(f".{key}")) or get_close_matches(key, known, cutoff=0.7)
+    hint = f"did you mean {' or '.join(close[:3])}?" if close else f"a run has {', '.join(FIELDS[:4])}, …"
+    require(False, option, key, f"no run has such a key; {hint}")
 
 
 def options(config: Any, prefix: str = "") -> dict[str, Any]:

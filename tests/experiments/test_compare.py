@@ -3,22 +3,25 @@
 import csv
 import errno
 import fcntl
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from experiments.compare.__main__ import main
+from experiments.compare.__main__ import _parser, main
 from experiments.compare.runs import Row, best_first, find, is_locked, read
 from stu.training import MetricsCSV, Run
 
@@ -253,7 +256,7 @@ class TestBrokenFiles:
         run.finish(summary)
         run.config.write_text(yaml.safe_dump({"trainer": {"max_epochs": value, "max_steps": value}}))
         assert main([str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
-        [row] = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
+        [row] = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)["runs"]
         assert row["test"] == (value if math.isfinite(value) else None)
 
 
@@ -263,7 +266,7 @@ class TestOrder:
             for task in TARGETS:
                 make_run(tmp_path, f"{task}/stu/{name}", test=test, val=val)
         make_run(tmp_path, "lds/transformer/z", val={12: 0.04})
-        assert main([str(tmp_path)]) == 0
+        assert main([str(tmp_path), "--runs"]) == 0
         order = [(row[0], row[2]) for row in shown(capsys)]
         assert order[:5] == [("lds", name) for name in "cbzan"]  # without a test result by the validation
         assert order[5:7] == [("lra_listops", name) for name in "bc"]
@@ -311,12 +314,12 @@ class TestTheCommand:
         name = "[bold]" + "long_" * 30 + ":smile:"  # neither markup nor cut
         measured: Any = {"rates": [1234.6], "tokens": [9e4, 1e5, 3e5], "peaks": [2**29, 2**30, 2**29]}  # of two starts
         make_run(tmp_path, f"lds/stu/{name}", seed=3, **measured, test=0.123456, best=0.5)
-        assert main([str(tmp_path)]) == 0
+        assert main([str(tmp_path), "--runs"]) == 0
         [row] = shown(capsys)
         assert row[:7] == ["lds", "stu", name, "3", "mse", "0.1235", "0.5"]
         assert row[7:] == ["1,234", "1,235", "100,000", "1.00", "1:02:05", "finished"]
         make_run(tmp_path / "b", test=0.1)  # as earlier versions wrote it
-        assert main([str(tmp_path / "b")]) == 0
+        assert main([str(tmp_path / "b"), "--runs"]) == 0
         assert shown(capsys)[0][8:] == ["-", "-", "-", "1:02:05", "finished"]
 
     def test_names_cannot_command_a_terminal_or_a_spreadsheet(self, tmp_path: Path, capsys: Any):
@@ -343,7 +346,7 @@ class TestTheCommand:
             file.write("half")
         files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
         assert main([str(tmp_path), "--csv", str(files[0]), "--json", str(files[1])]) == 0
-        done, stopped = json.loads(files[1].read_text())
+        done, stopped = json.loads(files[1].read_text())["runs"]
         assert (done["test"], done["total_steps"], done["seconds"], done["unreadable"]) == (0.1, 36, 3725.4, [])
         assert (stopped["test"], stopped["status"], stopped["step"]) == (None, "stopped", 7)
         assert stopped["unreadable"] == ["metrics.csv ends in half a row"]
@@ -371,19 +374,197 @@ class TestTheCommand:
 
     def test_as_a_user_calls_it(self, tmp_path: Path):
         make_run(tmp_path / "runs", test=0.1)
-        command = [sys.executable, "-X", "importtime", "-m", "experiments.compare"]
+        command = [sys.executable, "-X", "importtime", "-m", "experiments.compare", "--runs"]
         environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "20"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0
         assert "finished" in done.stdout  # not cut to the 20 columns of no terminal
         imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
         assert imported >= {"experiments", "rich", "yaml"}
-        assert not imported & {"torch", "lightning", "numpy", "hydra", "data"}  # which take seconds
+        assert not imported & {"torch", "lightning", "numpy", "scipy", "hydra", "data"}  # which take seconds
+
+    def test_what_the_documents_say_is_understood(self):
+        pages = ("docs/comparing.md", "experiments/README.md", "experiments/compare/__main__.py")
+        said = [
+            re.findall(r"^ *python -m experiments\.compare(?= |\n)(.*)", (ROOT / page).read_text(), re.M)
+            for page in pages
+        ]
+        assert [len(commands) > 4 for commands in said] == [True] * 3
+        for words in (word for commands in said for word in commands):
+            arguments = re.split(r" {3,}", words)[0]  # without what the help says of it
+            _parser().parse_args(shlex.split(arguments, comments=True))
 
     def test_help_has_examples(self, capsys: Any):
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         assert capsys.readouterr().out.count("python -m experiments.compare ") >= 3
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("three")
+    for name, seed, test in (("a", 0, 0.25), ("b", 1, 0.75), ("c", 2, None)):
+        make_run(home, f"lds/stu/{name}", seed=seed, test=test, trainer={"max_epochs": seed})
+    return home
+
+
+class TestChoosing:
+    def test_where_and_columns(self, three: Path, capsys: Any):
+        arguments = [str(three), "--runs", "--where", "seed<2", "status=finished", "--columns", "trainer.max_epochs"]
+        assert main([*arguments, "--where", "name!=b"]) == 0
+        [row] = shown(capsys)
+        assert (row[2], row[-2:]) == ("a", ["0", "finished"])
+        assert main([str(three), "--columns", "seed", "trainer.max_epochs"]) == 0
+        assert "seed  trainer.max_epochs" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--where", "sed=0"], "--where=sed: no run has such a key; did you mean seed?"),
+            (
+                ["--where", "max_epochs=0"],
+                "--where=max_epochs: no run has such a key; did you mean trainer.max_epochs?",
+            ),
+            (["--where", "seed"], "--where=seed: must be KEY=VALUE"),
+            (["--where", "seed=0", "{runs}"], "--where={runs}: must be KEY=VALUE; folders stand before the options"),
+            (["--where", "=0"], "--where==0: must be KEY=VALUE, or with !=, <, <=, > or >="),
+            (["--where", "seed<x"], "--where=seed<x: < compares with a number"),
+            (["--where", "seed=7", "name=a"], "--where=seed=7 name=a: none of 3 runs is so"),
+            (
+                ["--columns", "optimisr.lr"],
+                "--columns=optimisr.lr: no run has such a key; a run has task, model, name, seed, …",
+            ),
+        ],
+    )
+    def test_what_cannot_be_chosen(self, three: Path, arguments: Sequence[str], says: str, capsys: Any):
+        given = [argument.format(runs=three) for argument in arguments]
+        assert main([str(three), *given, "--csv", str(three / "rows.csv")]) == 2
+        assert _err(capsys) == f"error: {says.format(runs=three)}\n"
+        assert not (three / "rows.csv").exists()
+
+    @pytest.mark.parametrize("arguments", [["--format", "gif"], ["--watch", "0"], ["--watch", "soon"]])
+    def test_options_that_cannot_be(self, three: Path, arguments: Sequence[str], capsys: Any):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(three), *arguments])
+        assert f"argument {arguments[0]}: {arguments[1]}: must be " in _err(capsys)
+
+
+class TestFiles:
+    def test_groups_are_in_the_json(self, tmp_path: Path):
+        for seed, test in ((0, 0.25), (1, 0.75)):
+            make_run(tmp_path, f"lds/stu/{seed}", seed=seed, test=test, best=seed)
+        make_run(tmp_path, "lds/stu/other", test=math.inf, trainer={"max_steps": 5})
+        assert main([str(tmp_path), "--significance", "--json", str(tmp_path / "f.json")]) == 0
+        content = json.loads((tmp_path / "f.json").read_text())
+        assert list(content) == ["runs", "groups", "significance"]
+        first, other = content["groups"]
+        assert (first["task"], first["model"], first["n"], first["mean"]) == ("lds", "stu", 2, 0.5)
+        assert first["std"] == pytest.approx(0.125**0.5)
+        assert (first["tests"], first["seeds"], first["chosen"], first["published"]) == (
+            [0.25, 0.75],
+            [0, 1],
+            True,
+            None,
+        )
+        assert (other["settings"], other["mean"], other["chosen"]) == ({"trainer.max_steps": 5}, None, False)
+        assert first["runs"] == [row["path"] for row in content["runs"][:2]]
+        assert content["runs"][0]["config"]["trainer.max_epochs"] == 3
+        assert content["runs"][2]["group"] == other["label"] == "max_steps=5"
+
+    def test_what_yaml_can_hold(self, tmp_path: Path):
+        run = make_run(tmp_path, test=0.1)
+        run.manifest.write_text(json.dumps({"seed": 0}))  # without the settings
+        run.config.write_text("{day: 2026-01-02, 3: {null: 1}, set: !!set {a, b}, bytes: !!binary aGk=, nan: .nan}")
+        for other in "bc":
+            make_run(tmp_path, f"lds/stu/{other}", test=0.1)
+        assert main([str(tmp_path), "--json", str(tmp_path / "f"), "--csv", str(tmp_path / "c")]) == 0
+        config = json.loads((tmp_path / "f").read_text(), parse_constant=pytest.fail)["runs"][0]["config"]
+        assert (config["day"], config["3.None"], config["nan"]) == ("2026-01-02", 1, None)
+        run.config.write_text("a: &a {b: *a}")  # contains itself
+        assert read(run.path).unreadable == ("config.yaml is unreadable",)
+
+    def test_the_leaderboard_as_markdown_and_latex(self, tmp_path: Path):
+        make_run(tmp_path, "lds/a|b_c/x", test=0.1)
+        make_run(tmp_path, "lds/stu/y")
+        files = [tmp_path / "b.md", tmp_path / "b.tex"]
+        files[0].write_text("before")
+        files[1].symlink_to(tmp_path / "real.tex")
+        assert main([str(tmp_path), "--markdown", str(files[0]), "--latex", str(files[1])]) == 0
+        assert "| a\\|b\\_c | 0.1000 | 1 |" in files[0].read_text()
+        assert r"a\textbar{}b\_c & 0.1000 & 1 &" in (tmp_path / "real.tex").read_text()
+        assert files[1].is_symlink()
+        assert "before" not in files[0].read_text()
+
+    def test_on_the_standard_output(self, tmp_path: Path):
+        make_run(tmp_path / "runs", test=0.1)
+        command = f"{sys.executable} -m experiments.compare --csv /dev/stdout > out"
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+        lines = (tmp_path / "out").read_text().splitlines()
+        assert lines[0] == "lds"
+        assert lines[-2].startswith("task,model,name,seed,metric")
+        assert lines[-1].startswith("lds,stu,a,0,mse")
+
+    def test_figures_and_report_are_asked_for_as_agreed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        made: list[Any] = []
+        for name in ("figures", "report"):
+            module: Any = ModuleType(name)
+            module.write = lambda *arguments: made.append(arguments)
+            monkeypatch.setitem(sys.modules, f"experiments.compare.{name}", module)
+        make_run(tmp_path, test=0.1)
+        assert main([str(tmp_path), "--figures", "pics", "--format", "png,pdf", "--html", "x.html"]) == 0
+        (groups, rows, folder, formats), (rows_again, groups_again, file) = made
+        assert (folder, formats, file) == (Path("pics"), ("png", "pdf"), Path("x.html"))
+        assert groups[0].rows == tuple(rows) == tuple(rows_again)
+        assert groups == groups_again
+
+    @pytest.mark.parametrize(("option", "extra"), [("figures", "plot"), ("html", "report")])
+    def test_what_is_not_installed(self, tmp_path: Path, option: str, extra: str, monkeypatch: Any, capsys: Any):
+        def missing(name: str) -> None:
+            raise ModuleNotFoundError("No module", name="somelib.part")
+
+        monkeypatch.setattr(importlib, "import_module", missing)
+        make_run(tmp_path, test=0.1)
+        assert main([str(tmp_path), f"--{option}", "x"]) == 2
+        assert _err(capsys) == f'error: --{option} needs somelib: pip install -e ".[{extra}]"\n'
+
+
+class TestWatching:
+    def test_again_until_ctrl_c(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+        """It waits for runs, shows them again where they change, and writes the files each time."""
+        file, seen, slept = tmp_path / "rows.csv", [], []
+
+        def sleep(seconds: float) -> None:
+            seen.append(file.read_text().count("\n") - 1 if file.exists() else None)
+            slept.append(seconds)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            if len(seen) != 2:
+                make_run(tmp_path, f"lds/stu/{len(seen)}", test=0.5)
+
+        monkeypatch.setattr("experiments.compare.watch.time.sleep", sleep)
+        assert main([str(tmp_path), "--watch", "7", "--runs", "--csv", str(file)]) == 0
+        assert (seen, slept) == ([None, 1, 1, 2], [7.0] * 4)
+        out = capsys.readouterr().out
+        assert "no runs yet" in out
+        assert out.count("finished") == 1 + 2  # nothing is printed where nothing has changed
+
+    def test_finished_runs_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        from experiments.compare import watch
+
+        done, on = make_run(tmp_path, "lds/stu/a", test=0.5), make_run(tmp_path, "lds/stu/b", val={7: 0.3})
+        reads: list[Path] = []
+        monkeypatch.setattr(watch, "read", lambda path: reads.append(path) or read(path))
+        reader = watch.Reader()
+        assert [reader(run.path).status for run in (done, on) * 2] == ["finished", "stopped"] * 2
+        assert reads == [done.path, on.path, on.path]
+        done.finish(done.read_summary() | {"seconds": 1.5})
+        assert reader(done.path).seconds == 1.5
+
+    def test_errors_end_it(self, tmp_path: Path, capsys: Any):
+        make_run(tmp_path)
+        assert main([str(tmp_path), "--watch", "--where", "sed=0"]) == 2
+        assert "did you mean seed?" in _err(capsys)
+        assert main([str(tmp_path), "--watch", "--csv", str(tmp_path / "no" / "x")]) == 2
 
 
 def _err(capsys: Any) -> str:
