@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.shared.files import command, refuse, runs_folder
+from experiments.shared.ledgers import ABOUT, CHANGES
 from experiments.sweep.jobs import Job
-from experiments.sweep.ledger import ABOUT, CHANGES, Ledger
+from experiments.sweep.ledger import Ledger
 from experiments.sweep.table import Board
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
+from experiments.shared import ledgers
+from experiments.shared.ledgers import ABOUT, CHANGES
 from experiments.sweep.jobs import Job
 from stu.files import write_atomically
-from stu.training.records import mapping_in
 
-ABOUT, CHANGES = "sweep.yaml", "jobs.jsonl"
 HEADER = 7  # bytes of a .wandb file that holds nothing, at which `wandb sync` would end
 
 
@@ -68,20 +68,14 @@ class Ledger:
         with self.changes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")  # one write: others append, too
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, str]]:
         """The latest line of each run; lines that are damaged are left out."""
-        latest: dict[str, dict[str, Any]] = {}
-        with suppress(OSError):
-            for line in self.changes.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
-                    latest[entry["run"]] = {key: str(entry[key]) for key in ("job", "title", "run", "state", "reason")}
-        return list(latest.values())
+        return ledgers.latest(self.folder)
 
     @property
     def total(self) -> int | None:
         """The number of all jobs, where it was known."""
-        total = (mapping_in(self.folder / ABOUT, yaml.safe_load) or {}).get("jobs")
+        total = ledgers.about(self.folder).get("jobs")
         return total if isinstance(total, int) else None
 
     def here(self, run: Path) -> Path:

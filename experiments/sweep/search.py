@@ -30,8 +30,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from experiments.shared.ledgers import CHANGES
 from experiments.sweep.jobs import Job, Jobs, apart
-from experiments.sweep.ledger import CHANGES
 from experiments.sweep.spaces import SEARCHES, Given, Space, setting
 from stu.cli.composition import build, composed
 from stu.errors import DIVERGED, Busy, require

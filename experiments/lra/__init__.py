@@ -1,1 +1,0 @@
-"""What the models reach on the Long Range Arena."""
