@@ -101,13 +101,14 @@ def _tested(options: argparse.Namespace, groups: Sequence[Group]) -> Any:
 def _write(options: argparse.Namespace, rows: Sequence[Row], groups: Sequence[Group]) -> None:
     """Write all files that were asked for. Raises `Cannot`."""
     board = partial(leaderboard, groups, whole=options.all, keys=options.columns)
+    seen = {"refresh": options.watch, "columns": options.columns}
     writers: Sequence[tuple[Path | None, Callable[[Path], object]]] = (
         (options.csv, lambda file: table.save(file, table.csv_text(rows, groups))),
         (options.json, lambda file: table.save(file, table.json_text(rows, groups, **_more(options, groups)))),
         (options.markdown, lambda file: table.save(file, markup.markdown(board()))),
         (options.latex, lambda file: table.save(file, markup.latex(board()))),
         (options.figures, lambda folder: _module("figures", "figures").write(groups, rows, folder, options.format)),
-        (options.html, lambda file: _module("report", "html").write(rows, groups, file)),
+        (options.html, lambda file: _module("report", "html").write(rows, groups, file, **seen)),
     )
     for target, write in writers:
         try:

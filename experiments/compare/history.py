@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +21,7 @@ POINTS = 250  # of a curve that is drawn
 
 @dataclass(frozen=True)
 class History:
-    """The rows of a `metrics.csv` in the order of the file: metrics and, as they are written, steps and values.
+    """The rows of a `metrics.csv` in the order of the file: metrics and, as they are written, steps, values and epochs.
 
     unreadable: what is wrong with the file, in words.
     """
@@ -30,6 +30,15 @@ class History:
     metrics: Sequence[str] = ()
     values: Sequence[str] = ()
     unreadable: tuple[str, ...] = ()
+    epochs: Sequence[str] = ()
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimiser steps of a pass over the training data, None before any."""
+        for step, epoch in zip(reversed(self.steps), reversed(self.epochs), strict=True):
+            if re.fullmatch(NUMBER, epoch) and 0 < float(epoch) < math.inf:
+                return int(step) / float(epoch)
+        return None
 
     @property
     def last_step(self) -> int | None:
@@ -45,14 +54,11 @@ class History:
         """Metric → its curve."""
         import numpy as np
 
-        found: dict[str, tuple[list[str], list[str]]] = {}
-        for step, name, value in zip(self.steps, self.metrics, self.values, strict=True):
-            steps, values = found.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(value)
-        return {
-            name: Curve(np.array(x, dtype=np.int64), np.array(y, dtype=np.float64)) for name, (x, y) in found.items()
-        }
+        number_of = {name: number for number, name in enumerate(dict.fromkeys(self.metrics))}
+        which = np.fromiter(map(number_of.__getitem__, self.metrics), dtype=np.int64)
+        numbers = (np.fromiter(map(float, column), np.float64) for column in (self.steps, self.values))
+        steps, values = next(numbers).clip(max=2**53).astype(np.int64), next(numbers)
+        return {name: Curve(steps[own], values[own]) for name, number in number_of.items() for own in [which == number]}
 
 
 class Curve(NamedTuple):
@@ -69,14 +75,12 @@ class Curve(NamedTuple):
         if n <= points:
             return self
         edges = np.linspace(1, n - 1, (points - 2) // 2 + 1).astype(int)
-        kept = [0, n - 1]
-        for low, high in pairwise(edges):
-            piece = self.values[low:high]
-            if not np.isfinite(piece).any():
-                kept.append(int(low))  # a gap stays a gap
-            else:
-                kept += [int(low + np.nanargmin(piece)), int(low + np.nanargmax(piece))]
-        chosen = np.unique(kept)
+        low, high = edges[:-1, None], edges[1:, None]
+        inside = np.minimum(low + np.arange((high - low).max()), high - 1)  # (bins, points of a bin): the last again
+        piece = self.values[inside]
+        gap = np.isnan(piece)  # where there is nothing else, the first is kept: a gap stays a gap
+        least, largest = np.where(gap, np.inf, piece).argmin(1), np.where(gap, -np.inf, piece).argmax(1)
+        chosen = np.unique(np.concatenate([[0, n - 1], edges[:-1] + least, edges[:-1] + largest]))
         return Curve(self.steps[chosen], self.values[chosen])
 
 
@@ -93,14 +97,14 @@ def read_history(file: Path) -> History:
     lines, unreadable = rows.count("\n") + len(newline), []
     if ROWS.fullmatch(rows + newline):
         cells = rows.replace("\n", ",").split(",") if rows else []
-        steps, metrics, values = cells[::4], cells[2::4], cells[3::4]
+        steps, epochs, metrics, values = (cells[k::4] for k in range(4))
     else:
         parsed = [row for line in rows.split("\n") if (row := parse_row(line))]
-        steps, metrics, values = ([str(row[k]) for row in parsed] for k in (0, 2, 3))
+        steps, epochs, metrics, values = ([str(row[k]) for row in parsed] for k in range(4))
     if bad := lines - len(steps):
         unreadable.append(f"{file.name} has {bad:,} unreadable row{'s' * (bad > 1)}")
     if rest:
         unreadable.append(f"{file.name} ends in half a row")
     if not agrees_with_checksum(file):
         unreadable.append(f"{file.name} does not agree with its checksum")
-    return History(steps, metrics, values, tuple(unreadable))
+    return History(steps, metrics, values, tuple(unreadable), epochs)

@@ -508,7 +508,7 @@ class TestFiles:
         made: list[Any] = []
         for name in ("figures", "report"):
             module: Any = ModuleType(name)
-            module.write = lambda *arguments: made.append(arguments)
+            module.write = lambda *arguments, **_: made.append(arguments)
             monkeypatch.setitem(sys.modules, f"experiments.compare.{name}", module)
         make_run(tmp_path, test=0.1)
         assert main([str(tmp_path), "--figures", "pics", "--format", "png,pdf", "--html", "x.html"]) == 0
