@@ -36,7 +36,7 @@ CLOSED = "rows"  # a file in a folder of W&B that has all it was given: how many
 BEST: dict[str, Callable[..., float]] = {"min": min, "max": max}
 SWEEP = "STU_SWEEP"  # in the environment: the sweep that this command is a job of
 PREEMPTING = (signal.SIGTERM, *ANNOUNCED)  # of clusters and sweeps, which start the command again
-UNTOLD = ("logger", "paths", "sweep")  # groups of options: where to write, and a space, of which a job has its keys
+UNTOLD = ("logger", "paths", "sweep", "tuned")  # groups of options: where to write, and what only sets keys of others
 OF_STARTS = ("id", "starts", "settings", "time", "resumed", "remarks")  # of the manifest, what is said elsewhere
 
 _running: list["WandbLog"] = []
