@@ -113,12 +113,14 @@ class Task(ABC):
     t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
     smaller or larger is better.
 
-    Two optional members serve tests and figures. rollout: models continue test sequences on their own predictions.
+    Three optional members serve tests, figures and comparisons. trivial: the names of those baselines that a model has
+    to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
     image_shape: rows and columns of the image that an input sequence is.
     """
 
     monitor: str
     mode: Literal["min", "max"]
+    trivial: tuple[str, ...] | None = None
     rollout: Rollout | None = None
     image_shape: tuple[int, int] | None = None
 
@@ -142,7 +144,7 @@ class Task(ABC):
 
     @abstractmethod
     def baselines(self) -> dict[str, float]:
-        """Name → score of a trivial predictor in the monitored metric."""
+        """Name → score of a predictor that is not a model, in the monitored metric."""
 
     @abstractmethod
     def encoder(self, d_model: int) -> nn.Module:

@@ -322,6 +322,7 @@ class Forecast(Regression):
     """
 
     data: TrajectoryData
+    trivial = ("mean", "persistence", *LAGS)  # the others are rollouts
     rollout: Rollout
 
     def __init__(

@@ -131,6 +131,7 @@ class LDS(Regression):
     """
 
     data: LDSData
+    trivial = ("zero", "static", "fir")  # the others know what the system is like
 
     def __init__(self, *, seq_len: int, causal: bool, data: LDSData) -> None:
         super().__init__(seq_len=seq_len, causal=causal, data=data, d_output=data.d_output)

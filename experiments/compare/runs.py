@@ -2,28 +2,30 @@
 
 Files are read with little more than the standard library: `stu.training` has readers of them, but importing it imports
 PyTorch and Lightning, which takes seconds. Whatever a file contains, the result is a row, which says what is
-unreadable. (Hence not with yaml's C parser, which is faster, but which deeply nested garbage crashes, and Python with
-it.)
+unreadable.
 """
 
 import fcntl
 import math
 import os
+import shlex
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from stu.files import DELETED, agrees_with_checksum, unsealed
+from experiments.compare.history import History, read_history
+from stu.files import DELETED, unsealed
 from stu.locks import Holder
-from stu.training.records import PRUNED, mapping_in, parse_row
+from stu.training.records import PRUNED, mapping_in
 
 Mode = Literal["min", "max"]
 Status = Literal["finished", "running", "pruned", "stopped", "failed", "never trained"]
-Metrics = list[tuple[int, float, str, float]]
+MEASURED = ("time/sequences_per_second", "time/tokens_per_second", "memory/peak_bytes")
+DEPTH = 1000  # of nested yaml, which its C parser survives
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,25 @@ class Row:
     total_steps: int | None
     unreadable: tuple[str, ...]
     path: str
+    experiment: str | None = None  # the preset of the command
+    sweep: str | None = None  # of which the latest start was a job
+    tags: tuple[str, ...] = ()
+    device: str | None = None
+    started: str | None = None  # the first time, in ISO format
+    command: str | None = None  # of the latest start
+    reason: str = ""  # why it failed
+    best_step: int | None = None
+    best_epoch: float | None = None
+    baselines: Mapping[str, float] = field(default_factory=dict)  # the metric of predictors without learning, on test
+    trivial_names: tuple[str, ...] | None = None  # those of the baselines that a model has to beat; None: all
+    config: Mapping[str, Any] = field(default_factory=dict)  # all options, nested
+
+    @property
+    def trivial(self) -> float | None:
+        """The best of the trivial baselines."""
+        names = self.baselines if self.trivial_names is None else self.trivial_names
+        values = [self.baselines[name] for name in names if name in self.baselines]
+        return (max if self.mode == "max" else min)(values, default=None)
 
     @property
     def state(self) -> str:
@@ -83,28 +104,27 @@ def read(path: Path) -> Row:
     path = Path(os.path.abspath(path))
     finished = os.path.exists(path / "summary.json")
     unreadable: list[str] = []
-    config = _read_mapping(path / "config.yaml", yaml.safe_load, unreadable)
+    config = _read_mapping(path / "config.yaml", _yaml, unreadable)
     manifest = _read_mapping(path / "manifest.json", unsealed, unreadable)
     summary = _read_mapping(path / "summary.json", unsealed, unreadable) if finished else {}
-    metrics = _read_metrics(path / "metrics.csv", unreadable)
+    history = read_history(path / "metrics.csv")
+    unreadable += history.unreadable
 
     monitored = (_at(manifest, "monitor"), _at(summary, "best", "metric"))  # the manifest may be unreadable
     metric = next((_printable(name).removeprefix("val/") for name in monitored if isinstance(name, str)), None)
     mode: Mode = "max" if _at(manifest, "mode") == "max" else "min"
-    values = [value for _, _, name, value in metrics if name == f"val/{metric}" and math.isfinite(value)]
     best = _number(_at(summary, "best", "value"))
     if best is None:
-        best = (max if mode == "max" else min)(values, default=None)
+        best = (max if mode == "max" else min)(history.finite(f"val/{metric}"), default=None)
     test = _number(_at(summary, "test", metric))
     if finished and test is None and "summary.json is unreadable" not in unreadable:
         unreadable.append(f"summary.json has no test {metric}")
-    measured: dict[str, list[float]] = {"time/sequences_per_second": [], "time/tokens_per_second": []}
-    measured["memory/peak_bytes"] = []
-    for _, _, name, value in metrics:
-        if name in measured and math.isfinite(value):
-            measured[name].append(value)
-    sequences, tokens, peaks = measured.values()
+    sequences, tokens, peaks = map(history.finite, MEASURED)
     last = _number(_at(summary, "peak_memory"))
+    starts = [start for start in _list(_at(manifest, "starts")) if isinstance(start, dict)] or [{}]
+    command = _text(starts[-1].get("command"))
+    trivial = _at(summary, "trivial")
+    baselines = {_printable(str(name)): _number(value) for name, value in _mapping(_at(summary, "baselines")).items()}
     return Row(
         task=_printable(path.parent.parent.name),
         model=_printable(path.parent.name),
@@ -119,23 +139,36 @@ def read(path: Path) -> Row:
         tokens_per_second=statistics.median(tokens) if tokens else None,
         peak_memory=max([*peaks, *([] if last is None else [last])], default=None),
         seconds=_number(_at(summary, "seconds")),
-        status="finished" if finished else _unfinished(path, manifest, metrics),
-        step=metrics[-1][0] if metrics else None,
+        status="finished" if finished else _unfinished(path, manifest, history),
+        step=history.last_step,
         total_steps=_whole(_at(manifest, "total_steps")),
         unreadable=tuple(unreadable),
         path=_printable(str(path)),
+        experiment=_preset(command),
+        sweep=_text(starts[-1].get("sweep")),
+        tags=tuple(_printable(str(tag)) for tag in _list(_at(config, "logger", "tags"))),
+        device=_text(starts[-1].get("device")),
+        started=_text(starts[0].get("time")),
+        command=command,
+        reason="" if finished else _text(starts[-1].get("failed")) or "",
+        best_step=_whole(_at(summary, "best", "step")),
+        best_epoch=_number(_at(summary, "best", "epoch")),
+        baselines={name: value for name, value in baselines.items() if value is not None},
+        trivial_names=None if trivial is None else tuple(_printable(str(name)) for name in _list(trivial)),
+        config=_mapping(_at(manifest, "settings")) or config,  # the manifest has a checksum
     )
 
 
 def best_first(rows: Iterable[Row]) -> list[Row]:
     """Sorted by task, then by the test metric, then by the validation metric, also where there is no test metric."""
-
-    def rank(value: float | None, mode: Mode) -> tuple[bool, float]:
-        if value is None or math.isnan(value):
-            return True, 0.0
-        return False, -value if mode == "max" else value
-
     return sorted(rows, key=lambda r: (r.task, rank(r.test, r.mode), rank(r.best_val, r.mode), r.model, r.name))
+
+
+def rank(value: float | None, mode: Mode) -> tuple[bool, float]:
+    """Sorts values of a metric, best first and what is not known last."""
+    if value is None or math.isnan(value):
+        return True, 0.0
+    return False, -value if mode == "max" else value
 
 
 def is_locked(lock: Path) -> bool:
@@ -158,7 +191,7 @@ def is_locked(lock: Path) -> bool:
     return False
 
 
-def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
+def _unfinished(path: Path, manifest: Any, history: History) -> Status:
     place = Path(os.path.realpath(path))  # beside which the lock is
     if is_locked(place.parent / f".{place.name}.lock"):
         return "running"
@@ -168,7 +201,7 @@ def _unfinished(path: Path, manifest: Any, metrics: Metrics) -> Status:
     latest = starts[-1] if isinstance(starts, list) and starts else {}
     if _at(latest, "failed"):
         return "failed"
-    if metrics or os.path.exists(path / "checkpoints" / "last.ckpt"):
+    if history.last_step is not None or os.path.exists(path / "checkpoints" / "last.ckpt"):
         return "stopped"
     return "failed" if latest else "never trained"
 
@@ -180,27 +213,21 @@ def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]
     return content or {}
 
 
-def _read_metrics(file: Path, unreadable: list[str]) -> Metrics:
-    """Rows (step, epoch, metric, value), without the broken ones."""
+def _yaml(text: str) -> Any:
+    """The content of a yaml file, by the C parser, unless it might be nested so deeply that this crashes Python."""
+    shallow = sum(map(text.count, ("[", "{", "- ", "? ", ": "))) < DEPTH
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader) if shallow else yaml.SafeLoader)
+
+
+def _preset(command: str | None) -> str | None:
+    """The choice experiment=… of a command."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        if not agrees_with_checksum(file):
-            unreadable.append(f"{file.name} is missing")
-        return []
-    except OSError:
-        unreadable.append(f"{file.name} is unreadable")
-        return []
-    whole, _, rest = text.rpartition("\n")
-    lines = whole.split("\n")[1:]
-    rows = [row for line in lines if (row := parse_row(line))]
-    if bad := len(lines) - len(rows):
-        unreadable.append(f"{file.name} has {bad:,} unreadable row{'s' * (bad > 1)}")
-    if rest:
-        unreadable.append(f"{file.name} ends in half a row")
-    if not agrees_with_checksum(file):
-        unreadable.append(f"{file.name} does not agree with its checksum")
-    return rows
+        words = shlex.split(command or "")
+    except ValueError:
+        return None
+    return next(
+        (word.partition("=")[2] for word in reversed(words) if word.lstrip("+").startswith("experiment=")), None
+    )
 
 
 def _at(content: Any, *keys: str | None) -> Any:
@@ -208,6 +235,18 @@ def _at(content: Any, *keys: str | None) -> Any:
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str | None:
+    return _printable(value) if isinstance(value, str) and value else None
 
 
 def _number(value: Any) -> float | None:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.compare.runs import Metrics, is_locked
+from experiments.compare.runs import is_locked
 from experiments.sweep.executors.local import THREADS
 from stu.cli.check import check
 from stu.cli.composition import composed
@@ -28,7 +28,7 @@ from stu.files import sealed, write_atomically
 from stu.locks import Holder
 from stu.training import names
 from stu.training.lock import RunLock
-from stu.training.records import PRUNED, mapping_in, parse_row, summary_in
+from stu.training.records import PRUNED, Row, mapping_in, parse_row, summary_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep"  # the group of what is swept: no job has it
@@ -171,7 +171,7 @@ class Job:
         return float((summary or {})["best"]["value"])
 
     @property
-    def rows(self) -> Metrics:
+    def rows(self) -> list[Row]:
         """The rows (step, epoch, metric, value) of metrics.csv so far; of the file, only what is new is read."""
         if self._rows is None:
             self._rows = Rows(self.run / "metrics.csv")
@@ -200,9 +200,9 @@ class Rows:
 
     def __init__(self, file: Path) -> None:
         self.file, self._at, self._inode = file, 0, 0
-        self._rows: Metrics = []
+        self._rows: list[Row] = []
 
-    def read(self) -> Metrics:
+    def read(self) -> list[Row]:
         """All rows so far."""
         try:
             with self.file.open("rb") as file:

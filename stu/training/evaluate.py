@@ -55,6 +55,7 @@ def finish(
         "test": module.evaluated,
         "best": {**best, "epoch": plan.epoch(checkpoints.best_step), "val": validation},
         "baselines": dict(baselines),
+        **({} if task.trivial is None else {"trivial": [name for name in task.trivial if name in baselines]}),
         "steps": steps,
         "seconds": round(checkpoints.seconds_trained, 1),
         **measured,

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import socket
 import sys
@@ -24,7 +25,7 @@ from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, syn
 from stu.training import states
 from stu.training.lock import RunLock
 from stu.training.names import is_free, known_as, require_plain, run_name
-from stu.training.records import git_state, mapping_in, summary_in, version_of
+from stu.training.records import SWEEP, git_state, mapping_in, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 SECONDS_TO_REPORT = 5.0  # that the first process of a run has to say how it ended, before another one does
@@ -365,7 +366,8 @@ def conditions_now(device: str) -> dict[str, Any]:
     """What a start of a run says of itself: time and place, code and versions."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
+        **({"sweep": sweep} if (sweep := os.environ.get(SWEEP)) else {}),
         "git": git_state(),
         "host": socket.gethostname(),
         "device": device,

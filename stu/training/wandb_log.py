@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
 from stu.files import write_atomically
-from stu.training.records import PRUNED, Row, parse_row
+from stu.training.records import PRUNED, SWEEP, Row, parse_row
 from stu.training.run import Run, flatten
 from stu.training.signals import ANNOUNCED
 
@@ -34,7 +34,6 @@ TAG, NAME = 64, 128  # characters that W&B takes in a tag, and in the names of r
 STEP = "trainer/global_step"  # the axis of all charts
 CLOSED = "rows"  # a file in a folder of W&B that has all it was given: how many rows metrics.csv had by then
 BEST: dict[str, Callable[..., float]] = {"min": min, "max": max}
-SWEEP = "STU_SWEEP"  # in the environment: the sweep that this command is a job of
 PREEMPTING = (signal.SIGTERM, *ANNOUNCED)  # of clusters and sweeps, which start the command again
 UNTOLD = ("logger", "paths", "sweep", "tuned")  # groups of options: where to write, and what only sets keys of others
 OF_STARTS = ("id", "starts", "settings", "time", "resumed", "remarks")  # of the manifest, what is said elsewhere
