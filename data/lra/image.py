@@ -17,15 +17,14 @@ from typing import Any, final
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from data.store.arrow import read_arrays, write_arrays
+from data.store.arrow import write_arrays
 from data.store.cache import tracked
-from data.store.pixels import PixelClassification
+from data.store.pixels import Bytes, PixelClassification, PixelExamples
 from data.store.sources import HubData, divided
-from data.store.stored import LabelledData, LabelledExamples
+from data.store.stored import LabelledData
 from stu.encoders import LinearEncoder, TokenEncoder
 from stu.errors import OptionError, require
 from stu.heads import Pool
@@ -49,8 +48,6 @@ CIFAR10 = HubData(
 GREY = ((122.6 / 255,), (61.0 / 255,))
 COLORED = ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 
-Bytes = NDArray[np.uint8]
-
 
 def decoded(content: bytes, mode: str) -> Bytes:
     """The pixels (S² C,) of an image file, "L" for grey (ITU-R 601-2 luma, rounded to 8 bits) or "RGB"."""
@@ -58,19 +55,6 @@ def decoded(content: bytes, mode: str) -> Bytes:
         if (image.size, image.mode) != ((SIDE, SIDE), "RGB"):
             raise ValueError(f"{image.size[0]} × {image.size[1]} pixels of mode {image.mode}")
         return np.asarray(image.convert(mode)).reshape(-1)
-
-
-@final
-class PixelExamples(LabelledExamples):
-    """The (pixels, label) pairs of a file with these two columns. pixels: (n, S² C)."""
-
-    def __init__(self, path: Path) -> None:
-        columns = read_arrays(path)
-        super().__init__(columns["label"], path)
-        self.pixels: Bytes = columns["pixels"]
-
-    def __getitem__(self, index: int, /) -> tuple[Bytes, int]:
-        return self.pixels[index], int(self.labels[index])
 
 
 @final

@@ -174,9 +174,10 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
         for name, bound in {**least, "contour_length": 3, "distractor_paddles": 0}.items():
             self.require_least(name, bound)
         require(0 < self.continuity < math.inf, "continuity", self.continuity, "must be above 0")
-        for name in ("target_contrast", "distractor_contrast"):
-            seen = 1 / LEVELS < getattr(self, name) < LEVELS
-            require(seen, name, getattr(self, name), f"must be above 1/{LEVELS} and below {LEVELS}: markers have 1")
+        for name in ("target_contrast", "distractor_contrast", "second_contrast"):
+            contrast = getattr(self, name)
+            seen = contrast is None or 1 / LEVELS < contrast < LEVELS
+            require(seen, name, contrast, f"must be above 1/{LEVELS} and below {LEVELS}: markers have 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1, or null")
         frame = 2 * max(self.border, 2 * self.seed_distance)
         require(self.side > frame, "side", self.side, f"must be above {frame} for this border and seed_distance")
@@ -228,6 +229,8 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
         """The options of the generator, or the names, labels and sizes of the official images."""
         if self.source is None:
             geometry = {**vars(self.geometry), "margins": list(self.margins)}
+            if self.second_contrast is None:  # as before there was this option
+                del geometry["second_contrast"]
             sizes = dict(zip(Splits._fields, self.sizes, strict=True))
             return {"version": VERSION, "seed": self.seed, **sizes, **geometry}
         folder = folder_of(self.source, OFFICIAL)

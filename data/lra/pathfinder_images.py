@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,7 @@ class Geometry:
     continuity: float
     target_contrast: float
     distractor_contrast: float
+    second_contrast: float | None
 
     @property
     def distractor_length(self) -> int:
@@ -497,17 +498,23 @@ def distract(
 # Images
 
 
-def rendered(geometry: Geometry, targets: Bytes, others: Bytes, markers: Integers) -> Bytes:
+def rendered(
+    geometry: Geometry, targets: Bytes, others: Bytes, markers: Integers, seconds: Bytes | None = None
+) -> Bytes:
     """(n, S, S) images, each scaled to its own maximum.
 
-    targets, others: (n, S, S) coverage of the cells by targets and distractors. markers: (n, 2, 2) positions.
+    targets, others, seconds: (n, S, S) coverage of the cells by targets, by distractors, and by the targets of
+    `second_contrast`. markers: (n, 2, 2) positions.
     """
-    coverage = np.arange(256) / 255
     # float32 here and float64 below, as in the official generator: this decides how halves are rounded
-    target_ink = (coverage * geometry.target_contrast).astype(np.float32)[targets]
-    other_ink = (coverage * geometry.distractor_contrast).astype(np.float32)[others]
+    inks = [(geometry.target_contrast, targets), (geometry.distractor_contrast, others)]
+    if seconds is not None:
+        second = geometry.second_contrast
+        inks.append((geometry.target_contrast if second is None else second, seconds))
+    coverage = np.arange(256) / 255
+    ink = reduce(np.maximum, [(coverage * contrast).astype(np.float32)[cells] for contrast, cells in inks])
     discs = [[marker(geometry.side, geometry.marker_radius, *disc) for disc in both] for both in markers.tolist()]
-    light = np.maximum(np.maximum(target_ink, other_ink), np.max(discs, axis=1) / 255)
+    light = np.maximum(ink, np.max(discs, axis=1) / 255)
     return (light * (255 / light.max((1, 2), keepdims=True)) + 0.5).astype(np.uint8)
 
 
@@ -530,9 +537,11 @@ def finished(stencils: Stencils, pairs: Sequence[Pair], ends: Integers, u: Reals
     base = images * stencils.cells
     places = base + np.stack([pair.places for pair in pairs], 1)  # (2 N, n)
     directions = np.stack([pair.directions for pair in pairs], 1)
-    targets, others = np.zeros((2, len(pairs), stencils.cells), np.uint8)
-    for place, direction in zip(places, directions, strict=True):
-        paste(targets, place, direction, stencils.ink)
+    layers = np.zeros((3, len(pairs), stencils.cells), np.uint8)
+    targets, seconds, others = layers
+    for paddle, (place, direction) in enumerate(zip(places, directions, strict=True)):
+        layer = paddle % 2 != ends[:, 0]  # 1: the target that is not marked at its start
+        paste(layers, layer * targets.size + place, direction, stencils.ink)
     occupancy, count = occupied(stencils, places, directions), np.zeros(len(pairs), np.int64)
     for tries in u.swapaxes(0, 1):
         missing = images
@@ -544,7 +553,9 @@ def finished(stencils: Stencils, pairs: Sequence[Pair], ends: Integers, u: Reals
             missing = np.setdiff1d(missing, added)
     marked = np.stack((places[ends[:, 0], images], places[ends[:, 1] - 2, images]), 1)  # tails, and tips of the last
     markers = stencils.positions(marked % stencils.cells)
-    return rendered(stencils.geometry, stencils.images(targets), stencils.images(others), markers), markers, count
+    contours = stencils.images(targets), stencils.images(others)
+    pixels = rendered(stencils.geometry, *contours, markers, stencils.images(seconds))
+    return pixels, markers, count
 
 
 def draw(geometry: Geometry, seed: int, chunk: int, size: int = CHUNK) -> Images:

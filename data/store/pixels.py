@@ -1,19 +1,37 @@
 """Images as sequences: pixels read row by row, at full resolution or as the means of square blocks.
 
-B batch, S side of an image, L length, C channels
+n images, B batch, S side of an image, L length, C channels
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.store.stored import LabelledData, StoredClassification
+from data.store.arrow import read_arrays
+from data.store.stored import LabelledData, LabelledExamples, StoredClassification
 from stu.errors import require
 from stu.heads import Pool
+
+Bytes = NDArray[np.uint8]
+
+
+@final
+class PixelExamples(LabelledExamples):
+    """The (pixels, label) pairs of a file with these two columns. pixels: (n, S² C)."""
+
+    def __init__(self, path: Path) -> None:
+        columns = read_arrays(path)
+        super().__init__(columns["label"], path)
+        self.pixels: Bytes = columns["pixels"]
+
+    def __getitem__(self, index: int, /) -> tuple[Bytes, int]:
+        return self.pixels[index], int(self.labels[index])
 
 
 class PixelClassification(StoredClassification):

@@ -13,6 +13,7 @@ GROUPS = {
     "task": "what is learned",
     "model": "what learns it",
     "experiment": "presets: several choices at once",
+    "tuned": "what a preset sets for each model, chosen by both: <experiment>/<model>",
     "sweep": "what -m varies: spaces of jobs, to be listed or searched",
     "optimizer": "how it learns",
     "trainer": "where and how long: arguments of lightning.Trainer",
@@ -21,7 +22,7 @@ GROUPS = {
     "paths": "where runs and data are stored",
 }
 
-PRESETS = {"experiment", "sweep"}  # groups that set keys elsewhere, and may be absent
+PRESETS = {"experiment", "tuned", "sweep"}  # groups that set keys elsewhere, and may be absent
 
 EXAMPLES = """\
   python train.py model=stu task=lra_listops                       the full task

@@ -14,7 +14,7 @@ from stu.training.records import SWEEP
 from stu.training.run import Run, rank
 
 log = logging.getLogger(__name__)
-UNTOLD = ("logger", "paths", "sweep")  # groups of options: where to write, and a space, of which a job has its keys
+UNTOLD = ("logger", "paths", "sweep", "tuned")  # groups of options: where to write, and what only sets keys of others
 OF_STARTS = ("id", "starts", "settings", "time", "resumed", "remarks")  # of the manifest, what is said elsewhere
 
 RUNNING: list["Tracker"] = []  # those that have started

@@ -521,7 +521,8 @@ def test_no_two_numbers_that_matter_become_one():
 def test_every_kind_of_job_of_a_ready_space_is_accepted(name: str):
     """Each composes, and fits the constructors."""
     options: Any = OmegaConf.to_container(composed([f"sweep={name}", "task=lds"], with_hydra=True).hydra.sweeper)
-    space = Space.of([] if name == "lra" else ["task=lds"], options["params"], options["when"])
+    of_presets = name.startswith(("lra", "mini"))
+    space = Space.of([] if of_presets else ["task=lds"], options["params"], options["when"])
     jobs = Jobs(space.swept)
     made = [jobs.make(words) for words in space.examples()]
     for job in made:
@@ -532,12 +533,13 @@ def test_every_kind_of_job_of_a_ready_space_is_accepted(name: str):
         text = (CONF / "sweep" / f"{name}.yaml").read_text()
         assert f"Cost: {len(list(space.jobs()))} runs" in text
     models, tasks = ({job.run.parts[part] for job in made} for part in (-2, -3))
+    every = set(options_of("model"))
     assert models == {
-        "lr": {"stu"}, "stu": {"stu"}, "baselines": set(options_of("model")),
+        "lr": {"stu"}, "stu": {"stu"}, "baselines": every, "mini": every, "mini_lr": every,
         "ssm": {"s4", "s4d", "s5", "lru", "mamba2"},
         "lra": {preset.split("/")[2] for preset in options_of("experiment") if preset.startswith("lra/")},
     }[name]  # fmt: skip
-    assert len(tasks) == (6 if name == "lra" else 1)
+    assert len(tasks) == (6 if of_presets else 1)
     assert not any(word.startswith("sweep=") for job in made for word in job.overrides)
 
 

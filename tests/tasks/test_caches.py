@@ -42,6 +42,7 @@ GEOMETRY = Geometry(
     continuity=1.0,
     target_contrast=1.5,
     distractor_contrast=2.0,
+    second_contrast=None,
 )
 
 

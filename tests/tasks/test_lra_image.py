@@ -12,8 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from data.lra import image as lra_image
-from data.lra.image import CIFAR10, CIFARData, PixelExamples, SequentialCIFAR
+from data.lra.image import CIFAR10, CIFARData, SequentialCIFAR
 from data.store import sources as of_others
+from data.store.pixels import PixelExamples
 from stu.errors import OptionError
 from tests import runs, sources
 

@@ -6,6 +6,7 @@ literal reading below follows its code and shares nothing with data/lra/pathfind
 lines and reduces the images.
 """
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -32,6 +33,7 @@ from data.lra import pathfinder as lra_pathfinder
 from data.lra import pathfinder_images
 from data.lra.pathfinder import MAGIC, ImageExamples, Pathfinder, PathfinderData, best_threshold, distances
 from data.lra.pathfinder_images import (
+    DISTRACTOR_TRIES,
     FIRST_TRIES,
     NEXT_TRIES,
     Contours,
@@ -41,6 +43,7 @@ from data.lra.pathfinder_images import (
     Pairs,
     distract,
     draw,
+    draws_of_distractor,
     extend,
     finished,
     free_cells,
@@ -505,6 +508,27 @@ def test_official_images_are_rendered_exactly(kind):
     assert alone.any() or kind == "large"
     assert (found <= images).all()
     assert (found == images).mean() > 0.9
+
+
+def test_the_target_that_is_not_marked_at_its_start_has_a_contrast_of_its_own():
+    """In the first of ten images this is the first contour, in the second one the second one, and so on."""
+    pairs = list(itertools.islice(Pairs(stencils_of(SMALL, 1), np.random.default_rng(0)), 10))
+    ends = np.stack((1 - np.arange(10) % 2, np.arange(10) % 2), 1)
+    none = np.zeros((10, 0, DISTRACTOR_TRIES, draws_of_distractor(SMALL)))
+    plain, *facts = finished(stencils_of(SMALL, 1), pairs, ends, none)
+    equal = dataclasses.replace(SMALL, second_contrast=SMALL.target_contrast)
+    dim = dataclasses.replace(SMALL, second_contrast=SMALL.target_contrast / 3)
+    np.testing.assert_array_equal(finished(stencils_of(equal, 1), pairs, ends, none)[0], plain)
+    pixels, *facts_of_dim = finished(stencils_of(dim, 1), pairs, ends, none)
+    for one, other in zip(facts, facts_of_dim, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for image, before, pair, (first, second) in zip(pixels, plain, pairs, ends, strict=True):
+        rows, columns = stencils_of(SMALL, 1).positions(pair.places).T
+        bright = rows[first::2][3:-3], columns[first::2][3:-3]
+        faint = rows[second::2][3:-3], columns[second::2][3:-3]
+        assert first != second
+        assert image[bright].mean() > 2 * image[faint].mean()
+        assert image.sum() < before.sum()
 
 
 # The official distribution
@@ -983,7 +1007,8 @@ def test_options_that_do_not_change_the_images_have_no_fingerprint():
 def test_every_option_has_a_fingerprint(option):
     data = make_data("unused")
     value = getattr(data, option)
-    other = (1, 2) if option == "margins" else value + (-1 if option == "seed_distance" else 1)
+    others = {"margins": (1, 2), "second_contrast": 0.5, "seed_distance": 6}
+    other = others[option] if option in others else value + 1
     changed = make_data("unused", **{option: other})
     assert make_task(data).fingerprint() != make_task(changed).fingerprint()
 
@@ -998,7 +1023,8 @@ def test_the_version_has_a_fingerprint(monkeypatch):
     ("name", "value"),
     [
         *((name, 0) for name in ("train", "val", "test", "workers", "border", "seed_distance", "paddle_length")),
-        *((name, 0.0) for name in ("marker_radius", "continuity", "target_contrast", "distractor_contrast")),
+        *((name, 0.0) for name in ("marker_radius", "continuity")),
+        *((f"{name}_contrast", 0.0) for name in ("target", "distractor", "second")),
         ("seed", -1),
         ("contour_length", 2),
         ("distractor_paddles", -1),

@@ -1,0 +1,1 @@
+"""How the models compare on tasks that two CPU cores can train: `python -m experiments.mini`."""

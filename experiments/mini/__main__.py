@@ -1,0 +1,56 @@
+"""Collect the board: python -m experiments.mini [FOLDER …] [--out FOLDER].
+
+Reads the runs of sweep=mini below the folders (default: runs/, or $STU_RUNS), writes results.json and the table in
+README.md, and says what the board lacks; exit code 1 if it lacks something.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.compare.runs import find, read
+from experiments.mini.board import Result, problems, results_of, table
+from experiments.shared.files import command, refuse, runs_folder
+from experiments.shared.study import FILE, with_report
+from stu.errors import OptionError, require
+from stu.files import write_atomically
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the runs and write the files; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.mini", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where the runs are")
+    parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="of results.json and README.md")
+    options = parser.parse_args(arguments)
+    folders = options.folders or [runs_folder()]
+    try:
+        for folder in folders:
+            require(folder.is_dir(), "FOLDER", folder, "must be a folder")
+        results = results_of(map(read, find(folders)))
+        require(bool(results), "FOLDER", folders[0], "has no run of a preset experiment=mini/…")
+        options.out.mkdir(parents=True, exist_ok=True)
+        write(results, options.out)
+    except (OptionError, OSError) as error:
+        return refuse(error)
+    print(table(results))
+    lacking = problems(results)
+    for problem in lacking:
+        print(problem, file=sys.stderr)
+    return 1 if lacking else 0
+
+
+def write(results: Sequence[Result], folder: Path) -> None:
+    """results.json, a run a line, and the table between the markers of README.md, if there is one."""
+    lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
+    write_atomically(folder / FILE, f"[\n{lines}\n]\n")
+    readme = folder / "README.md"
+    if readme.exists():
+        write_atomically(readme, with_report(readme.read_text(encoding="utf-8"), table(results)))
+
+
+if __name__ == "__main__":
+    command(main)

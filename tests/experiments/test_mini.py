@@ -1,0 +1,142 @@
+"""The board sweep=mini: how it is counted, and the committed results, which are what it promises."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.compare.runs import Row
+from experiments.mini import board
+from experiments.mini.__main__ import HERE, main
+from experiments.mini.board import Result, entries, problems, results_of, table
+from stu.cli.usage import CONF, options_of
+
+TASKS = [f"task{number}" for number in range(6)]
+MODELS = [f"model{number}" for number in range(9)]
+
+
+def result(task: str, model: str, seed: int, test: float, **changes: Any) -> Result:
+    facts = {"status": "finished", "metric": "accuracy", "mode": "max", "trivial": 0.5, "test_sequences": 1000}
+    return {"task": task, "model": model, "seed": seed, "test": test, **facts, **changes}
+
+
+def whole_board(best: float = 0.9, **changes: Any) -> list[Result]:
+    """Every model is at the trivial baseline, but for the first one."""
+    tests = {MODELS[0]: best}
+    return [result(t, m, seed, tests.get(m, 0.5), **changes) for t in TASKS for m in MODELS for seed in (0, 1)]
+
+
+def test_the_error_is_that_of_the_seeds_and_of_the_test_set():
+    [entry] = entries([result("t", "m", 0, 0.7), result("t", "m", 1, 0.8)])
+    assert entry.mean == pytest.approx(0.75)
+    assert entry.error == pytest.approx(math.sqrt(0.1**2 / 2 / 2 + 0.75 * 0.25 / 1000))
+    assert entry.ahead == pytest.approx(0.25 / entry.error)
+
+
+def test_an_error_that_is_to_fall_is_compared_downwards():
+    facts = {"metric": "mse", "mode": "min", "trivial": 1.0}
+    [entry] = entries([result("t", "m", 0, 0.2, **facts), result("t", "m", 1, 0.4, **facts)])
+    assert entry.ahead == pytest.approx(0.7 / 0.1)
+    [worse] = entries([result("t", "m", 0, 1.2, **facts), result("t", "m", 1, 1.4, **facts)])
+    assert worse.ahead < 0
+
+
+def test_one_seed_says_nothing_of_the_error():
+    [entry] = entries([result("t", "m", 0, 0.9)])
+    assert entry.ahead == 0
+
+
+def test_a_whole_board_lacks_nothing():
+    assert problems(whole_board()) == []
+
+
+@pytest.mark.parametrize("status", ["failed", "running", "stopped"])
+def test_every_run_must_be_finished(status: str):
+    *rest, last = whole_board()
+    lacking = problems([*rest, {**last, "status": status, "test": None}])
+    assert lacking == [
+        f"task5, model8, seed 1: {status}",
+        "task5: 8 models with 2 seeds, must be at least 9",
+    ]
+
+
+def test_a_task_or_a_seed_that_is_missing_is_named():
+    assert problems([r for r in whole_board() if r["task"] != "task3"]) == ["5 tasks, must be at least 6"]
+    lacking = problems([r for r in whole_board() if (r["task"], r["model"], r["seed"]) != ("task3", "model4", 1)])
+    assert lacking == ["task3: 8 models with 2 seeds, must be at least 9"]
+
+
+def test_a_task_that_nobody_learns_is_named():
+    found = problems(whole_board(0.53))  # two standard errors of a thousand sequences
+    assert found == [f"{task}: no model is 3 standard errors better than the best trivial baseline" for task in TASKS]
+    assert problems(whole_board(0.56)) == []
+
+
+def test_the_table_is_sorted_by_mean_rank_and_the_best_is_bold():
+    lines = table([*whole_board(), result("z", "model3", 0, 0.25)]).splitlines()
+    assert lines[0] == "| model | " + " | ".join(f"`{task}`" for task in [*TASKS, "z"]) + " | mean rank |"
+    assert lines[2] == "| `model0` | " + " | ".join(["**90.0 ± 0.0**"] * 6) + " | – | 1.0 |"
+    assert lines[3].startswith("| `model3` ")
+    assert "**25.0** | " in lines[3]
+    assert lines[-1] == "| *best trivial baseline* | " + " | ".join(["50.0"] * 7) + " |  |"
+
+
+def test_only_runs_of_the_board_count():
+    facts: dict[str, Any] = {
+        "name": "r", "seed": 1, "metric": "mse", "mode": "min", "test": 0.1, "best_val": 0.2, "parameters": 5,
+        "sequences_per_second": 1.0, "tokens_per_second": 2.0, "peak_memory": 3.0, "seconds": 4.0,
+        "status": "finished", "step": 6, "total_steps": 6, "unreadable": (), "path": "p",
+        "baselines": {"zero": 1.0, "truth": 0.0}, "trivial_names": ("zero",),
+        "config": {"task": {"data": {"test": 50}}, "optimizer": {"lr": 0.01}},
+    }  # fmt: skip
+    rows = [Row(task="lds", model="stu", experiment=name, **facts) for name in ("mini/lds", "quick", None)]
+    [only] = results_of(rows)
+    assert (only["task"], only["trivial"], only["lr"], only["test_sequences"]) == ("lds", 1.0, 0.01, 50)
+
+
+def test_a_folder_without_the_board_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: FOLDER={tmp_path}: has no run of a preset experiment=mini/…\n"
+    assert main([str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+# The committed files
+
+
+TUNED = sorted({name.rpartition("/")[2] for name in options_of("tuned")})
+
+
+def rate(task: str, model: str) -> float:
+    """The learning rate with which a model of the board is trained."""
+    return float(yaml.safe_load((CONF / f"tuned/mini/{task}/{model}.yaml").read_text())["optimizer"]["lr"])
+
+
+def committed(name: str) -> Any:
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+def test_the_committed_board_lacks_nothing():
+    results = committed("results.json")
+    assert problems(results) == []
+    assert table(results) in (HERE / "README.md").read_text(encoding="utf-8")
+    assert {f"{board.PRESETS}{result['task']}" for result in results} <= set(options_of("experiment"))
+    assert {result["model"] for result in results} == set(TUNED)
+    for one in results:
+        assert one["seconds"] < 180, one
+        assert one["lr"] == rate(one["task"], one["model"]), one
+
+
+def test_the_rates_are_the_best_of_those_that_were_tried():
+    rates = committed("rates.json")
+    for task, models in rates["results"].items():
+        better = min if rates["modes"][task] == "min" else max
+        assert set(models) == set(TUNED)
+        for model, found in models.items():
+            assert len(found) >= 3, (task, model)
+            assert rate(task, model) == float(better(found, key=found.get)), (task, model, found)
+    digits, permuted = ([rate(task, model) for model in TUNED] for task in ("digits", "permuted_digits"))
+    assert digits == permuted
