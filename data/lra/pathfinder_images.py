@@ -62,7 +62,7 @@ class Geometry:
     continuity: float
     target_contrast: float
     distractor_contrast: float
-    second_contrast: float | None
+    second_contrast: float | None = None
 
     @property
     def distractor_length(self) -> int:
