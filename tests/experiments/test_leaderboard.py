@@ -289,22 +289,6 @@ def test_published_numbers_are_those_of_the_collected_results():
         assert f"{one.percent:.1f}" == number
 
 
-def test_published_numbers_are_those_of_the_docs():
-    page = (ROOT / "docs/comparing.md").read_text()
-    names = ["lra_listops", "lra_text", "lra_retrieval", "lra_image", "lra_pathfinder", "lra_pathx"]
-    shown = [line[2:-2].split(" | ") for line in page.splitlines() if line.count(" | ") == 8]
-    models = shown[1:]  # after the head
-    said = {
-        (task, name): (cell.replace("\\", ""), source)
-        for name, _, *cells, source in models
-        for task, cell in zip(names, cells, strict=True)
-        if cell != "–"
-    }
-    wanted = {(one.task, one.name): (one.text, one.source) for one in published() if one.task in names}
-    assert said == wanted
-    assert f"(`cifar_color`): {published_of('cifar_color', 'lru').text.replace('*', chr(92) + '*')}" in page  # type: ignore[union-attr]
-
-
 def test_every_published_number_has_a_source():
     assert len(published()) == 53
     assert all(one.source and (one.percent is None or 30 < one.percent < 100) for one in published())
