@@ -179,11 +179,16 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def diverged(row: Row) -> bool:
+    """Whether a run ended because its numbers were not finite: the same command would again."""
+    return "not finite" in row.reason
+
+
 def how_to_go_on(row: Row) -> str | None:
     """How to go on with a run; None where it is running or has finished, or where its command is unknown."""
     if row.status in ("running", "finished") or not row.command:
         return None
-    if "not finite" in row.reason:
+    if diverged(row):
         return "the same command would diverge again: another learning rate, or overwrite=true with other settings"
     return f"python {row.command}"
 
