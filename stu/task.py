@@ -88,6 +88,11 @@ class Data(ABC):
         """Raise `OptionError` unless the option `name` is at least `least`. why: the end of the message."""
         require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}{why}")
 
+    def require_at_least(self, **least: int) -> None:
+        """Raise `OptionError` unless each of these options is at least so much."""
+        for name, number in least.items():
+            self.require_least(name, number)
+
     def require_memory(self, size: float, *names: str, why: str = "") -> None:
         """Raise `OptionError` for the largest of the options `names` where `size` bytes exceed the memory."""
         require_memory(size, {name: getattr(self, name) for name in names}, why)

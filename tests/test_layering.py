@@ -253,5 +253,5 @@ def test_the_training_extra_is_what_the_test_above_does_without():
     roots = {name.split(".")[0] for path in files for name in imports(path)} - {"stu", "data"}
     third_party = {name for name in roots if name not in sys.stdlib_module_names}
     base = {requirement.split(">=")[0] for requirement in project["dependencies"]}
-    extras = {"matplotlib", "tensorboardX", "trackio"}  # of their own, imported where something is drawn or logged
+    extras = {"matplotlib", "sklearn", "tensorboardX", "trackio"}  # of their own, imported where they are used
     assert third_party - TRAINING_ONLY - extras <= base

@@ -59,8 +59,7 @@ class DigitsData(LabelledData[PixelExamples]):
     test: int = 500
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("train", 1), ("val", 1), ("test", 1)):
-            self.require_least(name, least)
+        self.require_at_least(seed=0, train=1, val=1, test=1)
 
     @property
     def sizes(self) -> dict[str, int]:

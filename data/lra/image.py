@@ -76,8 +76,7 @@ class CIFARData(LabelledData[PixelExamples]):
     test: int = 10_000
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("train", 1), ("val", 1), ("test", 1)):
-            self.require_least(name, least)
+        self.require_at_least(seed=0, train=1, val=1, test=1)
 
     @cached_property
     def spec(self) -> dict[str, object]:

@@ -116,8 +116,7 @@ class ListOpsData(TokenData[TokenExamples]):
     max_args: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("train", 1), ("val", 1), ("test", 1), ("seed", 0), ("min_length", 0), ("max_depth", 1)):
-            self.require_least(name, least)
+        self.require_at_least(train=1, val=1, test=1, seed=0, min_length=0, max_depth=1)
         above = self.min_length + 1
         require(self.max_length > above, "max_length", self.max_length, f"must be above min_length + 1 = {above}")
         require(2 <= self.max_args <= 1000, "max_args", self.max_args, "must be 2…1000")

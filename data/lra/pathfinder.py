@@ -170,9 +170,8 @@ class PathfinderData(Geometry, LabelledData[ImageExamples]):
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"train": 1, "val": 1, "test": 1, "seed": 0, "border": 1, "seed_distance": 1, "paddle_length": 1}
-        for name, bound in {**least, "contour_length": 3, "distractor_paddles": 0}.items():
-            self.require_least(name, bound)
+        self.require_at_least(train=1, val=1, test=1, seed=0, border=1, seed_distance=1, paddle_length=1)
+        self.require_at_least(contour_length=3, distractor_paddles=0)
         require(0 < self.continuity < math.inf, "continuity", self.continuity, "must be above 0")
         for name in ("target_contrast", "distractor_contrast", "second_contrast"):
             contrast = getattr(self, name)

@@ -115,8 +115,7 @@ class TextData(TokenData[TokenExamples]):
     test: int = 25_000
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 1), ("seed", 0), ("train", 1), ("val", 1), ("test", 1)):
-            self.require_least(name, least)
+        self.require_at_least(seq_len=1, seed=0, train=1, val=1, test=1)
         allowed = get_args(Alphabet)
         require(self.tokens in allowed, "tokens", self.tokens, f"must be one of {', '.join(allowed)}")
 

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not os.path.isdir(folder):
             return refuse(f"{folder}: {'is not a folder' if os.path.exists(folder) else 'no such folder'}")
     try:
+        require(bool(options.figures) or not options.format, "--format", options.format, "needs --figures FOLDER")
         _require_apart([options.csv, options.json, options.markdown, options.latex, options.html])
         if options.watch is not None:
             from experiments.compare.watch import watch
@@ -101,7 +102,10 @@ class Comparison:
             (options.json, lambda file: table.save(file, table.json_text(rows, groups, **self._more()))),
             (options.markdown, lambda file: table.save(file, markup.markdown([*self.board, *self.tested[0]]))),
             (options.latex, lambda file: table.save(file, markup.latex([*self.board, *self.tested[0]]))),
-            (options.figures, lambda folder: _module("figures", "figures").write(groups, rows, folder, options.format)),
+            (
+                options.figures,
+                lambda folder: _module("figures", "figures").write(groups, rows, folder, _formats(options.format)),
+            ),
             (options.html, lambda file: _module("report", "html").write(rows, groups, file, **seen)),
         )
         for target, write in writers:
@@ -151,11 +155,14 @@ def _module(name: str, option: str) -> Any:
         raise Cannot(f'--{option} needs {package}: pip install -e ".[{EXTRAS[option]}]"') from error
 
 
-def _formats(text: str) -> tuple[str, ...]:
-    formats = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
-    if not set(formats) <= set(FORMATS):
+def _formats(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip().lower() for part in (text or FORMATS[0]).split(",")))
+
+
+def _known(text: str) -> str:
+    if not set(_formats(text)) <= set(FORMATS):
         raise argparse.ArgumentTypeError(f"{text}: must be of {', '.join(FORMATS)}, with commas between them")
-    return formats
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", help="also write a report to browse, one self-contained file", **files)
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also draw learning curves and comparisons")
     help_format = f"of the figures: {', '.join(FORMATS)} (default: png)"
-    parser.add_argument("--format", type=_formats, default=("png",), metavar="FORMAT[,FORMAT]", help=help_format)
+    parser.add_argument("--format", type=_known, metavar="FORMAT[,FORMAT]", help=help_format)
     help_watch = "again every so many seconds (default: 5), files too, until Ctrl-C"
     parser.add_argument("--watch", nargs="?", type=positive, const=5.0, metavar="SECONDS", help=help_watch)
     return parser

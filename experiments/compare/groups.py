@@ -69,6 +69,11 @@ class Group(Measured):
         return len(self.tests)
 
     @property
+    def seeds(self) -> int:
+        """The number of different seeds among them."""
+        return len({row.seed for row in self.finished})
+
+    @property
     def mean(self) -> float | None:
         """The mean of `tests`."""
         return mean_of(self.tests) if self.tests else None
@@ -136,7 +141,7 @@ def grouped(rows: Iterable[Row]) -> list[Group]:
 
 
 def chosen(groups: Sequence[Group]) -> list[Group]:
-    """Of each task, variant and model the group that a search would choose: of those with the most finished runs, the
+    """Of each task, variant and model the group that a search would choose: of those with the most finished seeds, the
     one that is best on the validation set. The test set has no say.
     """
     best: dict[tuple[str, str], Group] = {}
@@ -158,7 +163,7 @@ def described(settings: Mapping[str, Any]) -> str:
 
 
 def _choice(group: Group) -> tuple[int, bool, float, str]:
-    return -group.n, *rank(group.best_val, group.mode), group.label
+    return -group.seeds, *rank(group.best_val, group.mode), group.label
 
 
 def _place(row: Row) -> tuple[float, str]:

@@ -461,6 +461,7 @@ class TestChoosing:
             (["--where", "seed"], "--where=seed: must be KEY=VALUE"),
             (["--where", "seed=0", "{runs}"], "--where={runs}: must be KEY=VALUE; folders stand before the options"),
             (["--where", "=0"], "--where==0: must be KEY=VALUE, or with !=, <, <=, > or >="),
+            (["--format", "png"], "--format=png: needs --figures FOLDER"),
             (["--where", "trainer=x"], "--where=trainer: is a group of options: trainer.max_epochs"),
             (["--where", "seed<x"], "--where=seed<x: < compares with a number"),
             (["--where", "seed=7", "name=a"], "--where=seed=7 name=a: none of 3 runs is so"),

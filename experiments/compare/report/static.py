@@ -31,7 +31,7 @@ def _cells(group: Group) -> Sequence[str]:
         group.label,
         _text(group.mean),
         _text(group.std),
-        str(group.n),
+        f"{group.n}{f' of {len(group.rows)}' * bool(group.missing)}",
         _text(group.best),
         _text(group.median(lambda row: row.parameters), ",.0f"),
         _text(group.median(lambda row: row.tokens_per_second), ",.0f"),

@@ -117,6 +117,7 @@ function groupsOf(runs) {
         tests,
         n: tests.length,
         mean: mean(tests),
+        seeds: new Set(done.map((run) => run.seed)).size,
         std: deviation(tests),
         best: [...tests].sort((a, b) => ranked(a, b, group.mode))[0] ?? null,
         validation: mean(done.map((run) => run.best_val).filter((value) => value !== null)),
@@ -137,7 +138,7 @@ function groupsOf(runs) {
   for (const rivals of Map.groupBy(groups, (group) => JSON.stringify([group.title, group.model])).values()) {
     // the settings that a search would choose; the test set has no say
     const [first] = [...rivals].sort(
-      (a, b) => b.n - a.n || ranked(a.validation, b.validation, a.mode) || alphabetic(a.label, b.label),
+      (a, b) => b.seeds - a.seeds || ranked(a.validation, b.validation, a.mode) || alphabetic(a.label, b.label),
     );
     for (const group of rivals) Object.assign(group, { settings: rivals.length, chosen: group === first });
   }
