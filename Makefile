@@ -70,7 +70,10 @@ format: setup  ## fix what lint and format can fix themselves
 generate: setup  ## write what is generated for a new model or task: golden trajectory, row in README.md, sections of docs/
 	@$(BIN)/python -m tests.generate
 
-docs: setup  ## build the documentation into site/
+# An environment that has what is needed is left as it is: it may be another clone's (VENV=...).
+docs:  ## build the documentation into site/
+	@$(BIN)/python -c 'import latex2mathml, mkdocstrings_handlers.python, zensical' 2> /dev/null \
+		|| $(MAKE) --no-print-directory setup
 	$(BIN)/python -m zensical build --clean --strict
 
 clean:  ## remove environments and caches; runs and data stay

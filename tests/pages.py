@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stu.cli.usage import CONF, folded, options_of
+from stu.task import Task
 from tests.runs import ROOT
 
 PAGES = {"model": ROOT / "docs" / "models.md", "task": ROOT / "docs" / "tasks.md"}
@@ -76,7 +77,8 @@ def sections(text: str) -> list[str]:
 def block(group: str, name: str, facts: Sequence[str]) -> str:
     """The generated part of a section."""
     shown = {"model": model_facts, "task": task_facts}[group](name, facts) if name != "_backbone" else []
-    rows = [f"| `{key}` | {f'`{value}`' if value else ''} | {meaning} |" for key, value, meaning in merged(group, name)]
+    cells = [[f"`{key}`", f"`{value}`" if value else "", meaning] for key, value, meaning in merged(group, name)]
+    rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
     options = ["| option | default | meaning |", "| --- | --- | --- |", *rows] if rows else []
     return "\n" + "\n\n".join(["\n".join(part) for part in (*shown, options) if part]) + "\n\n"
 
@@ -97,13 +99,11 @@ def task_facts(name: str, _: Sequence[str]) -> list[list[str]]:
     """Sizes, metric, trivial baselines, commands, presets."""
     values = {option.key: option.value for option in options("task", name)}
     sizes = " / ".join(count(values.get(f"task.data.{split}", "all")) for split in ("train", "val", "test"))
-    found = re.search(rf"^\| `{name}` \|(?:[^|]*\|){{3}} (.*?) \|", CARDS.read_text(encoding="utf-8"), re.MULTILINE)
-    baselines = f"Trivial baselines: {found[1]}." if found else "`data.prepare` shows the trivial baselines."
-    metric, mode = monitored(name)
-    better = "larger is better" if mode == "max" else "smaller is better"
-    steps = count(values["task.seq_len"])
+    task, steps = task_class(name), count(values["task.seq_len"])
+    scored = f"{task.monitor}, {'larger' if task.mode == 'max' else 'smaller'} is better"
+    shown = baselines(name, task.trivial)
     return [
-        [f"{sizes} training, validation and test sequences of up to {steps} steps; {metric}, {better}. {baselines}"],
+        [f"{sizes} training, validation and test sequences of up to {steps} steps; {scored}. {shown}"],
         ["```bash", f"python -m data.prepare task={name}", f"python train.py model=stu task={name}", "```"],
         [f"Presets: {presets('task', name)}."] if presets("task", name) else [],
     ]
@@ -133,12 +133,23 @@ def count(value: str) -> str:
     return f"{int(value):,}" if value.isdecimal() else value
 
 
-def monitored(name: str) -> tuple[str, str]:
-    """The metric that selects the checkpoints of a task, and its direction."""
+def baselines(name: str, trivial: Sequence[str] | None) -> str:
+    """The baselines of a task, from its card, and which are trivial; None: all are."""
+    cards = CARDS.read_text(encoding="utf-8").partition("\n## Cards\n")[2].partition("\n## ")[0]
+    found = re.search(rf"^\| `{name}` \|(?:[^|]*\|){{3}} (.*?) \|", cards, re.MULTILINE)
+    if not found:
+        return "`data.prepare` shows the trivial baselines."
+    if trivial is None:
+        return f"Trivial baselines: {found[1]}."
+    return f"Baselines: {found[1]}; trivial are {', '.join(f'*{one}*' for one in trivial)}."
+
+
+def task_class(name: str) -> type[Task]:
+    """What a file of conf/task makes."""
     target = re.search(r"^_target_: (\S+)\.(\w+)$", file("task", name).read_text(encoding="utf-8"), re.MULTILINE)
     assert target is not None, name
-    task = getattr(import_module(target[1]), target[2])
-    return task.monitor, task.mode
+    made: type[Task] = getattr(import_module(target[1]), target[2])
+    return made
 
 
 def presets(group: str, name: str) -> str:
@@ -150,11 +161,16 @@ def presets(group: str, name: str) -> str:
 
 
 def merged(group: str, name: str) -> Iterator[Option]:
-    """The options of a file: without a comment, one has that of the file it derives from, or shares the one before."""
+    """The options of a file, each with a meaning where there is one.
+
+    Without a comment, one has that of the file it derives from, or is what its value refers to, or shares the comment
+    of the one before.
+    """
     inherited = {option.key: option.meaning for base in bases(group, name) for option in options(group, base)}
     last = Option("", "", "")
     for option in options(group, name):
-        meaning = option.meaning or inherited.get(option.key, "")
+        refers = re.fullmatch(r"\$\{([\w.]+)\}", option.value)
+        meaning = option.meaning or inherited.get(option.key, "") or (f"that of `{refers[1]}`" if refers else "")
         if not meaning and parent(option.key) == parent(last.key):
             last = Option(f"{last.key}`<br>`{option.key}", f"{last.value}`<br>`{option.value}", last.meaning)
             continue

@@ -5,6 +5,7 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from stu.cli import output
 from stu.cli.arguments import checked
 from stu.cli.check import check
 from stu.cli.composition import composed
-from stu.cli.usage import EXAMPLES, options_of
+from stu.cli.usage import EXAMPLES, GROUPS, options_of
 from stu.errors import OptionError
 from stu.ops.filters import spectral_filters
 from tests import generate
@@ -191,6 +192,11 @@ def test_a_board_is_a_figure_a_sentence_and_a_table(tmp_path, monkeypatch):
     assert board() == generate.BOARD_FIGURE + generate.BOARD_TEXT + "| model |\n| --- |\n"
 
 
+def test_every_group_of_the_configuration_is_described():
+    _, first, *_ = PAGES[DOCS / "configuration.md"].split("\n## ")
+    assert {*re.findall(r"^\| `(\w+)` \| ", first, re.MULTILINE)} == {*GROUPS}
+
+
 def test_the_readme_is_short():
     assert len(PAGES[README].splitlines()) <= 200
 
@@ -204,6 +210,15 @@ def test_what_a_page_links_to_exists(page: Path):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path):
+    """Else its last ones are not shown: a bar within a cell needs a backslash."""
+    for text in re.findall(r"(?:^\|.*\n)+", PAGES[page], re.MULTILINE):
+        rows = text.splitlines()
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+        assert len(set(cells)) == 1, rows[cells.index(max(cells))]
 
 
 def anchors(page: Path) -> set[str]:
@@ -226,6 +241,18 @@ def test_targets_of_make_exist():
         target for text in PAGES.values() for line in lines(text) for target in re.findall(r"^make ([a-z0-9-]+)", line)
     }
     assert {"train", "test", "docs"} <= named <= targets
+
+
+def test_building_the_pages_leaves_an_environment_that_has_what_is_needed(tmp_path: Path):
+    """It may be another clone's, which an installation would let import this one."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$1 $2" >> {shlex.quote(str(tmp_path))}/calls\n')
+    python.chmod(0o755)
+    subprocess.run(["make", "-s", "docs", f"VENV={tmp_path}"], cwd=ROOT, check=True, capture_output=True)
+    first, *others = (tmp_path / "calls").read_text().splitlines()
+    assert first.startswith("-c import")
+    assert others == ["-m zensical"]
 
 
 def test_every_page_has_its_place():

@@ -2,15 +2,16 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare import markup, table
-from experiments.compare.groups import Group, chosen, grouped
-from experiments.compare.leaderboard import leaderboard, unfinished
+from experiments.compare.groups import chosen, grouped
+from experiments.compare.leaderboard import Sheet, leaderboard, unfinished
 from experiments.compare.runs import Row, best_first, find, read
 from experiments.compare.select import require_key, where
 from experiments.shared.arguments import positive
@@ -43,87 +44,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Show the runs and write files if asked to; return the exit code."""
     options = _parser().parse_args(arguments)
     for folder in options.folders:
-        if not folder.is_dir():
-            return refuse(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+        if not os.path.isdir(folder):
+            return refuse(f"{folder}: {'is not a folder' if os.path.exists(folder) else 'no such folder'}")
     try:
+        _require_apart([options.csv, options.json, options.markdown, options.latex, options.html])
         if options.watch is not None:
             from experiments.compare.watch import watch
 
-            return watch(options.watch, partial(_selected, options), partial(_shown, options), partial(_write, options))
+            return watch(options.watch, partial(_selected, options), partial(Comparison, options))
         rows = _selected(options, read)
         if not rows:
-            print(f"{_no_runs(options)}: a run is a folder with manifest.json and config.yaml", file=sys.stderr)
+            folders = ", ".join(map(str, options.folders))
+            print(f"no runs in {folders}: a run is a folder with manifest.json and config.yaml", file=sys.stderr)
             return 1
-        groups = grouped(rows)
-        table.show(table.console(), _shown(options, rows, groups))
-        _write(options, rows, groups)
+        comparison = Comparison(options, rows)
+        table.show(table.console(), comparison.shown())
+        comparison.write()
     except (OptionError, Cannot) as error:
         return refuse(error)
     return 0
 
 
+class Comparison:
+    """What is shown of some runs, and written."""
+
+    def __init__(self, options: argparse.Namespace, rows: Sequence[Row]) -> None:
+        self.options, self.rows, self.groups = options, rows, grouped(rows)
+
+    @cached_property
+    def board(self) -> list[Sheet]:
+        """The leaderboard."""
+        return leaderboard(self.groups, whole=self.options.all, keys=self.options.columns)
+
+    @cached_property
+    def tested(self) -> tuple[list[Sheet], list[Any]]:
+        """The sheets of --significance, and all pairs of groups; nothing where it was not asked for."""
+        if not self.options.significance:
+            return [], []
+        from experiments.compare import significance  # with scipy
+
+        return significance.sheets(self.groups if self.options.all else chosen(self.groups))
+
+    def shown(self) -> list["Table | Text"]:
+        """What is printed."""
+        parts: list[Any] = [table.runs_table(self.rows, self.options.columns)] * self.options.runs
+        sheets = [*([] if self.options.runs else self.board), *self.tested[0]]
+        parts += [part for sheet in sheets for part in table.sheet_parts(sheet)]
+        return parts if self.options.runs else [*parts, *map(table.plain, unfinished(self.rows))]
+
+    def write(self) -> None:
+        """Write all files that were asked for. Raises `Cannot`."""
+        options, rows, groups = self.options, self.rows, self.groups
+        seen = {"refresh": options.watch, "columns": options.columns}
+        writers: Sequence[tuple[Path | None, Callable[[Path], object]]] = (
+            (options.csv, lambda file: table.save(file, table.csv_text(rows, groups))),
+            (options.json, lambda file: table.save(file, table.json_text(rows, groups, **self._more()))),
+            (options.markdown, lambda file: table.save(file, markup.markdown([*self.board, *self.tested[0]]))),
+            (options.latex, lambda file: table.save(file, markup.latex([*self.board, *self.tested[0]]))),
+            (options.figures, lambda folder: _module("figures", "figures").write(groups, rows, folder, options.format)),
+            (options.html, lambda file: _module("report", "html").write(rows, groups, file, **seen)),
+        )
+        for target, write in writers:
+            try:
+                if target is not None:
+                    write(target)
+            except OSError as error:
+                raise Cannot(f"{target}: {error.strerror or error}") from error
+
+    def _more(self) -> dict[str, Any]:
+        if not self.options.significance:
+            return {}
+        from experiments.compare.significance import facts
+
+        return {"significance": list(map(facts, self.tested[1]))}
+
+
+def _require_apart(files: Sequence[Path | None]) -> None:
+    """Raise `Cannot` where two files are one, which would have the last content alone."""
+    real = [os.path.realpath(file) for file in files if file and not file.is_relative_to("/dev")]
+    if twice := next((file for file in real if real.count(file) > 1), None):
+        raise Cannot(f"{twice}: is asked for twice, with different content")
+
+
 def _selected(options: argparse.Namespace, reader: Callable[[Path], Row]) -> list[Row]:
-    """The runs in the folders for which --where holds; none only where the folders have none."""
+    """The runs in the folders for which --where holds; none only where the folders have none, or may get some."""
     rows = best_first(reader(path) for path in find(options.folders))
     for word in options.where:
-        hint = "; folders stand before the options" * Path(word).is_dir()
+        hint = "; folders stand before the options" * os.path.isdir(word)
         require("=" in word or "<" in word or ">" in word, "--where", word, f"must be KEY=VALUE{hint}")
     kept = where(rows, options.where)
     of = f"none of {len(rows):,} runs is so" if len(rows) != 1 else "the only run is not so"
-    require(bool(kept) or not rows, "--where", " ".join(options.where), of)
+    require(bool(kept) or not rows or options.watch is not None, "--where", " ".join(options.where), of)
     for key in options.columns:
         require_key(rows, "--columns", key)
     return kept
-
-
-def _no_runs(options: argparse.Namespace) -> str:
-    return f"no runs in {', '.join(map(str, options.folders))}"
-
-
-def _shown(options: argparse.Namespace, rows: Sequence[Row], groups: Sequence[Group]) -> list["Table | Text"]:
-    """What is printed."""
-    if options.runs:
-        return [table.runs_table(rows, options.columns)]
-    parts: list[Any] = []
-    for sheet in leaderboard(groups, whole=options.all, keys=options.columns):
-        parts += table.sheet_parts(sheet)
-    if options.significance:
-        parts += [part for sheet in _tested(options, groups)[0] for part in table.sheet_parts(sheet)]
-    return [*parts, *map(table.plain, unfinished(rows))]
-
-
-def _tested(options: argparse.Namespace, groups: Sequence[Group]) -> Any:
-    from experiments.compare import significance  # with scipy
-
-    return significance.sheets(groups if options.all else chosen(groups))
-
-
-def _write(options: argparse.Namespace, rows: Sequence[Row], groups: Sequence[Group]) -> None:
-    """Write all files that were asked for. Raises `Cannot`."""
-    board = partial(leaderboard, groups, whole=options.all, keys=options.columns)
-    seen = {"refresh": options.watch, "columns": options.columns}
-    writers: Sequence[tuple[Path | None, Callable[[Path], object]]] = (
-        (options.csv, lambda file: table.save(file, table.csv_text(rows, groups))),
-        (options.json, lambda file: table.save(file, table.json_text(rows, groups, **_more(options, groups)))),
-        (options.markdown, lambda file: table.save(file, markup.markdown(board()))),
-        (options.latex, lambda file: table.save(file, markup.latex(board()))),
-        (options.figures, lambda folder: _module("figures", "figures").write(groups, rows, folder, options.format)),
-        (options.html, lambda file: _module("report", "html").write(rows, groups, file, **seen)),
-    )
-    for target, write in writers:
-        try:
-            if target is not None:
-                write(target)
-        except OSError as error:
-            raise Cannot(f"{target}: {error.strerror or error}") from error
-
-
-def _more(options: argparse.Namespace, groups: Sequence[Group]) -> dict[str, Any]:
-    if not options.significance:
-        return {}
-    from experiments.compare.significance import facts
-
-    return {"significance": [facts(one) for one in _tested(options, groups)[1]]}
 
 
 def _module(name: str, option: str) -> Any:
@@ -165,8 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     files: Any = {"type": Path, "metavar": "FILE"}
     parser.add_argument("--csv", help="also write the runs as CSV", **files)
     parser.add_argument("--json", help="also write runs and groups as JSON", **files)
-    parser.add_argument("--markdown", help="also write the leaderboard as Markdown", **files)
-    parser.add_argument("--latex", help="also write the leaderboard as LaTeX (booktabs)", **files)
+    parser.add_argument("--markdown", help="also write what is compared as Markdown", **files)
+    parser.add_argument("--latex", help="also write what is compared as LaTeX (booktabs)", **files)
     parser.add_argument("--html", help="also write a report to browse, one self-contained file", **files)
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also draw learning curves and comparisons")
     help_format = f"of the figures: {', '.join(FORMATS)} (default: png)"

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 UNKNOWN = "-"
+LEAST = -300  # power of ten that is told
 PLAIN = 6  # digits after the point, beyond which a power of ten is written
 
 
@@ -15,7 +16,7 @@ class Digits(NamedTuple):
 
     def text(self, value: float) -> str:
         """The number, without its power of ten."""
-        return f"{value / 10.0**self.exponent:,.{self.decimals}f}" if math.isfinite(value) else str(value)
+        return f"{value / 10.0**self.exponent:z,.{self.decimals}f}" if math.isfinite(value) else str(value)
 
     @property
     def power(self) -> str:
@@ -67,4 +68,5 @@ def duration(seconds: float | None) -> str:
 
 def _exponent(value: float, places: int) -> int:
     """The power of ten of the first of so many digits."""
-    return int(f"{value:.{places - 1}e}".partition("e")[2]) if value and math.isfinite(value) else 0
+    power = int(f"{value:.{places - 1}e}".partition("e")[2]) if value and math.isfinite(value) else 0
+    return max(power, LEAST)

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-from experiments.compare.runs import Mode, Row, printable, rank
+from experiments.compare.runs import Measured, Row, printable, rank
 from experiments.compare.select import options
 from stu.training.names import is_free
 
@@ -23,7 +23,7 @@ SHARES = (*LIMITS, "trainer.limit_train_batches", "trainer.limit_val_batches", "
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Measured):
     """Runs of one task and one model with the same settings, up to the seed; `rows` has at least one.
 
     settings: what tells it from the other groups of the same task and model, dotted key → value; a key is absent where
@@ -43,16 +43,6 @@ class Group:
         return f"{self.task} ({described(self.variant)})" if self.variant else self.task
 
     @property
-    def metric(self) -> str | None:
-        """The monitored metric."""
-        return next((row.metric for row in self.rows if row.metric), None)
-
-    @property
-    def mode(self) -> Mode:
-        """Whether less or more of it is better."""
-        return next((row.mode for row in self.rows if row.metric), self.rows[0].mode)
-
-    @property
     def label(self) -> str:
         """The settings in words, by the last parts of their keys where these tell enough."""
         return described(self.settings)
@@ -61,6 +51,12 @@ class Group:
     def finished(self) -> list[Row]:
         """The runs that have a result."""
         return [row for row in self.rows if row.status == "finished" and row.test is not None]
+
+    @property
+    def missing(self) -> Counter[str]:
+        """What became of the other runs: status → how many."""
+        others = (row for row in self.rows if row.status != "finished" or row.test is None)
+        return Counter("damaged" if row.status == "finished" else row.status for row in others)
 
     @cached_property
     def tests(self) -> list[float]:
@@ -75,13 +71,16 @@ class Group:
     @property
     def mean(self) -> float | None:
         """The mean of `tests`."""
-        return statistics.fmean(self.tests) if self.tests else None
+        return mean_of(self.tests) if self.tests else None
 
     @property
     def std(self) -> float | None:
         """Their sample standard deviation; None of fewer than two."""
         finite = all(map(math.isfinite, self.tests))
-        return statistics.stdev(self.tests) if self.n > 1 and finite else None
+        try:
+            return statistics.stdev(self.tests) if self.n > 1 and finite else None
+        except OverflowError:
+            return math.inf
 
     @property
     def best(self) -> float | None:
@@ -92,11 +91,11 @@ class Group:
     def best_val(self) -> float | None:
         """The mean of the best validation values of the finished runs, by which settings are chosen."""
         values = [row.best_val for row in self.finished if row.best_val is not None]
-        return statistics.fmean(values) if values else None
+        return mean_of(values) if values else None
 
     @property
     def trivial(self) -> float | None:
-        """The best trivial baseline, the mean over the runs: it depends on the data alone."""
+        """The best trivial baseline, the median over the runs: it depends on the data alone."""
         return self.median(lambda row: row.trivial)
 
     def median(self, of: Callable[[Row], float | None]) -> float | None:
@@ -114,6 +113,14 @@ class Group:
     def order(self) -> tuple[bool, float, bool, float]:
         """Sorts groups of one task, best first: by the mean on the test set, then by that on the validation set."""
         return *rank(self.mean, self.mode), *rank(self.best_val, self.mode)
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean, also of numbers so large that their sum is infinite; NaN of inf and -inf."""
+    try:
+        return statistics.fmean(values)
+    except (OverflowError, ValueError):
+        return sum(value / len(values) for value in values)
 
 
 def grouped(rows: Iterable[Row]) -> list[Group]:

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from statistics import fmean
 from typing import Any
 
 from experiments.compare.digits import UNKNOWN, beside, duration, mean_and_std, number
-from experiments.compare.groups import Group, chosen
+from experiments.compare.groups import Group, chosen, mean_of
 from experiments.compare.published import SECOND_HAND, Published, published, published_of, reduced
-from experiments.compare.runs import Row, printable, rank
+from experiments.compare.runs import Row, is_share, printable, rank
 from experiments.compare.select import ABSENT, value
 
 LISTED = 20  # runs that have not finished
@@ -51,7 +50,7 @@ def _sheet(groups: Sequence[Group], shown: Sequence[Group], whole: bool, keys: S
         ("tried", several_tried and not whole, lambda group: str(tried[group.model])),
         *((key, True, partial(several, key=key)) for key in keys),
         (result, True, lambda group: mean_and_std(*scaled(percent, group.mean, group.std))),
-        ("n", True, lambda group: str(group.n)),
+        ("n", True, lambda group: f"{group.n}{f' of {len(group.rows)}' * bool(group.missing)}"),
         ("best", True, lambda group: beside(*scaled(percent, group.best, group.mean, group.std))),
         ("val", whole, lambda group: mean_and_std(*scaled(percent, group.best_val))),
         ("parameters", True, lambda group: number(group.median(lambda row: row.parameters), ",.0f")),
@@ -73,11 +72,6 @@ def _sheet(groups: Sequence[Group], shown: Sequence[Group], whole: bool, keys: S
 def gibibytes(row: Row) -> float | None:
     """The memory that training took at most."""
     return row.peak_memory and row.peak_memory / 2**30
-
-
-def is_share(metric: str | None) -> bool:
-    """Whether a metric is a share, shown in percent as in publications."""
-    return (metric or "").rpartition("/")[2].endswith("accuracy")
 
 
 def scaled(percent: bool, *values: float | None) -> list[float | None]:
@@ -108,7 +102,7 @@ def _baselines(groups: Iterable[Group], mode: Any) -> list[tuple[str, float]]:
     for row in (row for group in groups for row in group.rows):
         for name, content in row.baselines.items():
             found[row.trivial_names is not None and name not in row.trivial_names, name].append(content)
-    means = [(knows, rank(mean := fmean(some), mode), name, mean) for (knows, name), some in found.items()]
+    means = [(knows, rank(mean := mean_of(some), mode), name, mean) for (knows, name), some in found.items()]
     return [(f"{'reference' if knows else 'trivial'}: {name}", mean) for knows, _, name, mean in sorted(means)]
 
 
@@ -128,12 +122,20 @@ def _notes(shown: Sequence[Group], *, choice: bool) -> Iterator[str]:
     better = [group for group in shown if group.mean is not None and group.trivial is not None]
     if none := [name_of(group) for group in better if rank(group.mean, group.mode) >= rank(group.trivial, group.mode)]:
         yield f"no better than the best trivial baseline: {'; '.join(none)}"
-    for group in shown:
+    yield from doubts(shown)
+    if known := {group.model: one for group in shown if (one := _of(group))}:
+        yield from _sources(shown, known)
+
+
+def doubts(groups: Sequence[Group]) -> Iterator[str]:
+    """What the means of these groups leave out, or have twice."""
+    for group in groups:
+        if group.n and group.missing:
+            others = ", ".join(f"{count} {status}" for status, count in sorted(group.missing.items()))
+            yield f"{name_of(group)}: without the runs that have no result: {others}"
         if group.repeated:
             seeds = ", ".join(map(str, group.repeated))
             yield f"{name_of(group)}: several runs of seed {seeds}, which are no independent results"
-    if known := {group.model: one for group in shown if (one := _of(group))}:
-        yield from _sources(shown, known)
 
 
 def _sources(shown: Sequence[Group], known: Mapping[str, Published]) -> Iterator[str]:
@@ -177,11 +179,16 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def diverged(row: Row) -> bool:
+    """Whether a run ended because its numbers were not finite: the same command would again."""
+    return "not finite" in row.reason
+
+
 def how_to_go_on(row: Row) -> str | None:
     """How to go on with a run; None where it is running or has finished, or where its command is unknown."""
     if row.status in ("running", "finished") or not row.command:
         return None
-    if "not finite" in row.reason:
+    if diverged(row):
         return "the same command would diverge again: another learning rate, or overwrite=true with other settings"
     return f"python {row.command}"
 
@@ -200,6 +207,7 @@ def group_facts(group: Group, *, is_chosen: bool) -> dict[str, Any]:
         "chosen": is_chosen,
         **{name: getattr(group, name) for name in names},
         "seeds": [row.seed for row in group.finished],
+        "missing": dict(group.missing),
         **{name: group.median(lambda row, name=name: getattr(row, name)) for name in medians},  # type: ignore[misc]
         "published": result and {**vars(result), "percent": result.percent, "reduced": reduced(group)},
         "runs": [row.path for row in group.rows],

@@ -9,8 +9,10 @@ import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,8 @@ from stu.training.records import PRUNED, mapping_in
 Mode = Literal["min", "max"]
 Status = Literal["finished", "running", "pruned", "stopped", "failed", "never trained"]
 MEASURED = ("time/sequences_per_second", "time/tokens_per_second", "memory/peak_bytes")
+# Baselines that know more of the data than a model may: earlier versions did not tell them from trivial ones.
+REFERENCES = re.compile(r"truth|arx|ho-kalman|(rollout|free run): .*")
 DEPTH = 1000  # of nested yaml, which its C parser survives
 
 
@@ -68,7 +72,7 @@ class Row:
     def trivial(self) -> float | None:
         """The best of the trivial baselines."""
         names = self.baselines if self.trivial_names is None else self.trivial_names
-        values = [self.baselines[name] for name in names if name in self.baselines]
+        values = [value for name in names if not math.isnan(value := self.baselines.get(name, math.nan))]
         return (max if self.mode == "max" else min)(values, default=None)
 
     @property
@@ -83,11 +87,27 @@ class Row:
         return "; ".join((words, *self.unreadable))
 
 
+class Measured:
+    """Several runs, at least one, of which one metric is compared."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def metric(self) -> str | None:
+        """The monitored metric, by whose best validation value a search chooses."""
+        return next((row.metric for row in self.rows if row.metric), None)
+
+    @property
+    def mode(self) -> Mode:
+        """Whether less or more of it is better."""
+        return next((row.mode for row in self.rows if row.metric), self.rows[0].mode)
+
+
 def find(folders: Iterable[Path]) -> Iterator[Path]:
-    """Run directories below these folders, through links too, each once."""
+    """Run directories below these folders, through links too, each once; a folder that cannot be read is named."""
     seen = set()
     for folder in folders:
-        for directory, below, files in os.walk(folder, followlinks=True):
+        for directory, below, files in os.walk(folder, onerror=_skipped, followlinks=True):
             real = os.path.realpath(directory)
             if real in seen:
                 below.clear()
@@ -98,6 +118,11 @@ def find(folders: Iterable[Path]) -> Iterator[Path]:
             if len(found) == 2 or (found and "checkpoints" in below):
                 below.clear()
                 yield Path(directory)
+
+
+def _skipped(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # which has just been deleted
+        print(f"warning: left out: {error.filename}: {error.strerror}", file=sys.stderr)
 
 
 def read(path: Path) -> Row:
@@ -113,7 +138,7 @@ def read(path: Path) -> Row:
 
     monitored = (_at(manifest, "monitor"), _at(summary, "best", "metric"))  # the manifest may be unreadable
     metric = next((printable(name).removeprefix("val/") for name in monitored if isinstance(name, str)), None)
-    mode: Mode = "max" if _at(manifest, "mode") == "max" else "min"
+    mode: Mode = "max" if (told := _at(manifest, "mode")) == "max" or (told != "min" and is_share(metric)) else "min"
     best = _number(_at(summary, "best", "value"))
     if best is None:
         best = (max if mode == "max" else min)(history.finite(f"val/{metric}"), default=None)
@@ -124,11 +149,10 @@ def read(path: Path) -> Row:
     last = _number(_at(summary, "peak_memory"))
     starts = [start for start in _list(_at(manifest, "starts")) if isinstance(start, dict)] or [{}]
     command = _text(starts[-1].get("command"))
-    trivial = _at(summary, "trivial")
     baselines = {printable(str(name)): _number(value) for name, value in _mapping(_at(summary, "baselines")).items()}
     return Row(
-        task=printable(path.parent.parent.name),
-        model=printable(path.parent.name),
+        task=printable(path.parent.parent.name) or "-",  # of one that was moved to the root of a disk
+        model=printable(path.parent.name) or "-",
         name=printable(path.name),
         seed=_whole(_at(manifest, "seed"), _at(config, "seed")),  # the manifest has a checksum
         metric=metric,
@@ -155,7 +179,7 @@ def read(path: Path) -> Row:
         best_step=_whole(_at(summary, "best", "step")),
         best_epoch=_number(_at(summary, "best", "epoch")),
         baselines={name: value for name, value in baselines.items() if value is not None},
-        trivial_names=None if trivial is None else tuple(printable(str(name)) for name in _list(trivial)),
+        trivial_names=_trivial(summary, baselines),
         config=_mapping(_at(manifest, "settings")) or config,  # the manifest has a checksum
     )
 
@@ -170,6 +194,11 @@ def rank(value: float | None, mode: Mode) -> tuple[bool, float]:
     if value is None or math.isnan(value):
         return True, 0.0
     return False, -value if mode == "max" else value
+
+
+def is_share(metric: str | None) -> bool:
+    """Whether a metric is a share, shown in percent as in publications; more of it is better."""
+    return (metric or "").rpartition("/")[2].endswith("accuracy")
 
 
 def is_locked(lock: Path) -> bool:
@@ -205,6 +234,14 @@ def _unfinished(path: Path, manifest: Any, history: History) -> Status:
     if history.last_step is not None or os.path.exists(path / "checkpoints" / "last.ckpt"):
         return "stopped"
     return "failed" if latest else "never trained"
+
+
+def _trivial(summary: Mapping[str, Any], baselines: Iterable[str]) -> tuple[str, ...] | None:
+    """The baselines that a model has to beat; None where that is all of them."""
+    if "trivial" in summary:
+        return tuple(printable(str(name)) for name in _list(summary["trivial"]))
+    names = tuple(name for name in baselines if not REFERENCES.fullmatch(name))
+    return None if len(names) == len(tuple(baselines)) else names
 
 
 def _read_mapping(file: Path, parse: Callable[[str], Any], unreadable: list[str]) -> dict[str, Any]:

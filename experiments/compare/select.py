@@ -13,7 +13,7 @@ import yaml
 from experiments.compare.runs import Row
 from stu.errors import require
 
-FIELDS = tuple(field.name for field in fields(Row) if field.name != "config")
+FIELDS = (*(field.name for field in fields(Row) if field.name != "config"), "trivial", "state")
 WORD = re.compile(r"([^=<>!]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 ORDERS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -28,7 +28,7 @@ def value(row: Row, key: str) -> Any:
     """What a run has under a key: a field of `Row`, or an option as on the command line; `ABSENT` where it has none."""
     if key in FIELDS:
         return getattr(row, key)
-    content: Any = row.config
+    content: Any = {**row.config, "baselines": row.baselines}
     for part in key.split("."):
         if isinstance(content, list) and part.isdecimal() and int(part) < len(content):
             content = content[int(part)]
@@ -51,6 +51,7 @@ def where(rows: Sequence[Row], words: Iterable[str]) -> list[Row]:
         require(found is not None, "--where", word, "must be KEY=VALUE, or with !=, <, <=, > or >=")
         key, sign, text = (part.strip() for part in found.groups()) if found else ("", "", "")
         require_key(rows, "--where", key)
+        _require_no_group(rows, key)
         holds = _condition(key, sign, text)
         kept = [row for row in kept if (found_value := value(row, key)) is not ABSENT and holds(found_value)]
     return kept
@@ -64,6 +65,14 @@ def require_key(rows: Sequence[Row], option: str, key: str) -> None:
     close = sorted(name for name in known if name.endswith(f".{key}")) or get_close_matches(key, known, cutoff=0.7)
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"a run has {', '.join(FIELDS[:4])}, …"
     require(False, option, key, f"no run has such a key; {hint}")
+
+
+def _require_no_group(rows: Sequence[Row], key: str) -> None:
+    """Raise `OptionError` for a key that has options of its own in all runs, such as optimizer."""
+    found = [content for row in rows if (content := value(row, key)) is not ABSENT]
+    if any(found) and all(isinstance(content, Mapping) for content in found):
+        names = dict.fromkeys(f"{key}.{name}" for content in found for name in content)
+        require(False, "--where", key, f"is a group of options: {', '.join([*names][:4])}")
 
 
 def options(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -80,19 +89,19 @@ def _condition(key: str, sign: str, text: str) -> Callable[[Any], bool]:
         limit = _parsed(text)
         require(_is_number(limit), "--where", f"{key}{sign}{text}", f"{sign} compares with a number")
         return lambda content: _is_number(content) and ORDERS[sign](content, limit)
-    wanted = [part.strip() for part in text.split(",")]
+    wanted = [text, *(part.strip() for part in text.split(","))]  # a name or a list may have commas
     return lambda content: any(_equal(content, one) for one in wanted) == (sign == "=")
 
 
 def _equal(content: Any, text: str) -> bool:
-    """Whether a value is what a text means, as a number, as a text, or as a pattern; a list: whether one item is."""
-    if isinstance(content, list | tuple):
-        return any(_equal(item, text) for item in content)
+    """Whether a value is what a text means, as a number, a text or a pattern; of a list, it or one item."""
     parsed = _parsed(text)
+    if isinstance(content, list | tuple):
+        return parsed == list(content) or any(_equal(item, text) for item in content)
     if _is_number(content) and _is_number(parsed):
         return bool(content == parsed)
     if isinstance(content, str):
-        return content == text or fnmatchcase(content, text)
+        return content == text or fnmatchcase(content, text.replace("[", "[[]"))
     return type(content) is type(parsed) and bool(content == parsed)
 
 

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare.digits import beside, number
-from experiments.compare.groups import Group
-from experiments.compare.leaderboard import Sheet, is_share, name_of, scaled
+from experiments.compare.groups import Group, mean_of
+from experiments.compare.leaderboard import Sheet, doubts, name_of, scaled
+from experiments.compare.runs import is_share
 from stu.errors import require
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _difference(first: Group, second: Group) -> Difference:
         first=first,
         second=second,
         paired=paired,
-        difference=fmean(a) - fmean(b),
+        difference=mean_of(a) - mean_of(b),
         low=low,
         high=high,
         p=float(test.pvalue),
@@ -152,7 +152,7 @@ def _sheet(title: str, groups: Sequence[Group], pairs: Sequence[Difference]) -> 
     metric = groups[0].metric
     percent = is_share(metric)
     columns = ["first", "second", "n", f"difference{' (points)' * percent}", f"{LEVEL:.0%} interval", "p", "p (Holm)"]
-    notes = list(_without(groups))
+    notes = [*_without(groups), *doubts([group for group in groups if is_enough(group)])]
     if pairs:
         least = min(one.least_p for one in pairs)
         after = f", {min(1.0, least * len(pairs)):.2g} after Holm's correction for {len(pairs)} pairs" * (

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from experiments.compare.groups import grouped
-from experiments.compare.runs import Mode, Row
+from experiments.compare.runs import Measured, Row
 from experiments.compare.select import ABSENT, value
 from experiments.shared import ledgers
 from stu.training.names import key_of
@@ -36,7 +36,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Measured):
     """The runs of one task among the jobs of a sweep, at least one: metrics of several tasks can't be compared.
 
     task: with what tells its data from those of other runs, as the title of a group. keys: what the command varies, in
@@ -52,16 +52,6 @@ class Sweep:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     logarithmic: frozenset[str] = frozenset()
     ledger: Path | None = None
-
-    @property
-    def metric(self) -> str | None:
-        """The monitored metric, by whose best validation value a search chooses."""
-        return next((row.metric for row in self.rows if row.metric), None)
-
-    @property
-    def mode(self) -> Mode:
-        """Whether less or more of it is better."""
-        return next((row.mode for row in self.rows if row.metric), self.rows[0].mode)
 
     @property
     def study(self) -> Path | None:
@@ -87,7 +77,7 @@ def sweeps(rows: Iterable[Row]) -> list[Sweep]:
     """
     places: dict[Path, list[Row]] = {}
     for row in rows:
-        places.setdefault(Path(row.path).parents[2], []).append(row)
+        places.setdefault(Path(row.path).parents[:3][-1], []).append(row)
     found = []
     for place, some in places.items():
         home = place / ".sweeps"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -126,7 +127,7 @@ def json_text(rows: Sequence[Row], groups: Sequence[Group], **more: Any) -> str:
 
 def save(file: Path, content: str) -> None:
     """Write a file whole or not at all, through links; pipes and terminals as they are. Raises `OSError`."""
-    target, encoded = file.resolve(), content.encode("utf-8", "backslashreplace")
+    target, encoded = Path(os.path.realpath(file)), content.encode("utf-8", "backslashreplace")
     if file.absolute().is_relative_to("/dev") or (target.exists() and not target.is_file()):
         sys.stdout.flush()  # /dev/stdout may be a file, in which this is to stand after the table
         with file.open("ab") as stream:

@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from experiments.compare import table
-from experiments.compare.groups import Group, grouped
 from experiments.compare.runs import Row, read
 
 FILES = ("summary.json", "manifest.json", "config.yaml", "metrics.csv")
@@ -32,11 +30,11 @@ class Reader:
 def watch(
     seconds: float,
     select: Callable[[Callable[[Path], Row]], list[Row]],
-    shown: Callable[[Sequence[Row], Sequence[Group]], list[Table | Text]],
-    write: Callable[[Sequence[Row], Sequence[Group]], None],
+    compare: Callable[[Sequence[Row]], Any],
 ) -> int:
     """Show the runs every so many seconds, and write the files where runs have changed; 0 after Ctrl-C.
 
+    compare: makes of runs what has `shown()`, the parts to print, and `write()`, for the files.
     On a terminal the last table is replaced, also one that is longer than the screen, as `rich.live` could not do.
     """
     console, reader, last = table.console(), Reader(), None
@@ -44,15 +42,15 @@ def watch(
         while True:
             rows = select(reader)
             if rows != last:
-                groups = grouped(rows)
-                parts = shown(rows, groups) if rows else [Text("no runs yet")]
+                comparison = compare(rows)
+                parts = comparison.shown() if rows else [table.plain("no runs yet")]
                 if console.is_terminal:
                     console.clear()
                 table.show(console, [*parts, Text(time.strftime("%H:%M:%S"), style="dim")])
                 if rows:
-                    write(rows, groups)
+                    comparison.write()
                 last = rows
-            time.sleep(seconds)
+            time.sleep(min(seconds, 1e9))  # it takes no more
     except KeyboardInterrupt:
         return 0
 

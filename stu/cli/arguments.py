@@ -142,7 +142,7 @@ def _swept(word: str, override: Override) -> str:
 
 def require_option(group: str, choice: Any) -> None:
     """Raise `OptionError` unless `choice` is an option of a group: no null, no path to elsewhere, a list only there."""
-    if group in SEVERAL and isinstance(choice, list):
+    if group in SEVERAL and isinstance(choice, list) and choice:
         for one in choice:
             require_option(group, one)
         return

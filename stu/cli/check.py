@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from stu.cli.usage import CONF, PRESETS
+from stu.cli.usage import CONF, PRESETS, options_of
 from stu.errors import OptionError
 
 NODES = {  # what the nodes of the root make; the code gives the optimizer arguments of its own
@@ -54,7 +54,13 @@ SPECIAL = ("_target_", "_partial_")  # keys of a call that are no arguments
 READ_BY = {"checkpoint": "test", "overwrite": "train"}  # the only mode in which a key is read
 # How many of their leading arguments these nodes get from the code.
 PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
-RENAMED = {"pictures": "figures"}  # earlier root keys, and their names now
+RENAMED = {  # earlier keys, and their names now
+    "pictures": "figures",
+    **{
+        f"logger.{key}": f"logger.wandb.{key}"
+        for key in ("mode", "project", "entity", "tags", "group", "job_type", "init_timeout", "finish_timeout")
+    },
+}
 
 
 class Refused(OptionError):
@@ -66,7 +72,7 @@ def check(config: DictConfig) -> None:
     known = root_keys()
     for key in map(str, config):
         if key not in known - PRESETS:
-            raise Refused(key, brief(config[key]), f"no such key; {suggestion(key, known)}")
+            raise Refused(key, brief(config[key]), missing(key, known))
     for key in sorted(known - PRESETS - set(map(str, config))):
         raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -80,10 +86,12 @@ def check(config: DictConfig) -> None:
     for key, made in NAMED.items():
         for name, value in plain[key].items():
             if not fits(value, resolve_name(made)):
-                raise Refused(f"{key}.{name}", brief(value), f"must be {described(resolve_name(made))}")
+                renamed = f"{key}.{name}" in RENAMED
+                allowed = missing(f"{key}.{name}", ()) if renamed else f"must be {described(resolve_name(made))}"
+                raise Refused(f"{key}.{name}", brief(value), allowed)
     for name, value in plain["paths"].items():
         if f"paths.{name}" not in HINTS:
-            raise Refused(f"paths.{name}", brief(value), f"no such key; {suggestion(name, plain['paths'])}")
+            raise Refused(f"paths.{name}", brief(value), missing(f"paths.{name}", plain["paths"]))
     for key, mode in READ_BY.items():
         if plain[key] and plain["mode"] != mode:
             raise Refused(key, plain[key], f"is read with mode={mode} alone")
@@ -107,12 +115,15 @@ def check_call(key: str, node: Mapping[str, Any]) -> None:
     passed = PASSED.get(key.rpartition(".")[2].partition("[")[0], 0)
     signature = list(inspect.signature(target).parameters.items())[passed:]
     parameters = [name for name, _ in signature]
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # of a library, whose types are there for checkers alone
+        hints = {}
     for name, value in node.items():
         if name in SPECIAL:
             continue
         if name not in parameters and f"{key}.{name}" not in HINTS:
-            raise Refused(f"{key}.{name}", brief(value), f"no such key; {suggestion(name, parameters)}")
+            raise Refused(f"{key}.{name}", brief(value), missing(f"{key}.{name}", parameters))
         hint = HINTS.get(f"{key}.{name}", hints.get(name, Any))
         if not (fits(value, hint) or is_allowed_call(f"{key}.{name}", value)):
             raise Refused(f"{key}.{name}", brief(value), f"must be {described(hint)}")
@@ -217,15 +228,18 @@ def nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from nodes(child, f"{key}.{name}" if key else str(name))
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """What was meant instead of a key that does not exist."""
-    if name in RENAMED:
-        return f"it is {RENAMED[name]} now"
-    names = sorted(known)
+def missing(key: str, known: Iterable[str]) -> str:
+    """That a key does not exist, and what was meant instead. known: the names that there are in its place."""
+    group, _, name = key.partition(".")
+    if key in RENAMED:
+        return f"no such key; it is {RENAMED[key]} now"
+    if group in NAMED and name in options_of(group):
+        return f"no such key; {group}={name} has it, or a list with {name}"
+    names, last = sorted(known), key.rpartition(".")[2]
     if not names:
-        return "to add a key, write + before it"
-    near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(name, names, n=1))
-    return near + f"allowed: {', '.join(n for n in names if n[0] != '_')}"
+        return "no such key; to add a key, write + before it"
+    near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(last, names, n=1))
+    return f"no such key; {near}allowed: {', '.join(n for n in names if n[0] != '_')}"
 
 
 def brief(value: Any) -> str:

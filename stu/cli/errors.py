@@ -28,7 +28,7 @@ from omegaconf.errors import (
 )
 
 from stu.cli import arguments
-from stu.cli.check import Refused, nodes, suggestion
+from stu.cli.check import Refused, missing, nodes
 from stu.cli.usage import CONF, GROUPS, at_home, folded, options_of
 from stu.errors import CommandError, OptionError
 
@@ -206,7 +206,7 @@ def _composition_line(error: BaseException) -> str:
             )
             return f"{written}: {_flat(reason)}" if written else _flat(reason)
         case ConfigKeyError() | ConfigAttributeError() if override and isinstance(parent, DictConfig):
-            return f"{written}: no such key; {suggestion((key or override).split('.')[-1], map(str, parent))}"
+            return f"{written}: {missing(key or override, map(str, parent))}"
     first = str(cause).partition("\n")[0]  # then follows the key again
     return f"{written}: {first}" if written else _flat(str(error))
 

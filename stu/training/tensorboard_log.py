@@ -34,11 +34,12 @@ class TensorBoardLog(Direct):
         from tensorboardX.proto.event_pb2 import SessionLog
 
         manifest, folder = run.read_manifest(), run.path / "tensorboard"
+        starts = len(manifest["starts"])
         folder.mkdir(exist_ok=True)
         # not SummaryWriter, whose queue blocks for ever once its thread has met a full disk
-        self.writer = EventsWriter(str(folder / "events"), f".{len(manifest['starts'])}")
+        self.writer = EventsWriter(str(folder / "events"), f".{starts}")
         RUNNING.append(self)
-        if run.resumes_from:
+        if starts > 1:  # also where those before have left no checkpoint
             self._write(run.last_step + 1, session_log=SessionLog(status=SessionLog.START))
         options = description(run, choices, baselines) | {"settings": run.settings}
         self._describe(options, (f"test/{manifest['monitor']}", f"best/val/{manifest['monitor']}"))

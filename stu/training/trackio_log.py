@@ -37,13 +37,13 @@ class TrackioLog(Direct):
         with in_silence():
             import trackio
 
-            starts = run.read_manifest()["starts"]
             self.run = trackio.init(
                 project=self.project,
-                name="-".join((str(choices["task"]), str(choices["model"]), run.path.name)),
+                # by which trackio finds it again: another folder may have a run of the same path, or have had one here
+                name="-".join((str(choices["task"]), str(choices["model"]), run.path.name, run.id[:6])),
                 group=os.environ.get(SWEEP) or str(choices["task"]),
                 config=flatten(description(run, choices, baselines) | {"settings": run.settings}),
-                resume="allow" if len(starts) > 1 else "never",
+                resume="allow",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,

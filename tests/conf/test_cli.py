@@ -93,7 +93,9 @@ EARLY: Refused = [
     (("+optimizer.total_steps=9",), ("optimizer.total_steps=9: no such key",)),
     (("+figures.directory=x",), ("figures.directory=x: no such key",)),
     (("+logger.wandb.names=[a,b]",), ("logger.wandb.names=['a', 'b']: no such key",)),
-    (("logger.mode=offline",), ("logger.mode=offline: no such key", "wandb")),
+    (("logger.mode=offline",), ("logger.mode=offline: no such key; it is logger.wandb.mode now",)),
+    (("logger=csv", "+logger.tags=[a]"), ("logger.tags=['a']: no such key; it is logger.wandb.tags now",)),
+    (("logger=csv", "logger.wandb.mode=offline"), ("logger.wandb.mode=offline: no such key; logger=wandb has it",)),
     (("+logger.mine=3",), ("logger.mine=3: must be a call that makes a Logger",)),
     (("+model.mixer.d_model=3",), ("model.mixer.d_model=3: no such key",)),
 ]
@@ -105,6 +107,7 @@ LATE: Refused = [
     (("trainer.limit_val_batches=0",), ("trainer.limit_val_batches=0: must be above 0",)),
     (("trainer.limit_train_batches=-2",), ("trainer.limit_train_batches=-2: must be at least 1 batches",)),
     (("+trainer.min_steps=1",), ("trainer.min_steps=1: not supported", "max_steps")),
+    (("logger=[]",), ("logger=[]: no such option; choose one of csv, tensorboard, trackio, wandb",)),
     (("logger=null",), ("logger=None: no such option; choose one of csv, tensorboard, trackio, wandb",)),
     (("model.depth=-1",), ("model.depth=-1: must be in 1 … 1000",)),
     (("model.mixer.num_filters=5000",), ("model.mixer.num_filters=5000: must be in 1 … ",)),

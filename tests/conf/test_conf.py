@@ -166,6 +166,11 @@ def test_every_logger_is_made(option: str, monkeypatch: pytest.MonkeyPatch):
     assert [isinstance(logger, Tracker) for logger in made] == [True] * (option != "csv")
 
 
+def test_a_logger_of_a_library_is_a_node():
+    """Also one whose annotations are names that its module imports for checkers of types alone."""
+    check(composed("task=lds", "logger=csv", "+logger.mine={_target_: lightning.pytorch.loggers.WandbLogger}"))
+
+
 def test_the_nodes_of_the_root_are_calls():
     config = composed("task=lds")
     loader = build(config.loader, _partial_=True)

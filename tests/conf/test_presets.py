@@ -11,6 +11,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import train
+from experiments.compare.groups import Group
+from experiments.compare.published import reduced
 from stu import SequenceModel
 from stu.cli.check import check
 from stu.cli.composition import build
@@ -18,6 +20,7 @@ from stu.cli.usage import CONF, options_of
 from stu.training import StepPlan
 from stu.training.optim import warmup_steps
 from tests import runs, sources
+from tests.experiments.rows import row as run_row
 from tests.models import composed
 
 pytestmark = pytest.mark.slow
@@ -309,8 +312,12 @@ def leaves(node: Any, key: str) -> list[str]:
 @pytest.mark.parametrize(("task", "model"), [(task, model) for model, text in TABLES.items() for task in table(text)])
 def test_a_preset_has_the_numbers_of_its_source(task: str, model: str):
     expected = table(TABLES[model])[task]
-    found = read(composed(f"experiment=lra/{task}/{model}"), expected)
+    config = composed(f"experiment=lra/{task}/{model}", *["task.data.source=/x"] * (task == "retrieval"))
+    found = read(config, expected)
     assert found == {row: pytest.approx(v, rel=1e-9) if isinstance(v, float) else v for row, v in expected.items()}
+    content: Any = OmegaConf.to_container(config, resolve=True)
+    facts = {"experiment": f"lra/{task}/{model}", "config": content}
+    assert reduced(Group(f"lra_{task}", model, {}, (run_row(f"lra_{task}/{model}/a", **facts),))) is None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

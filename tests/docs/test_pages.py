@@ -57,11 +57,32 @@ def test_options_with_their_comments():
     assert not [key for key in options if "_target_" in key or "groups." in key or "match" in key]
     inherited = {option.key: option.meaning for option in pages.merged("model", "stu_ar")}
     assert inherited["model.mixer.k_y"] == "output lags; recurrence says how they enter"
+    attention = {option.key: option.meaning for option in pages.merged("model", "transformer")}
+    assert attention["model.mixer.dropout"] == "of attention weights"
+    assert attention["model.mixer.positions"] == "that of `model.positions`"
     system = {option.key for option in pages.options("task", "pendulum")}
     assert {"task.data.system.gravity", "task.data.dt", "task.threshold"} <= system
 
 
-@pytest.mark.parametrize("group", sorted(pages.PAGES))
+@GROUPS
+def test_every_option_has_a_meaning(group: str):
+    for name in [*options_of(group), *(["_backbone"] if group == "model" else [])]:
+        assert not [option.key for option in pages.merged(group, name) if not option.meaning], name
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"),
+    [
+        ("lra_listops", "Trivial baselines: majority 17.4 %, first token 35.2 % (accuracy)."),
+        ("lra_pathx256", "`data.prepare` shows the trivial baselines."),  # data/README.md has another table of it
+        ("lds", "truth 5.87e-16 (mse); trivial are *zero*, *static*, *fir*."),
+    ],
+)
+def test_baselines_are_those_of_the_cards(task: str, shown: str):
+    assert pages.baselines(task, pages.task_class(task).trivial).endswith(shown)
+
+
+@GROUPS
 def test_no_option_is_left_out(group: str):
     """Every key of the files that is no constructor call is in the table."""
 

@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from experiments.compare.__main__ import _parser, main
 from experiments.compare.runs import Row, best_first, find, is_locked, read
+from experiments.compare.sweeps import sweeps
 from stu.training import MetricsCSV, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +148,17 @@ class TestARow:
         run.open(yaml.safe_load(run.config.read_text()), overwrite=False)  # and asking does not keep it
         run.close()
 
+    def test_more_accuracy_is_better_also_where_the_manifest_is_damaged(self, tmp_path: Path):
+        runs = [make_run(tmp_path, f"{task}/stu/a", test=0.1) for task in TARGETS]
+        for run in runs:
+            run.manifest.write_text("{")
+        assert [read(run.path).mode for run in runs] == ["min", "max"]
+
+    def test_of_a_folder_that_was_moved_up(self):
+        row = read(Path("/moved"))
+        assert (row.task, row.model, row.name) == ("-", "-", "moved")
+        assert [sweep.task for sweep in sweeps([replace(row, sweep="s")])] == ["-"]
+
     def test_a_failure_is_no_stop(self, tmp_path: Path):
         run = make_run(tmp_path, val={7: 0.3})
         run.record_failure("the loss is not finite at step 8")
@@ -159,9 +172,11 @@ class TestARow:
         row, config = read(run.path), yaml.safe_load(run.config.read_text())
         config |= {"task": {"_target_": "data.lds.LDS"}, "pictures": {"when": "end"}}
         run.config.write_text(yaml.safe_dump(config))
-        run.finish(run.read_summary() | {"baselines": {"free run: persistence": 1.5}})
+        baselines = {"zero": 1.0, "truth": 1e-9, "free run: persistence": 1.5}  # which it did not tell from another
+        run.finish(run.read_summary() | {"baselines": baselines})
         (run.path / "pictures").mkdir()
-        assert read(run.path) == replace(row, baselines={"free run: persistence": 1.5})
+        assert read(run.path) == replace(row, baselines=baselines, trivial_names=("zero",))
+        assert read(run.path).trivial == 1.0
 
 
 @pytest.mark.slow
@@ -299,6 +314,15 @@ class TestFinding:
         assert set(find([tmp_path])) == paths
         assert len(list(find([tmp_path, tmp_path / "x", tmp_path]))) == len(paths)
 
+    def test_a_folder_that_cannot_be_read_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+        for error, says in (
+            (PermissionError(13, "Permission denied", "runs/x"), "warning: left out: runs/x: Permission denied\n"),
+            (FileNotFoundError(2, "No such file", "runs/x"), ""),  # deleted meanwhile
+        ):
+            monkeypatch.setattr(os, "scandir", Mock(side_effect=error))
+            assert list(find([tmp_path])) == []
+            assert _err(capsys) == says
+
     def test_a_link_and_a_run_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = make_run(tmp_path / "scratch")
         (tmp_path / "runs").mkdir()
@@ -360,7 +384,10 @@ class TestTheCommand:
         assert re.fullmatch(r"no runs in .*: a run is a folder with manifest.json and config.yaml\n", _err(capsys))
         assert not (tmp_path / "rows.csv").exists()
 
-    @pytest.mark.parametrize(("argument", "says"), [("nowhere", "no such folder"), ("file", "is not a folder")])
+    @pytest.mark.parametrize(
+        ("argument", "says"),
+        [("nowhere", "no such folder"), ("a" * 300, "no such folder"), ("file", "is not a folder")],
+    )
     def test_a_wrong_path(self, tmp_path: Path, argument: str, says: str, capsys: Any):
         (tmp_path / "file").touch()
         make_run(tmp_path)
@@ -371,6 +398,12 @@ class TestTheCommand:
         make_run(tmp_path)
         assert main([str(tmp_path), "--json", str(tmp_path / "no" / "rows.json")]) == 2
         assert _err(capsys) == f"error: {tmp_path / 'no' / 'rows.json'}: No such file or directory\n"
+
+    def test_one_file_for_two_contents(self, tmp_path: Path, capsys: Any):
+        make_run(tmp_path)
+        assert main([str(tmp_path), "--csv", f"{tmp_path}/x", "--json", f"{tmp_path}/lds/../x"]) == 2
+        assert _err(capsys) == f"error: {tmp_path / 'x'}: is asked for twice, with different content\n"
+        assert not (tmp_path / "x").exists()
 
     def test_as_a_user_calls_it(self, tmp_path: Path):
         make_run(tmp_path / "runs", test=0.1)
@@ -428,6 +461,7 @@ class TestChoosing:
             (["--where", "seed"], "--where=seed: must be KEY=VALUE"),
             (["--where", "seed=0", "{runs}"], "--where={runs}: must be KEY=VALUE; folders stand before the options"),
             (["--where", "=0"], "--where==0: must be KEY=VALUE, or with !=, <, <=, > or >="),
+            (["--where", "trainer=x"], "--where=trainer: is a group of options: trainer.max_epochs"),
             (["--where", "seed<x"], "--where=seed<x: < compares with a number"),
             (["--where", "seed=7", "name=a"], "--where=seed=7 name=a: none of 3 runs is so"),
             (
@@ -489,7 +523,8 @@ class TestFiles:
         files = [tmp_path / "b.md", tmp_path / "b.tex"]
         files[0].write_text("before")
         files[1].symlink_to(tmp_path / "real.tex")
-        assert main([str(tmp_path), "--markdown", str(files[0]), "--latex", str(files[1])]) == 0
+        assert main([str(tmp_path), "--significance", "--markdown", str(files[0]), "--latex", str(files[1])]) == 0
+        assert "### lds: differences over seeds" in files[0].read_text()
         assert "| a\\|b\\_c | 0.1000 | 1 |" in files[0].read_text()
         assert r"a\textbar{}b\_c & 0.1000 & 1 &" in (tmp_path / "real.tex").read_text()
         assert files[1].is_symlink()
@@ -547,6 +582,12 @@ class TestWatching:
         out = capsys.readouterr().out
         assert "no runs yet" in out
         assert out.count("finished") == 1 + 2  # nothing is printed where nothing has changed
+
+    def test_it_waits_for_runs_that_are_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+        make_run(tmp_path)
+        monkeypatch.setattr("experiments.compare.watch.time.sleep", Mock(side_effect=KeyboardInterrupt))
+        assert main([str(tmp_path), "--watch", "1e300", "--where", "status=running"]) == 0
+        assert "no runs yet" in capsys.readouterr().out
 
     def test_finished_runs_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         from experiments.compare import watch

@@ -82,6 +82,7 @@ class TestBands:
         made = curve(History(steps, ["a", "a", "a", "a", "a", "b"], values), "a")
         assert (made.steps.tolist(), made.values.tolist()) == ([1, 2], [5.0, 2.0])
         assert len(curve(History(), "a").steps) == 0
+        assert curve(History(["1", "9" * 30], ["a"] * 2, ["1e308", "1.0"]), "a").steps.tolist() == [2**53]
 
 
 class TestNumbers:
@@ -128,8 +129,7 @@ class TestNumbers:
         assert baselines(
             [group("lds/a", 0.1, **first), group("lds/b", 0.2, **first), group("lds/c", 0.1, **other)]
         ) == [1, 2]
-        assert baselines([group("lds/a", 0.1, baselines={"truth": 1e-9})]) == []  # none that a model could beat
-        assert baselines([group("lds/a", 0.1, mode="max", baselines={"chance": 1e-9})]) == [1e-9]
+        assert baselines([group("lds/a", 0.1, baselines={"a": math.nan, "b": 0.3})]) == [0.3]
 
     def test_places_on_axes(self):
         assert on_axis(Axis("lr", (1.0, 10.0, 100.0), log=True)) == [0.0, pytest.approx(0.5), 1.0]
@@ -211,6 +211,7 @@ class TestWriting:
                 row(f"lds/{'m' * 100}/a", test=math.inf),
                 row("lds/stu/a", test=0.0),
                 row("lds/lru/a", test=math.nan),
+                *(row(f"lds/s4/{seed}", test=test, seed=seed) for seed, test in enumerate((1e308, -1e308, math.inf))),
             ]
             assert [file.name for file in write(grouped(rows), rows, tmp_path)] == ["board.png", "costs-lds.png"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
 from experiments.compare import report
-from experiments.compare.groups import grouped
+from experiments.compare.groups import Group, chosen, grouped
 from experiments.compare.history import Curve, History
 from experiments.compare.report import content, curves, figures, static
 from experiments.compare.runs import Row
@@ -29,8 +29,17 @@ EVIL = "<script>alert(1)</script><!--"
 ODD = "quoted \"title\" & 'more'\nsecond\u2028line </title><b>"
 
 
-def page_of(rows: list[Row], file: Path, **options: Any) -> Path:
-    report.write(rows, grouped(rows), file, **options)
+STUB = """window.Plotly = { newPlot: async (place, traces, layout) => {
+  place.drawn = { traces, layout };
+  place.on = (name, listener) => { place.listener = listener; };
+}, purge: (place) => { delete place.drawn; } };"""
+
+
+def page_of(rows: list[Row], file: Path, library: str = STUB, **options: Any) -> Path:
+    """The report, with a stub for plotly, which takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plotly", lambda: library)
+        report.write(rows, grouped(rows), file, **options)
     return file
 
 
@@ -111,6 +120,24 @@ def test_curves_of_a_history():
     assert History().steps_per_epoch is None
 
 
+@pytest.mark.parametrize("theme", [0, 1])
+def test_texts_can_be_read_on_their_grounds(theme: int):
+    css = (report.PAGE / "page.css").read_text()
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", re.findall(r"{([^{}]*color-scheme: \w+;)", css)[theme]))
+
+    def light(name: str) -> float:
+        parts = [int(colours[name][at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    grounds = {"ink": "paper ground hover accent-soft", "faint": "paper ground hover accent-soft",
+               "accent": "paper ground", "bad": "paper ground"}  # fmt: skip
+    for text, names in grounds.items():
+        for ground in names.split():
+            dark, bright = sorted((light(text), light(ground)))
+            assert bright / dark >= 4.5, (text, ground)
+
+
 class TestData:
     def test_is_inert_wherever_it_comes_from(self, tmp_path: Path):
         row = make_row(name=EVIL, reason=EVIL, config={EVIL: [EVIL, math.nan], "a": {"b": "\ud800"}}, tags=(EVIL,))
@@ -154,12 +181,14 @@ class TestData:
         expected = dict.fromkeys(what, f"{start}{end}") | {"another seed": f"{start} seed=5"}
         assert content.commands(row, [row, replace(row, seed=4)]) == expected
         assert content.commands(replace(row, command="'half"), [row]) == {}
+        assert list(content.commands(replace(row, reason="loss is not finite"), [row])) == ["another seed"]
         assert content.commands(replace(row, command=None), [row]) == {}
 
     def test_figures_have_a_budget(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = make_run(tmp_path / "runs", test=0.1)
         run.figures.mkdir()
-        noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
+        monkeypatch.setattr(figures, "LARGEST", 2000)
+        noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
         Image.fromarray(noise).save(run.figures / "noise.png")  # too large in any form
         Image.new("RGB", (900, 600), "white").save(run.figures / "with space.png")
         (run.figures / "broken.png").write_bytes(b"no figure")
@@ -179,12 +208,6 @@ class TestData:
         assert "<script>" not in text
 
 
-STUB = """window.Plotly = { react: async (place, traces, layout) => {
-  place.drawn = { traces, layout };
-  place.on ??= (name, listener) => { place.listener = listener; };
-} };"""
-
-
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     places = (os.environ.get("STU_BROWSER"), *map(shutil.which, BROWSERS))
@@ -195,6 +218,12 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def context(chromium: Browser) -> BrowserContext:
+    """One for all pages, which costs less than one each."""
+    return chromium.new_context()
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +239,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
         place = home / "lds" / model / str(seed)
         place.mkdir(parents=True)
         lines = [
-            f"{step},{step / 100},{metric},{1 / step + seed}"
+            f"{step},{step / 100},{metric},{math.nan if 200 <= step < 250 else 1 / step + seed}"
             for step in range(10, 400)
             for metric in ("val/mse", "train/mse")
         ]
@@ -231,14 +260,11 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def file(board: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report, with a stub for plotly, which takes its time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plotly", lambda: STUB)
-        return page_of(board, tmp_path_factory.mktemp("report") / "report.html", title=ODD, columns=["optimizer.lr"])
+    return page_of(board, tmp_path_factory.mktemp("report") / "report.html", title=ODD, columns=["optimizer.lr"])
 
 
 @pytest.fixture
-def opened(chromium: Browser, file: Path) -> Iterator[Any]:
+def opened(context: BrowserContext, file: Path) -> Iterator[Any]:
     """A function that opens a report; whatever goes wrong in the page, or is asked from a network, fails the test."""
     wrong: list[str] = []
 
@@ -246,10 +272,11 @@ def opened(chromium: Browser, file: Path) -> Iterator[Any]:
         if message.type == "error":
             wrong.append(message.text)
 
-    def go(state: str = "", where: Path = file, **options: Any) -> Page:
-        page = chromium.new_page(**{"viewport": {"width": 1366, "height": 900}, **options})
+    def go(state: str = "", where: Path = file, width: int = 1366) -> Page:
+        page = context.new_page()
         pages.append(page)
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
+        page.set_viewport_size({"width": width, "height": 900})
         page.on("console", heard)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: wrong.append(f"dialog {dialog.message}"))
@@ -275,6 +302,48 @@ def column(page: Page, key: str) -> list[str]:
     return texts(page, f"#runs tbody td:nth-child({at + 1})")
 
 
+def random_rows(rng: np.random.Generator) -> list[Row]:
+    """Runs with ties, values that are missing or not finite, and two variants of one of the tasks."""
+    rows = []
+    for at in range(80):
+        task, size = [("lds", 8), ("lds", 16), ("mqar", 8)][rng.integers(3)]
+        tests = [*map(float, rng.normal(size=4)), 0.5, math.nan, math.inf]
+        metric: dict[str, Any] = {"metric": "accuracy", "mode": "max"} if task == "mqar" else {}
+        seed, model, lr = int(rng.integers(4)), ["s5", "stu"][rng.integers(2)], float(rng.integers(1, 4)) / 1000
+        rows.append(
+            make_row(
+                f"{task}/{model}/{at}", seed=seed, status=["finished", "finished", "running"][rng.integers(3)],
+                test=tests[rng.integers(7)], best_val=[0.25, 0.5, math.nan, None][rng.integers(4)],
+                parameters=int(rng.integers(1, 9)), seconds=60.0 * at,
+                config={"task": {"seq_len": size}, "optimizer": {"lr": lr}, "seed": seed}, **metric,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def shown_groups(page: Page) -> list[list[str]]:
+    """Title, model, settings, runs, mean and standard deviation, and best, as the leaderboard shows them."""
+    return page.locator("#leaderboard tr[data-run]").evaluate_all(
+        """all => all.map((row) => {
+          const cells = [...row.cells], text = (at) => cells[at].textContent.replace(/ best of .* settings$/, "");
+          const digits = cells[2].title.split(" ± "), number = (text) => text && Number(text).toPrecision(9);
+          return [row.closest("table").querySelector("caption b").textContent, text(0), text(1), text(4),
+                  number(digits[0]), number(digits[1] ?? ""), number(cells[5].title)];
+        })"""
+    )
+
+
+def facts(group: Group) -> list[str]:
+    def number(value: float | None) -> str:
+        if value is None:
+            return ""
+        names = {math.inf: "Infinity", -math.inf: "-Infinity"}
+        return "NaN" if math.isnan(value) else names.get(value, f"{value:#.9g}")
+
+    n = f"{group.n}" if group.n == len(group.rows) else f"{group.n} of {len(group.rows)}"
+    return [group.title, group.model, group.label, n, *map(number, (group.mean, group.std, group.best))]
+
+
 class TestThePage:
     def test_shows_runs_and_groups_as_text(self, opened: Any):
         page = opened()
@@ -289,8 +358,27 @@ class TestThePage:
         assert "4 finished" in page.locator("#about").inner_text()
         assert not page.evaluate("document.scripts.length > 4")
 
+    def test_has_the_numbers_of_the_leaderboard(self, opened: Any, tmp_path: Path):
+        rows = random_rows(np.random.default_rng(0))
+        groups = grouped(rows)
+        page = opened("", page_of(rows, tmp_path / "a.html"))
+        assert shown_groups(page) == list(map(facts, chosen(groups)))
+        page.get_by_label("rows").select_option("1")
+        assert shown_groups(page) == list(map(facts, groups))
+        page.locator("#where").fill("seed<2")
+        page.locator("#count", has_text=" of ").wait_for()
+        left = [
+            replace(group, rows=some) for group in groups if (some := tuple(r for r in group.rows if r.seed in (0, 1)))
+        ]
+        assert shown_groups(page) == list(map(facts, sorted(left, key=lambda group: (group.title, group.order))))
+        page.get_by_label("rows").select_option("")
+        assert shown_groups(page) == list(
+            map(facts, chosen(sorted(left, key=lambda group: (group.title, group.order))))
+        )
+
     def test_filters(self, opened: Any):
         page = opened()
+        page.evaluate("document.querySelector('#runs tr[data-run*=lru]').mark = 1")
         page.locator(".chip[data-key=model][data-value=lru]").click()
         assert page.locator("#count").text_content() == "2 of 5 runs"
         assert set(column(page, "model")) == {"lru"}
@@ -299,6 +387,7 @@ class TestThePage:
         assert column(page, "name") == ["d"]
         page.locator("#reset").click()
         assert page.locator("#count").text_content() == "5 runs"
+        assert page.evaluate("[...document.querySelectorAll('#runs tr')].filter((row) => row.mark).length") == 1  # kept
         for text, n in {
             "task=lds model=stu": 2, "optimizer.lr>=1e-2": 2, "test<0.5": 2, "model=s*": 3, "model!=stu": 2,
             "tags=ladder": 2, "optimizer.lr=1e-3,0.01": 4, "a=null": 1, "LADDER seed=0,1": 2,
@@ -329,6 +418,7 @@ class TestThePage:
     def test_opens_a_run(self, opened: Any):
         page = opened()
         row = page.locator("#runs tr", has_text=EVIL)
+        page.locator("#curves .sketch").evaluate("(figure) => { figure.mark = 1; }")
         row.focus()
         page.keyboard.press("Enter")
         panel = page.locator("#panel")
@@ -345,6 +435,7 @@ class TestThePage:
         page.keyboard.press("Escape")
         assert panel.is_hidden()
         assert page.evaluate("document.activeElement.dataset.run").endswith("lru/0")
+        assert page.evaluate("document.querySelector('#curves .plot').firstChild.mark") == 1  # was not drawn again
         page.locator("#runs tr", has_text="failed").click()
         assert page.locator("#panel .reason").text_content() == ODD
 
@@ -357,37 +448,56 @@ class TestThePage:
         page.wait_for_function("location.hash.includes('where=')")
         page.locator("#runs tbody tr").first.click()
         seen, address = texts(page, "#runs tbody tr"), page.evaluate("location.hash")
-        other = opened(address)
-        assert texts(other, "#runs tbody tr") == seen
-        assert other.locator("#where").input_value() == "seed=0"
-        assert other.locator("#panel").is_visible()
-        assert other.locator("#runs th[data-key=parameters]").get_attribute("aria-sort") == "ascending"
-        assert other.evaluate("location.hash") == address
+        page.reload()
+        assert texts(page, "#runs tbody tr") == seen
+        assert page.locator("#where").input_value() == "seed=0"
+        assert page.locator("#panel").is_visible()
+        assert page.locator("#runs th[data-key=parameters]").get_attribute("aria-sort") == "ascending"
+        assert page.evaluate("location.hash") == address
 
     def test_draws_curves_with_bands_and_single_runs(self, opened: Any):
         page = opened("#f.task=lds")
         page.locator("#curves").scroll_into_view_if_needed()
-        page.wait_for_function("document.querySelector('#curves .plot').drawn")
-        drawn = "document.querySelector('#curves .plot').drawn.traces"
+        page.locator("#curves .sketch").wait_for()
+        drawn = "document.querySelector('#curves .plot').figure.traces"
         assert page.evaluate(f"{drawn}.length") == 6  # two models: line, and least to largest
         assert page.evaluate(f"{drawn}.map((one) => one.y[0])") == pytest.approx([1.1, 0.1, 0.6] * 2)
+        lines = page.locator("#curves .sketch path[stroke-width='1.8']")
+        assert [line.get_attribute("d").count("M") for line in lines.all()] == [2, 2]  # with a gap where it was nan
+        assert page.locator("#curves .sketch path[fill^=rgba]").count() == 2
+        assert page.get_by_role("img", name="val/mse: stu, lru").count() == 1
+        assert {"stu", "lru", "step", "val/mse", "best trivial baseline", "200"} <= set(
+            page.locator("#curves text").all_text_contents()
+        )
+        page.locator("#curves").get_by_label("y").select_option("1")
+        page.locator("#curves text", has_text="0.005").wait_for()
         page.locator("#curves").get_by_label("lines").select_option("runs")
         page.wait_for_function(f"{drawn}.length === 4")
         assert page.evaluate(f"{drawn}.some((one) => one.hovertemplate.includes('<script'))") is False
         path = page.locator("#runs tr[data-run]").first.get_attribute("data-run")
+        assert page.evaluate("window.Plotly") is None  # until someone points at a figure
+        page.locator("#curves .plot").hover()
+        page.wait_for_function("document.querySelector('#curves .plot').drawn")
+        assert page.locator("#curves .sketch").count() == 0
+        page.locator("#where").hover()
+        page.locator(".chip[data-key=model][data-value=stu]").click()
+        page.locator("#curves .plot").hover()
+        page.wait_for_function("document.querySelector('#curves .plot').drawn?.traces.length === 2")
         click = "path => document.querySelector('#curves .plot').listener({ points: [{ customdata: path }] })"
         page.evaluate(click, path)
         assert page.locator("#panel").is_visible()
 
     def test_is_dark_where_the_system_is_and_turns(self, opened: Any):
-        page = opened(color_scheme="dark")
+        page = opened()
         ground = "getComputedStyle(document.body).backgroundColor"
-        dark = page.evaluate(ground)
+        light = page.evaluate(ground)
+        page.emulate_media(color_scheme="dark")
+        assert page.evaluate(ground) != light
         page.locator("#theme").click()
-        assert page.evaluate(ground) == opened().evaluate(ground) != dark
+        assert page.evaluate(ground) == light
 
     def test_fits_a_phone_and_paper(self, opened: Any):
-        page = opened(viewport={"width": 390, "height": 800})
+        page = opened(width=390)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.emulate_media(media="print")
         assert page.locator("#bar").is_hidden()
@@ -399,10 +509,7 @@ class TestThePage:
         assert "best trivial baseline 0.5" in page.locator("body").inner_text()
         page.close()
 
-    def test_loads_itself_again_as_it_was(
-        self, opened: Any, tmp_path: Path, board: list[Row], monkeypatch: pytest.MonkeyPatch
-    ):
-        monkeypatch.setattr(report, "plotly", lambda: STUB)
+    def test_loads_itself_again_as_it_was(self, opened: Any, tmp_path: Path, board: list[Row]):
         watched = page_of(board[:2], tmp_path / "a.html", refresh=2)
         page = opened("#where=seed%3D1", watched)
         page.evaluate("scrollTo(0, 50)")
@@ -411,18 +518,17 @@ class TestThePage:
         page.wait_for_function("scrollY === 50")
 
     @pytest.mark.parametrize("n", [0, 1])
-    def test_of_no_runs_and_of_none_that_finished(
-        self, opened: Any, tmp_path: Path, n: int, board: list[Row], monkeypatch: pytest.MonkeyPatch
-    ):
-        monkeypatch.setattr(report, "plotly", lambda: STUB)
+    def test_of_no_runs_and_of_none_that_finished(self, opened: Any, tmp_path: Path, n: int, board: list[Row]):
         page = opened("#parallel.open=1", page_of(board[4:][:n], tmp_path / "a.html"))
         assert page.locator("#runs tbody tr").count() == n
-        page.wait_for_function("document.querySelector('#scatter .plot').drawn")
+        page.locator("#scatter .sketch").wait_for()
 
     def test_with_plotly_itself(self, opened: Any, board: list[Row], tmp_path: Path):
-        page = opened("", page_of(board, tmp_path / "a.html"))
+        page = opened("", page_of(board, tmp_path / "a.html", library=report.plotly()))
         page.locator("#curves").scroll_into_view_if_needed()
+        page.locator("#curves .plot").hover()
         page.wait_for_function("document.querySelectorAll('#curves .scatterlayer path.js-line').length > 0")
         assert set(page.locator("#curves .legendtext").all_text_contents()) == {"stu", "lru"}
         page.locator("#runs tr", has_text=EVIL).click()
-        page.wait_for_function("document.querySelectorAll('#panel .scatterlayer path.js-line').length === 2")
+        page.locator("#panel .plot").hover()
+        page.wait_for_function("document.querySelectorAll('#panel .scatterlayer .trace').length === 2")

@@ -109,6 +109,17 @@ def test_corrected_over_the_pairs_of_a_task_alone():
     assert "too narrow" in sheet.notes[2]
 
 
+def test_what_makes_p_too_small_is_said():
+    rows = [row(model=model, seed=s // 2, name=str(s), test=s / 8) for model in ("a", "b") for s in range(3)]
+    rows.append(row(model="a", seed=7, test=None, status="failed"))
+    [sheet], _ = sheets(grouped(rows))
+    assert sheet.notes[:3] == [
+        "a: without the runs that have no result: 1 failed",
+        "a: several runs of seed 0, which are no independent results",
+        "b: several runs of seed 0, which are no independent results",
+    ]
+
+
 def test_too_few_or_no_numbers_are_said():
     rows = [*(row(model="a", seed=s) for s in (0, 1)), row(model="b"), row(model="c"), row(model="c", seed=1, test=nan)]
     [sheet], found = sheets(grouped(rows))

@@ -70,17 +70,21 @@ def test_tensorboard_has_all_that_is_logged(tmp_path: Path):
     assert values == told
 
 
-def test_a_start_that_goes_on_writes_no_row_twice(tmp_path: Path):
+@pytest.mark.parametrize("last_step", [2, 0])
+def test_a_start_that_goes_on_writes_no_row_twice(tmp_path: Path, last_step: int):
+    """Also where the one before was killed before its first checkpoint."""
     first, again = TensorBoardLog(), TensorBoardLog()
     first.start(a_run(tmp_path), CHOICES, {})
-    for step in range(5):
+    for step in range(1, 5):
         first.log_metrics({"loss": float(step)}, step=step)
     first.save()  # and is killed
-    again.start(a_run(tmp_path, starts=2, last_step=2), CHOICES, {})
-    again.log_metrics({"loss": 3.0}, step=3)
+    again.start(a_run(tmp_path, starts=2, last_step=last_step), CHOICES, {})
+    for step in range(last_step + 1, 4):
+        again.log_metrics({"loss": float(step)}, step=step)
     close_trackers()
-    assert scalars(first_folder := tmp_path / "lds/stu/run/tensorboard") == [(s, "loss", float(s)) for s in range(4)]
-    assert len(list(first_folder.iterdir())) == 2  # also where both began in one second
+    folder = tmp_path / "lds/stu/run/tensorboard"
+    assert scalars(folder) == [(step, "loss", float(step)) for step in range(1, 4)]
+    assert len(list(folder.iterdir())) == 2  # also where both began in one second
 
 
 @pytest.mark.parametrize("fails", ["__init__", "write_event", "flush", "close"])
@@ -154,20 +158,17 @@ class Recorded(ModuleType):
         return "image", value
 
 
-@pytest.mark.parametrize(("starts", "resume"), [(1, "never"), (2, "allow")])
-def test_what_trackio_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], starts: int, resume: str
-):
+def test_what_trackio_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     trackio = Recorded()
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     monkeypatch.setenv("TRACKIO_DIR", "")  # also that it is put back
     monkeypatch.delenv("TRACKIO_DIR")
     monkeypatch.setenv("STU_SWEEP", "lr")
-    run, file = a_run(tmp_path, starts), picture(tmp_path)
+    run, file = a_run(tmp_path), picture(tmp_path)
     use(TrackioLog(project="p"), run, file)
     assert os.environ["TRACKIO_DIR"] == str(run.path / "trackio")
     config = trackio.given.pop("config")
-    assert trackio.given == {"project": "p", "name": "lds-stu-run", "group": "lr", "resume": resume}
+    assert trackio.given == {"project": "p", "name": "lds-stu-run-cafe", "group": "lr", "resume": "allow"}
     told = {"task": "lds", "model": "stu", "seed": 3, "settings.optimizer.lr": 0.1, "baselines.zero": 1.0}
     assert config.items() >= (told | {"sweep": "lr"}).items()
     assert trackio.rows[0] == ({"train/loss": 1.5, "epoch": 0.5}, 2)
@@ -204,6 +205,6 @@ def test_trackio_keeps_it_in_the_run(tmp_path: Path):
     assert done.stderr == ""
     rows = done.stdout.splitlines()
     assert len({row.split()[0] for row in rows}) == 1  # one run
-    assert {row.split()[1] for row in rows} == {"lds-stu-run"}
+    assert {row.split()[1] for row in rows} == {"lds-stu-run-cafe"}
     assert sum("train/loss" in row for row in rows) == 4
     assert sum("figures/filters" in row for row in rows) == 2

@@ -1,14 +1,13 @@
 """All tasks and models in one figure, as small multiples."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from experiments.compare.figures import style
-from experiments.compare.figures.data import baselines, by_task, ranking
+from experiments.compare.figures.data import LARGEST, baselines, by_task, ranking
 from experiments.compare.groups import Group
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ ROW = 0.2  # inches
 
 def board(groups: Sequence[Group], models: Sequence[str]) -> Figure | None:
     """A panel for each task, a line for each model, best on average first; right is better in all panels."""
+    without = sum(group.missing.total() for group in groups)
     groups = [group for group in groups if group.mean is not None and group.metric]
     if not groups:
         return None
@@ -37,24 +37,23 @@ def board(groups: Sequence[Group], models: Sequence[str]) -> Figure | None:
         axes.set_axis_off()
     for axes in panels[:, 0]:
         axes.set_yticks(range(len(ranked)), map(style.short, ranked), fontsize=8.5)
-    style.caption(figure, "", _text(groups), size=8)
+    style.caption(figure, "", _text(groups, without), size=8)
     return figure
 
 
-def _text(groups: Sequence[Group]) -> str:
-    """How to read it."""
+def _text(groups: Sequence[Group], without: int) -> str:
+    """How to read it; without: runs that have no result."""
     most = max(group.n for group in groups)
     seeds = f"{'' if all(group.n == most for group in groups) else 'at most '}{most} seed{'s' * (most > 1)}"
     means = f"Means and standard deviations of {seeds}." if most > 1 else "One seed each."
-    infinite = (
-        "" if all(map(math.isfinite, (test for group in groups for test in group.tests))) else " Crosses: infinite."
-    )
-    return f"{means} Dashed: the best trivial baseline. Right is better, everywhere.{infinite}"
+    infinite = "" if all(abs(test) < LARGEST for group in groups for test in group.tests) else " Crosses: infinite."
+    missing = f" Without {without} run{'s' * (without > 1)} that {'have' if without > 1 else 'has'} no result."
+    return f"{means} Dashed: the best trivial baseline. Right is better, everywhere.{infinite}{missing * bool(without)}"
 
 
 def _draw_task(axes: "Axes", groups: Sequence[Group], ranked: Sequence[str], looks: Mapping[str, style.Look]) -> None:
     best = groups[0]
-    values = [*(test for group in groups for test in group.tests), *baselines(groups)]
+    values = [test for group in groups for test in (*group.tests, *baselines(groups)) if abs(test) < LARGEST]
     style.scale_metric(axes, "x", values, best)
     for group in groups:
         _draw_group(axes, group, ranked.index(group.model), looks[group.model])
@@ -74,9 +73,9 @@ def _draw_task(axes: "Axes", groups: Sequence[Group], ranked: Sequence[str], loo
 
 def _draw_group(axes: "Axes", group: Group, place: int, look: style.Look) -> None:
     """The mean with its error bar, over the runs; a cross at the bad end where the mean is infinite."""
-    mean = statistics.fmean(group.tests)
-    axes.plot(group.tests, [place] * group.n, ".", color=look.color, alpha=0.35, markersize=4, zorder=2)
-    if not math.isfinite(mean):
+    mean, shown = group.mean or 0.0, [test for test in group.tests if abs(test) < LARGEST]
+    axes.plot(shown, [place] * len(shown), ".", color=look.color, alpha=0.35, markersize=4, zorder=2)
+    if not abs(mean) < LARGEST:  # or NaN
         axes.plot(0.02, place, "x", color=look.color, markersize=5, transform=axes.get_yaxis_transform())
         return
     axes.errorbar(

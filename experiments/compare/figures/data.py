@@ -15,6 +15,7 @@ from experiments.compare.runs import Mode, Row
 from experiments.compare.sweeps import Axis
 
 POINTS = 60  # of a line
+LARGEST = 1e300  # what is not below is drawn as if it were infinite: axes end where float64 does
 
 
 class Band(NamedTuple):
@@ -40,9 +41,8 @@ def bands(rows: Iterable[Row], metrics: Sequence[str]) -> dict[str, Band]:
 def curve(history: History, metric: str) -> Curve:
     """The finite values of a metric by step; of a step that was logged again, the later one."""
     own = list(map(metric.__eq__, history.metrics))
-    steps = np.array(list(compress(history.steps, own)), dtype=np.int64)
-    values = np.array(list(compress(history.values, own)), dtype=np.float64)
-    kept = np.isfinite(values)
+    steps, values = (np.array(list(compress(of, own)), dtype=np.float64) for of in (history.steps, history.values))
+    steps, kept = steps.clip(max=2**53).astype(np.int64), np.abs(values) < LARGEST
     steps, first = np.unique(steps[kept][::-1], return_index=True)
     return Curve(steps, values[kept][::-1][first])
 
@@ -82,14 +82,8 @@ def front(points: Sequence[tuple[float, float]], mode: Mode) -> list[tuple[float
 
 
 def baselines(groups: Sequence[Group]) -> list[float]:
-    """The best trivial baseline of one task, once for each kind of data.
-
-    Errors a hundred times smaller than all results are left out: they are of baselines that know the truth, which
-    earlier versions did not tell from trivial ones.
-    """
-    found = {float(f"{trivial:.4g}") for group in groups if (trivial := group.trivial) is not None}
-    least = min((test for group in groups if group.mode == "min" for test in group.tests), default=-math.inf)
-    return sorted(value for value in found if math.isfinite(value) and (least <= 0 or value > least / 100))
+    """The best trivial baseline of one task, once for each kind of data."""
+    return sorted({float(f"{trivial:.4g}") for group in groups if (trivial := group.trivial) is not None})
 
 
 def by_task(groups: Iterable[Group]) -> list[list[Group]]:

@@ -15,8 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from experiments.compare.figures.data import baselines, spans_decades
 from experiments.compare.groups import Group
-from experiments.compare.leaderboard import is_share
-from experiments.compare.sweeps import Sweep
+from experiments.compare.runs import Measured, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +109,7 @@ def save(figure: Figure, file: Path) -> Path:
     return file
 
 
-def title_of(measured: Group | Sweep, split: str = "") -> str:
+def title_of(measured: Measured, split: str = "") -> str:
     """The name of the metric with the direction; shares are in percent."""
     percent = ", %" if is_share(measured.metric) else ""
     return f"{split}{measured.metric}{percent} ({'higher' if measured.mode == 'max' else 'lower'} is better)"
@@ -136,7 +135,7 @@ def caption(figure: Figure, title: str, text: str, size: float = 6.5) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=size, color=GREY)
 
 
-def scale_metric(axes: "Axes", which: Literal["x", "y"], values: Sequence[float], measured: Group | Sweep) -> None:
+def scale_metric(axes: "Axes", which: Literal["x", "y"], values: Sequence[float], measured: Measured) -> None:
     """The scale and the ticks of the x or y axis, on which the metric is; values: all that are drawn."""
     if spans_decades(values, measured.mode):
         scale_log(axes, which, values)

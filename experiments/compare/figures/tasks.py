@@ -1,6 +1,5 @@
 """Figures of one task: learning curves with bands over the seeds, and what the results cost."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.compare.figures import style
-from experiments.compare.figures.data import Band, bands, baselines, fraction, front, spread
+from experiments.compare.figures.data import LARGEST, Band, bands, baselines, fraction, front, spread
 from experiments.compare.groups import Group
 from experiments.compare.runs import Row
 
@@ -46,7 +45,7 @@ def curves(groups: Sequence[Group], models: Sequence[str]) -> Figure | None:
 
 def costs(groups: Sequence[Group], models: Sequence[str]) -> Figure | None:
     """The metric on the test set against the parameters and the training time."""
-    groups = [group for group in groups if group.mean is not None and math.isfinite(group.mean)]
+    groups = [group for group in groups if group.mean is not None and abs(group.mean) < LARGEST]
     size, unit = style.unit_of_time([row.seconds for group in groups for row in group.finished if row.seconds])
     costs_of: dict[str, Callable[[Row], float | None]] = {
         "parameters": lambda row: row.parameters,

@@ -16,8 +16,8 @@ from stu.files import write_atomically
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = (  # in this order: what a script does at once needs those before it
-    "dom.js", "numbers.js", "state.js", "filters.js", "look.js", "leaderboard.js", "runs.js", "plots.js", "views.js",
-    "curves.js", "costs.js", "parallel.js", "panel.js", "page.js",
+    "dom.js", "numbers.js", "state.js", "filters.js", "look.js", "leaderboard.js", "runs.js", "sketch.js", "plots.js",
+    "views.js", "curves.js", "costs.js", "parallel.js", "panel.js", "page.js",
 )  # fmt: skip
 
 
@@ -80,7 +80,10 @@ def policy(*scripts: str) -> str:
     """
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in scripts)
     hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {hashes} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+    return (
+        f"default-src 'none'; script-src {hashes} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 from experiments.compare.groups import Group
 from experiments.compare.history import read_history
-from experiments.compare.published import published_of, reduced
+from experiments.compare.leaderboard import diverged
+from experiments.compare.published import SECOND_HAND, published_of, reduced
 from experiments.compare.report import curves, figures
 from experiments.compare.runs import Row
 from experiments.compare.select import options
@@ -101,6 +102,8 @@ def commands(row: Row, group: Sequence[Row]) -> dict[str, str]:
     again = ["python", *(word for word in words if not word.startswith(("mode=", "overwrite=")))]
     other = [word for word in again if not word.startswith(("seed=", "name="))]
     other.append(f"seed={max(seeds, default=0) + 1}")
+    if diverged(row):
+        return {"another seed": shlex.join(other)}
     if row.status == "finished":
         return {"test again": shlex.join([*again, "mode=test"]), "another seed": shlex.join(other)}
     start = (
@@ -143,8 +146,13 @@ def _published(group: Group) -> dict[str, Any] | None:
     result = published_of(group.task, group.model)
     if result is None:
         return None
-    why, source = reduced(group), f"{'second hand: ' * result.second_hand}{result.source}"
-    return {"text": f"({result.text})" if why else result.text, "source": source, "reduced": why}
+    why, mark = reduced(group), f"{SECOND_HAND} published, second hand" if result.second_hand else "published"
+    return {
+        "text": f"({result.text})" if why else result.text,
+        "name": f"{result.name}{f' ({result.remark})' * bool(result.remark)}",
+        "source": f"{mark}: {result.source}",
+        "reduced": why,
+    }
 
 
 def _configurations(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]], list[list[int]]]:

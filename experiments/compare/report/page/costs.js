@@ -12,7 +12,7 @@ const COSTS = [
 function showScatter(runs) {
   const [task, there] = taskOf("scatter", runs, (run) => known(run.test)),
     own = { ...state.scatter, task },
-    some = runs.filter((run) => run.task === task);
+    some = runs.filter((run) => run.title === task);
   const costs = COSTS.filter(([key]) => some.some((run) => known(run[key])));
   const x = (costs.find(([key]) => key === own.x) ?? costs[0] ?? COSTS[0])[0];
   const tools = [

@@ -2,8 +2,8 @@
 
 function showCurves(runs, groups) {
   const [task, there] = taskOf("curves", runs, (run) => Object.keys(run.curves).length),
-    some = runs.filter((run) => run.task === task);
-  const metrics = [...new Set(some.flatMap((run) => Object.keys(run.curves)))].sort();
+    some = runs.filter((run) => run.title === task);
+  const metrics = [...new Set(some.flatMap((run) => Object.keys(run.curves)))].sort(numeric);
   const monitored = `val/${some.find((run) => run.metric)?.metric}`;
   const metric = [state.curves.metric, monitored, "train/loss", metrics[0]].find((name) => metrics.includes(name));
   const own = { ...state.curves, task, metric };
@@ -46,7 +46,7 @@ function showCurves(runs, groups) {
     const traces = curveTraces(
         own,
         some,
-        groups.filter((group) => group.task === task),
+        groups.filter((group) => group.title === task),
       ),
       values = traces.flatMap((trace) => trace.y);
     return draw(place, traces, {
@@ -61,7 +61,6 @@ function showCurves(runs, groups) {
 const LINES = 200; // runs that are drawn one by one
 
 function curveTraces(own, runs, groups) {
-  const { task } = own;
   const traces = [];
   if (own.show === "runs") {
     const seen = new Set();
@@ -94,9 +93,7 @@ function curveTraces(own, runs, groups) {
     nth.set(group.model, which + 1);
     const { x, low, middle, high } = band(lines),
       hue = colours.get(group.model),
-      name = literal(
-        [group.model, own.show === "all" && group.label, group.title.slice(task.length)].filter(Boolean).join(" "),
-      );
+      name = literal([group.model, own.show === "all" && group.label].filter(Boolean).join(" "));
     const shared = { x, legendgroup: String(group.index), hoverinfo: "skip", showlegend: false, mode: "lines" };
     if (lines.length > 1) {
       traces.push(

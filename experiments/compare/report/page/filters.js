@@ -90,7 +90,7 @@ function showChips() {
     const counts = new Map();
     for (const run of data.runs) texts(run, key).forEach((text) => counts.set(text, (counts.get(text) ?? 0) + 1));
     if (counts.size < 2 && !state.chips[key]?.length) return null;
-    const shown = [...counts].sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true })).slice(0, MOST);
+    const shown = [...counts].sort(([a], [b]) => numeric(a, b)).slice(0, MOST);
     const left = counts.size - shown.length;
     return h(
       "div.row",

@@ -9,7 +9,7 @@ function showLeaderboard(groups) {
       ["1", "all settings"],
     ],
     state.all ? "1" : "",
-    (value) => update({ all: value === "1" }),
+    (value) => update({ all: value === "1" }, "leaderboard"),
   );
   const tables = [...new Set(groups.map((group) => group.title))].map((title) => {
     const shown = groups.filter((group) => group.title === title && (state.all || group.chosen));
@@ -25,7 +25,7 @@ function showLeaderboard(groups) {
 function board(title, groups) {
   const [first] = groups,
     metric = groups.find((group) => group.metric)?.metric ?? "metric";
-  const trivial = groups.map((group) => group.trivial).find(known) ?? null,
+  const trivial = median(groups.flatMap((group) => group.runs.map((run) => run.trivial))),
     scale = scaleOf(groups, trivial);
   const settings = groups.some((group) => group.label),
     others = groups.some((group) => group.published);
@@ -46,24 +46,24 @@ function board(title, groups) {
   const rows = groups.map((group) =>
     h(
       "tr",
-      { tabindex: 0, "data-run": bestRun(group), class: group === best ? "best" : null },
+      { tabindex: 0, "aria-haspopup": "dialog", "data-run": bestRun(group), class: group === best ? "best" : null },
       h("td.model", {}, h("span", {}, swatch(group.model), group.model)),
       settings
         ? h(
             "td.settings",
             {},
-            group.label,
+            clamped(group.label),
             !state.all && group.settings > 1 ? h("small", {}, ` best of ${group.settings} settings`) : null,
           )
         : null,
-      h("td.number.score", {}, spread(percent(group.mean, metric), percent(group.std, metric))),
+      h("td.number.score", { title: allDigits(group.mean, group.std) }, spread(percent(group.mean, metric), percent(group.std, metric))),
       h("td.strip", {}, strip(group, scale, trivial)),
       h(
         "td.number",
         { title: statuses(group.runs) },
         group.n === group.runs.length ? String(group.n) : `${group.n} of ${group.runs.length}`,
       ),
-      h("td.number", {}, isShare(metric) && group.best !== null ? (100 * group.best).toFixed(2) : short(group.best)),
+      h("td.number", { title: allDigits(group.best) }, isShare(metric) && group.best !== null ? (100 * group.best).toFixed(2) : short(group.best)),
       h("td.number", {}, whole(group.parameters)),
       h("td.number", {}, compact(group.tokens)),
       h("td.number", {}, bytes(group.memory)),
@@ -109,21 +109,19 @@ function board(title, groups) {
   );
 }
 
+const allDigits = (value, std) => (value === null ? null : `${value}${std === null || std === undefined ? "" : ` ± ${std}`}`);
+
 /** Where published numbers come from, and why they can't be compared. */
 function notes(groups) {
-  const shown = groups.filter((group) => group.published),
-    lines = new Set();
-  for (const { published } of shown)
-    lines.add(`${published.source.startsWith("second hand") ? "*" : "published:"} ${published.source}`);
-  for (const why of new Set(shown.map((group) => group.published.reduced).filter(Boolean))) {
-    lines.add(
-      `( ) published for more than was run here: ${shown
-        .filter((group) => group.published.reduced === why)
-        .map((group) => group.model)
-        .join(", ")}: ${why}`,
-    );
-  }
-  return [...lines].map((line) => h("p.faint", {}, line));
+  const shown = groups.flatMap((group) => (group.published ? [{ ...group.published, model: group.model }] : []));
+  const by = (key, name) =>
+    Object.entries(Object.groupBy(shown, (one) => one[key] ?? ""))
+      .filter(([text]) => text)
+      .map(([text, some]) => [text, [...new Set(some.map((one) => one[name]))].join(", ")]);
+  return [
+    ...by("reduced", "model").map(([why, names]) => `( ) published at full size; here ${names} ran reduced: ${why}`),
+    ...by("source", "name").map(([source, names]) => `${source}: ${names}`),
+  ].map((line) => h("p.faint", {}, line));
 }
 
 function statuses(runs) {
@@ -135,9 +133,7 @@ function statuses(runs) {
 }
 
 function bestRun(group) {
-  const sign = group.mode === "max" ? -1 : 1,
-    value = (run) => (known(run.test) ? sign * run.test : Infinity);
-  return [...group.runs].sort((a, b) => value(a) - value(b) || 0)[0].path;
+  return [...group.runs].sort((a, b) => ranked(a.test, b.test, group.mode))[0].path;
 }
 
 /** Where a value lies between the least and the largest of a task: 0 to 1. */

@@ -28,4 +28,7 @@ function heading(text, ...tools) {
   return h("div.heading", {}, h("h2", {}, text), h("div.tools", {}, ...tools));
 }
 
+/** A text of three lines at most; in print it is whole. */
+const clamped = (text) => h("span.clamped", { title: text }, text);
+
 const textual = (title) => ["model", "settings", "", "task", "status", "name"].includes(title);

@@ -17,6 +17,9 @@ const NUMBERS = [
   "best_epoch",
 ];
 
+/** The order of texts with numbers in them: m2 before m10. */
+const numeric = (a, b) => a.localeCompare(b, "en", { numeric: true });
+
 const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
 const finite = (values) => values.filter(Number.isFinite);
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
@@ -66,16 +69,17 @@ function spread(center, std) {
 
 const whole = (value) => (value === null ? "–" : Math.round(value).toLocaleString("en"));
 
+const SIZES = [
+  [1e9, "G"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
+
 function compact(value) {
   if (!known(value)) return "–";
   if (!Number.isFinite(value)) return short(value);
-  for (const [size, unit] of [
-    [1e9, "G"],
-    [1e6, "M"],
-    [1e3, "k"],
-  ]) {
-    if (Math.abs(value) >= size) return `${(value / size).toPrecision(3)} ${unit}`;
-  }
+  const [size, unit] = SIZES.find(([size]) => Math.abs(value) >= size) ?? [];
+  if (size) return `${(value / size).toPrecision(3)} ${unit}`;
   return value >= 100 ? value.toFixed(0) : Number(value.toPrecision(3)).toString();
 }
 

@@ -1,16 +1,38 @@
 // What is on the page, and what happens on it.
 
-const IDLE = 4000; // ms, after which Plotly is made ready for figures that are further down
+let seen; // the runs that the filters leave, and their groups
 
-function update(changes) {
-  Object.assign(state, { where: find("where").value }, changes); // what has just been typed is not lost
+const PARTS = {
+  chips: showChips,
+  leaderboard: () => showLeaderboard(seen.groups),
+  curves: () => showCurves(seen.runs, seen.groups),
+  scatter: () => showScatter(seen.runs),
+  parallel: () => showParallel(seen.runs),
+  sweeps: showSweeps,
+  runs: () => showRuns(seen.runs),
+  panel: showPanel,
+};
+
+/** Change the state, and show it: everything, or the parts that are named where the filters stay the same. */
+function update(changes, ...parts) {
+  const typed = find("where").value; // what has just been typed is not lost
+  const same = typed === state.where;
+  Object.assign(state, { where: typed }, changes);
   writeAddress();
-  show();
+  show(...(same ? parts : []));
 }
 
-function show() {
-  const { runs, complaint } = visibleRuns(),
-    groups = groupsOf(runs);
+function show(...parts) {
+  if (!parts.length) showFilter();
+  const place = focused();
+  for (const part of parts.length ? parts : Object.keys(PARTS)) PARTS[part]();
+  document.querySelector(place)?.focus({ preventScroll: true });
+  performance.mark("shown");
+}
+
+function showFilter() {
+  const { runs, complaint } = visibleRuns();
+  seen = { runs, groups: groupsOf(runs) };
   const filtered = state.where !== "" || Object.values(state.chips).some((values) => values.length);
   if (find("where").value !== state.where) find("where").value = state.where;
   find("where").setAttribute("aria-invalid", String(complaint !== ""));
@@ -18,17 +40,6 @@ function show() {
   find("complaint").hidden = !complaint;
   find("count").textContent = filtered ? `${runs.length} of ${data.runs.length} runs` : `${runs.length} runs`;
   find("reset").hidden = !filtered;
-  const place = focused();
-  showChips();
-  showLeaderboard(groups);
-  showCurves(runs, groups);
-  showScatter(runs);
-  showParallel(runs);
-  showSweeps();
-  showRuns(runs);
-  showPanel();
-  document.querySelector(place)?.focus({ preventScroll: true });
-  performance.mark("shown");
 }
 
 /** How to find what has the focus after its section is shown again. */
@@ -83,6 +94,7 @@ function showHead() {
   ];
   const jump = (id) => (event) => {
     event.preventDefault();
+    find(id).focus({ preventScroll: true });
     find(id).scrollIntoView({ behavior: "smooth" });
   };
   find("sections").replaceChildren(...names.map(([id, text]) => h("a", { href: `#${id}`, click: jump(id) }, text)));
@@ -144,6 +156,12 @@ function listen() {
       find("where").focus();
     }
   });
+  let size = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth === size) return; // the bar of a phone's browser comes and goes
+    size = innerWidth;
+    for (const place of document.querySelectorAll(".plot:has(.sketch)")) drawWhenSeen(place, place.task);
+  });
   addEventListener("hashchange", () => {
     readAddress();
     show();
@@ -177,6 +195,5 @@ const [down, inside] = JSON.parse(remembered("scroll") ?? "[0, 0]");
 if (down) scrollTo(0, down);
 find("panel").scrollTop = inside;
 remembered("scroll", "[0, 0]");
-setTimeout(() => plotly().catch(() => null), IDLE); // draw() says what is wrong
 if (data.refresh) setTimeout(refresh, 1000 * data.refresh);
 performance.mark("ready");

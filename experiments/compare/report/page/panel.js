@@ -3,13 +3,13 @@
 let opener = null; // what has the focus when the panel closes
 
 function openRun(path, from) {
-  opener = from ?? opener;
-  update({ run: path });
+  if (!find("panel").contains(document.activeElement)) opener = from ?? document.activeElement;
+  update({ run: path }, "panel");
   find("panel").focus({ preventScroll: true });
 }
 
 function closeRun() {
-  update({ run: "" });
+  update({ run: "" }, "panel");
   const row = opener?.dataset?.run && document.querySelector(`tr[data-run="${CSS.escape(opener.dataset.run)}"]`);
   (row || opener)?.focus?.({ preventScroll: true });
 }
@@ -17,11 +17,14 @@ function closeRun() {
 function showPanel() {
   const panel = find("panel"),
     run = data.runs.find((one) => one.path === state.run);
+  for (const row of document.querySelectorAll("#runs tr[data-run]"))
+    row.classList.toggle("open", row.dataset.run === run?.path);
   if (panel.dataset.run === (run?.path ?? "")) return; // as it is, with what was typed there
   panel.dataset.run = run?.path ?? "";
   panel.hidden = !run;
   document.body.classList.toggle("beside", Boolean(run));
   if (!run) return panel.replaceChildren();
+  panel.setAttribute("aria-label", `${run.model} on ${run.task}, ${run.name}`);
   const plots = plotPlace("run");
   panel.scrollTop = 0;
   panel.replaceChildren(
@@ -29,7 +32,7 @@ function showPanel() {
       "div.heading",
       {},
       h("h2", {}, swatch(run.model), `${run.model} on ${run.task}`),
-      h("button.close", { type: "button", title: "Close (Escape)", click: closeRun }, "×"),
+      h("button.close", { type: "button", title: "Close (Escape)", "aria-label": "Close", click: closeRun }, "×"),
     ),
     h("p.name", {}, run.name),
     h("p", {}, h(`i.dot.${run.status.replace(/ /g, "-")}`), run.state),
@@ -52,7 +55,8 @@ function showPanel() {
 
 const part = (title, content) => (content.length ? [h("h3", {}, title), ...content] : []);
 const drawRun = (place, run) => {
-  waiting.set(place, () => drawCurves(place, run));
+  place.task = () => drawCurves(place, run);
+  waiting.set(place, place.task);
   drawNow(place);
 };
 
@@ -122,7 +126,7 @@ function siblings(run) {
 
 /** All options; those in which runs of the same task and model differ are marked, and come first. */
 function configuration(run) {
-  const rivals = data.runs.filter((other) => other.task === run.task && other.model === run.model);
+  const rivals = data.runs.filter((other) => other.title === run.title && other.model === run.model);
   const lines = data.keys
     .map((key, at) => [key, at])
     .filter(([, at]) => run.settings[at] >= 0)
@@ -164,7 +168,7 @@ function configuration(run) {
 /** All curves, those of one quantity (train/loss, val/loss) in one frame. */
 function drawCurves(place, run) {
   const families = new Map();
-  for (const metric of Object.keys(run.curves).sort()) {
+  for (const metric of Object.keys(run.curves).sort(numeric)) {
     const name = /^(train|val)\//.test(metric) ? metric.split("/").slice(1).join("/") : metric;
     families.set(name, [...(families.get(name) ?? []), metric]);
   }

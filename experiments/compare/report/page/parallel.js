@@ -3,7 +3,7 @@
 /** Parallel coordinates are slow to draw, so they are on demand. */
 function showParallel(runs) {
   const [task, there] = taskOf("parallel", runs, (run) => known(run.test)),
-    some = runs.filter((run) => run.task === task && Number.isFinite(run.test ?? run.best_val));
+    some = runs.filter((run) => run.title === task && Number.isFinite(run.test ?? run.best_val));
   const varying = ["model", ...telling].filter(
     (key) => new Set(some.map((run) => written(valueOf(run, key)))).size > 1,
   );
@@ -14,9 +14,7 @@ function showParallel(runs) {
     return find("parallel").replaceChildren();
   }
   const toggle = (key) =>
-    update({
-      parallel: { ...state.parallel, keys: shown.includes(key) ? shown.filter((one) => one !== key) : [...shown, key] },
-    });
+    change("parallel", "keys")(shown.includes(key) ? shown.filter((one) => one !== key) : [...shown, key]);
   const open = state.parallel.open,
     tools = [
       open && there.length > 1 ? choice("task", there, task, change("parallel", "task")) : null,

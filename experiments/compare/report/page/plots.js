@@ -1,4 +1,4 @@
-// Plotly: inflated when the first figure is drawn; figures are drawn when they come into sight.
+// Figures are drawn when they come into sight; Plotly is inflated when someone points at one.
 
 let library;
 const plotly = () =>
@@ -19,9 +19,11 @@ async function inflated() {
   return window.Plotly;
 }
 
-/** A text that Plotly does not read as markup. */
+/** A text that Plotly does not read as markup, and what it was. */
 const literal = (text) =>
   String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/%\{/g, "%\u200b{").replace(/\$/g, "&#36;");
+
+const plain = (text) => text.replace(/\u200b/g, "").replace(/&lt;/g, "<").replace(/&#36;/g, "$").replace(/&amp;/g, "&");
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
@@ -51,8 +53,9 @@ function layout(more) {
   return {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 56, r: 12, t: 10, b: 44 },
-    height: 400,
+    margin: { ...MARGIN },
+    height: HEIGHT,
+    showlegend: true,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
     hovermode: "closest",
     hoverlabel: {
@@ -75,15 +78,30 @@ const CONFIG = {
   toImageButtonOptions: { format: "svg", filename: "comparison" },
 };
 
-async function draw(place, traces, shape) {
+/** A sketch of a figure at once, and Plotly where someone points at it; parallel coordinates are Plotly's alone. */
+function draw(place, traces, shape) {
+  if (place.figure?.alive) window.Plotly.purge(place);
+  place.figure = { traces, shape };
+  if (traces.some((trace) => trace.type)) return enliven(place);
+  place.replaceChildren(sketch(traces, shape, place.clientWidth || 1000));
+  place.onpointermove = place.onpointerdown = () => enliven(place).catch((error) => broken(place, error));
+  performance.mark(`drawn ${place.dataset.plot}`);
+}
+
+async function enliven(place) {
+  const { figure } = place;
+  place.onpointermove = place.onpointerdown = null;
   const library = await plotly();
-  if (!place.isConnected) return;
-  await library.react(place, traces, layout(shape), CONFIG);
-  if (!place.dataset.listens) {
-    place.dataset.listens = "1";
-    place.on("plotly_click", ({ points }) => points[0].customdata && openRun(points[0].customdata));
-  }
-  performance.mark(`drawn ${place.dataset.plot ?? "panel"}`);
+  if (place.figure !== figure || !place.isConnected) return;
+  place.replaceChildren();
+  figure.alive = true;
+  await library.newPlot(place, figure.traces, layout(figure.shape), CONFIG);
+  place.on("plotly_click", ({ points }) => points[0].customdata && openRun(points[0].customdata));
+  performance.mark(`alive ${place.dataset.plot}`);
+}
+
+function broken(place, error) {
+  place.append(h("p.faint", {}, `This figure cannot be drawn: ${error.message}`));
 }
 
 // What has to be drawn again, when it is in sight.
@@ -97,6 +115,7 @@ const watcher = new IntersectionObserver(
 );
 
 function drawWhenSeen(place, task) {
+  place.task = task;
   waiting.set(place, task);
   watcher.unobserve(place);
   watcher.observe(place); // tells at once whether it is in sight
@@ -106,9 +125,7 @@ function drawNow(place) {
   const task = waiting.get(place);
   waiting.delete(place);
   watcher.unobserve(place);
-  return Promise.resolve(task?.()).catch((error) =>
-    place.replaceChildren(h("p.faint", {}, `This figure cannot be drawn: ${error.message}`)),
-  );
+  (async () => task?.())().catch((error) => broken(place, error));
 }
 
-const drawAll = () => Promise.all([...waiting.keys()].map(drawNow));
+const drawAll = () => [...waiting.keys()].forEach(drawNow);

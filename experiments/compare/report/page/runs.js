@@ -7,7 +7,7 @@ const COLUMNS = [
   ["status", "status", (value, run) => [h(`i.dot.${value.replace(/ /g, "-")}`), run.status]],
   ["task", "task", written],
   ["model", "model", (value) => [swatch(value), value]],
-  ["label", "settings", written],
+  ["label", "settings", (value) => [clamped(value)]],
   ["seed", "seed", whole],
   ["test", "test", (value, run) => score(value, run.metric)],
   ["best_val", "best val", (value, run) => score(value, run.metric)],
@@ -37,9 +37,22 @@ function sorted(runs) {
     const [x, y] = [shownValue(a, key), shownValue(b, key)];
     if (!known(x) || !known(y)) return known(y) - known(x); // what is not known is last, either way
     if (typeof x === "number" && typeof y === "number") return direction * (x - y || 0);
-    return direction * written(x).localeCompare(written(y), "en", { numeric: true });
+    return direction * numeric(written(x), written(y));
   };
   return [...runs].sort(order);
+}
+
+/** A row is made once, as long as its columns are the same. */
+function rowOf(run, shown) {
+  const cells = shown.map(([key, , text]) => {
+    const content = text(shownValue(run, key), run);
+    return h(
+      LEFT.has(key) ? `td.${key}` : "td.number",
+      {},
+      ...(Array.isArray(content) ? [h("span", {}, ...content)] : [content]),
+    );
+  });
+  return h("tr", { tabindex: 0, "aria-haspopup": "dialog", "data-run": run.path }, ...cells);
 }
 
 function showRuns(runs) {
@@ -47,14 +60,15 @@ function showRuns(runs) {
     [by, direction] = state.sort;
   const head = shown.map(([key, title]) => {
     const now = by === key ? (direction > 0 ? "ascending" : "descending") : "none";
-    const sort = () => update({ sort: [key, by === key ? -direction : 1] });
+    const sort = () => update({ sort: [key, by === key ? -direction : 1] }, "runs");
     const remove = state.columns.includes(key)
       ? h(
           "button.remove",
           {
             type: "button",
             title: `without ${key}`,
-            click: () => update({ columns: state.columns.filter((one) => one !== key) }),
+            "aria-label": `without ${key}`,
+            click: () => update({ columns: state.columns.filter((one) => one !== key) }, "runs"),
           },
           "×",
         )
@@ -66,22 +80,13 @@ function showRuns(runs) {
       remove,
     );
   });
+  const keys = String(shown.map(([key]) => key));
   const body = sorted(runs)
     .slice(0, ROWS)
-    .map((run) =>
-      h(
-        "tr",
-        { tabindex: 0, "data-run": run.path, class: run.path === state.run ? "open" : null },
-        ...shown.map(([key, , text]) => {
-          const content = text(shownValue(run, key), run);
-          return h(
-            LEFT.has(key) ? `td.${key}` : "td.number",
-            {},
-            ...(Array.isArray(content) ? [h("span", {}, ...content)] : [content]),
-          );
-        }),
-      ),
-    );
+    .map((run) => {
+      if (run.row?.keys !== keys) run.row = { keys, element: rowOf(run, shown) };
+      return run.row.element;
+    });
   const add = choice(
     "columns",
     [
@@ -89,7 +94,7 @@ function showRuns(runs) {
       ...["started", "device", "experiment", "sweep", ...telling].filter((key) => !state.columns.includes(key)),
     ],
     "",
-    (key) => update({ columns: [...state.columns, key] }),
+    (key) => update({ columns: [...state.columns, key] }, "runs"),
   );
   find("runs").replaceChildren(
     heading("Runs", add),

@@ -5,10 +5,12 @@ for (const run of data.runs) {
   for (const key of NUMBERS) run[key] = run[key] in LACKING ? LACKING[run[key]] : run[key];
   run.baselines = Object.fromEntries(Object.entries(run.baselines).map(([k, v]) => [k, v in LACKING ? LACKING[v] : v]));
   run.label = run.group === null ? "" : data.groups[run.group].label;
+  run.title = run.group === null ? run.task : data.groups[run.group].title;
 }
 data.keyIndex = new Map(data.keys.map((key, index) => [key, index]));
 const models = data.models.filter((model) => data.runs.some((run) => run.model === model));
-const tasks = [...new Set(data.runs.map((run) => run.task))].sort();
+const tasks = [...new Set(data.runs.map((run) => run.task))];
+const titles = [...new Set(data.runs.map((run) => run.title))].sort(); // tasks, and the variants of their data
 
 const DEFAULTS = {
   where: "",
@@ -37,7 +39,7 @@ const FIELDS = new Set(
   data.runs.length
     ? Object.keys(data.runs[0]).filter(
         (key) =>
-          !["curves", "figures", "settings", "commands", "label", "group", "steps_per_epoch", "state"].includes(key),
+          !["curves", "figures", "settings", "commands", "label", "title", "group", "steps_per_epoch", "state"].includes(key),
       )
     : [],
 );
@@ -107,8 +109,7 @@ function groupsOf(runs) {
     .map(([index, some]) => {
       const group = data.groups[index],
         done = some.filter((run) => run.status === "finished" && run.test !== null);
-      const tests = done.map((run) => run.test),
-        better = group.mode === "max" ? Math.max : Math.min;
+      const tests = done.map((run) => run.test);
       return {
         ...group,
         index,
@@ -117,8 +118,8 @@ function groupsOf(runs) {
         n: tests.length,
         mean: mean(tests),
         std: deviation(tests),
-        best: tests.length ? better(...tests) : null,
-        validation: mean(done.map((run) => run.best_val).filter(known)),
+        best: [...tests].sort((a, b) => ranked(a, b, group.mode))[0] ?? null,
+        validation: mean(done.map((run) => run.best_val).filter((value) => value !== null)),
         trivial: median(some.map((run) => run.trivial)),
         parameters: median(some.map((run) => run.parameters)),
         tokens: median(some.map((run) => run.tokens_per_second)),
@@ -126,32 +127,29 @@ function groupsOf(runs) {
         seconds: median(some.map((run) => run.seconds)),
       };
     });
-  const sign = (group) => (group.mode === "max" ? -1 : 1),
-    last = (value, group) => (known(value) ? sign(group) * value : Infinity);
-  const order = (a, b) => a - b || 0; // Infinity − Infinity is no number
-  groups.sort((a, b) =>
-    a.title < b.title
-      ? -1
-      : a.title > b.title
-        ? 1
-        : order(last(a.mean, a), last(b.mean, b)) ||
-          order(last(a.validation, a), last(b.validation, b)) ||
-          a.index - b.index,
+  groups.sort(
+    (a, b) =>
+      alphabetic(a.title, b.title) ||
+      ranked(a.mean, b.mean, a.mode) ||
+      ranked(a.validation, b.validation, a.mode) ||
+      a.index - b.index,
   );
-  for (const group of groups) {
+  for (const rivals of Map.groupBy(groups, (group) => JSON.stringify([group.title, group.model])).values()) {
     // the settings that a search would choose; the test set has no say
-    const rivals = groups.filter((other) => other.title === group.title && other.model === group.model);
-    group.settings = rivals.length;
-    group.chosen = rivals.every(
-      (other) =>
-        other === group ||
-        other.n < group.n ||
-        (other.n === group.n &&
-          (last(other.validation, other) > last(group.validation, group) ||
-            (last(other.validation, other) === last(group.validation, group) && other.index > group.index))),
+    const [first] = [...rivals].sort(
+      (a, b) => b.n - a.n || ranked(a.validation, b.validation, a.mode) || alphabetic(a.label, b.label),
     );
+    for (const group of rivals) Object.assign(group, { settings: rivals.length, chosen: group === first });
   }
   return groups;
+}
+
+const alphabetic = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+
+/** Which of two values comes first, the better one or the known one: a number as for sorting. */
+function ranked(a, b, mode) {
+  if (!known(a) || !known(b)) return known(b) - known(a);
+  return (mode === "max" ? b - a : a - b) || 0; // Infinity − Infinity is no number
 }
 
 /** The points of a curve. */

@@ -14,13 +14,13 @@ function view(id, title, tools, task) {
 }
 
 function change(name, key) {
-  return (value) => update({ [name]: { ...state[name], [key]: value } });
+  return (value) => update({ [name]: { ...state[name], [key]: value } }, name);
 }
 
-/** The task that a view shows: the chosen one, or the first that has something to show. */
+/** The task, in one of its variants, that a view shows: the chosen one, or the first that has something to show. */
 function taskOf(name, runs, shows) {
-  const there = tasks.filter((task) => runs.some((run) => run.task === task));
-  const first = there.find((task) => runs.some((run) => run.task === task && shows(run))) ?? there[0];
+  const there = titles.filter((title) => runs.some((run) => run.title === title));
+  const first = there.find((title) => runs.some((run) => run.title === title && shows(run))) ?? there[0];
   return [there.includes(state[name].task) ? state[name].task : first, there];
 }
 
