@@ -23,6 +23,7 @@ GROUPS = {
 }
 
 PRESETS = {"experiment", "tuned", "sweep"}  # groups that set keys elsewhere, and may be absent
+BY_OTHERS = {"tuned"}  # groups whose option is chosen by those of others
 
 EXAMPLES = """\
   python train.py model=stu task=lra_listops                       the full task
@@ -50,7 +51,8 @@ def at_home(argument: str) -> str:
 
 def text() -> str:
     """The groups, each with its meaning and its options, and examples."""
-    groups = [f"  {name:<12}{meaning}\n{_indented(folded(options_of(name)))}" for name, meaning in GROUPS.items()]
+    shown = {name: meaning for name, meaning in GROUPS.items() if name not in BY_OTHERS}
+    groups = [f"  {name:<12}{meaning}\n{_indented(folded(options_of(name)))}" for name, meaning in shown.items()]
     return "\n".join(
         [
             "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",

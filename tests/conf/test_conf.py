@@ -18,7 +18,7 @@ import train
 from stu import Backbone, SequenceModel, Task
 from stu.cli.check import calls, check
 from stu.cli.composition import build
-from stu.cli.usage import CONF, PRESETS, options_of
+from stu.cli.usage import BY_OTHERS, CONF, PRESETS, options_of
 from stu.training import SequenceData, StepPlan, Tracker
 from stu.training.plan import make_trainer
 from stu.training.run import LATER_KEYS
@@ -26,7 +26,6 @@ from tests import runs
 from tests.models import composed
 
 OF_HYDRA = ("hydra/launcher", "hydra/sweeper")
-BY_OTHERS = ("tuned",)  # chosen by the experiment and the model: tests/conf/test_tuned.py
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.name != "hydra" and options_of(folder.name))
 GROUPS += OF_HYDRA
 OPTIONS = [(group, option) for group in GROUPS if group not in BY_OTHERS for option in options_of(group)]

@@ -118,7 +118,9 @@ class TestARun:
     def test_the_summary(self, run: tuple[Run, runs.Finished]):
         of, _ = run
         summary = of.read_summary()
-        assert summary.keys() == {"test", "best", "baselines", "steps", "parameters", *runs.MEASURED}
+        told = {"trivial"} & summary.keys()  # where the task says which baselines are
+        assert summary.keys() == {"test", "best", "baselines", "steps", "parameters", *runs.MEASURED, *told}
+        assert set(summary.get("trivial", summary["baselines"])) <= summary["baselines"].keys()
         assert summary["steps"] == 20
         assert 0 < summary["seconds"] < 60
         rows = {name: [row[3] for row in read_metrics(of.metrics) if row[2] == name] for name in RATES}
