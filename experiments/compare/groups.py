@@ -10,8 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from experiments.compare.runs import Measured, Row, printable, rank
-from experiments.compare.select import options
 from stu.training.names import is_free
+from stu.training.records import flatten
 
 # Besides what may change between the starts of a run: what does not change what is computed.
 NEUTRAL = ("seed", "log_every", "checkpoints", "hydra", "task._target_", "task.data._target_")
@@ -179,7 +179,7 @@ def _apart(rows: Sequence[Row], tells: Callable[[str], bool]) -> list[tuple[dict
 
     An option that only some rows have tells nothing unless these differ: earlier versions did not have it.
     """
-    flat = [{key: told(key, value) for key, value in options(row.config).items() if tells(key)} for row in rows]
+    flat = [{key: told(key, value) for key, value in flatten(row.config).items() if tells(key)} for row in rows]
     values: dict[str, set[Any]] = {}
     for settings in flat:
         for key, content in settings.items():
@@ -206,15 +206,15 @@ def tells_data(key: str) -> bool:
 
 def told(key: str, value: Any) -> Any:
     """The value of an option as one that can be compared and hashed, equal where runs do not differ by it."""
-    return str(value) if key in SHARES else _hashable(value)
+    return str(value) if key in SHARES else hashable(value)
 
 
-def _hashable(value: Any) -> Any:
-    """Lists as tuples, NaN as a text."""
+def hashable(value: Any) -> Any:
+    """A value of an option as one that can be hashed: lists as tuples, NaN as a text."""
     if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
+        return tuple(map(hashable, value))
     if isinstance(value, Mapping):
-        return tuple((key, _hashable(content)) for key, content in value.items())
+        return tuple((key, hashable(content)) for key, content in value.items())
     if isinstance(value, set):  # yaml has them
         return tuple(sorted(map(str, value)))
     return str(value) if isinstance(value, float) and math.isnan(value) else value

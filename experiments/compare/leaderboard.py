@@ -7,9 +7,9 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from experiments.compare.digits import UNKNOWN, beside, duration, mean_and_std, number
 from experiments.compare.groups import Group, chosen, mean_of
 from experiments.compare.published import SECOND_HAND, Published, published, published_of, reduced
+from experiments.compare.rounding import UNKNOWN, beside, duration, mean_and_std, number
 from experiments.compare.runs import Row, is_share, printable, rank
 from experiments.compare.select import ABSENT, value
 

@@ -11,7 +11,8 @@ import yaml
 
 from experiments.compare.groups import LIMITS, Group, described, tells_data, told
 from experiments.compare.runs import Row
-from experiments.compare.select import ABSENT, options, value
+from experiments.compare.select import ABSENT, value
+from stu.training.records import flatten
 
 FILE = Path(__file__).with_name("published.json")
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -96,7 +97,7 @@ def _differences(row: Row, wanted: Mapping[str, Any]) -> str:
 @cache
 def _defaults(task: str) -> dict[str, Any]:
     """The options of a task as in conf/task, but for those that are made from others and where the data come from."""
-    content = options(_yaml(CONF / "task" / f"{task}.yaml"), "task.")
+    content = flatten(_yaml(CONF / "task" / f"{task}.yaml"), "task")
     return {
         key: given
         for key, given in content.items()
@@ -116,8 +117,8 @@ def _preset(name: str) -> dict[str, Any] | None:
     if name not in _presets():
         return None
     content: dict[str, Any] = {}
-    for file, prefix in (("trainer/auto", "trainer."), ("model/_backbone", "model."), (f"experiment/{name}", "")):
-        content |= options(_yaml(CONF / f"{file}.yaml"), prefix)
+    for file, prefix in (("trainer/auto", "trainer"), ("model/_backbone", "model"), (f"experiment/{name}", "")):
+        content |= flatten(_yaml(CONF / f"{file}.yaml"), prefix)
     return {key: content[key] for key in SIZES if key in content}
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from experiments.compare.runs import Row
 from stu.errors import require
+from stu.training.records import flatten
 
 FIELDS = (*(field.name for field in fields(Row) if field.name != "config"), "trivial", "state")
 WORD = re.compile(r"([^=<>!]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
@@ -61,7 +62,7 @@ def require_key(rows: Sequence[Row], option: str, key: str) -> None:
     """Raise `OptionError` unless one of the runs has this key; without runs every key is right."""
     if not rows or any(value(row, key) is not ABSENT for row in rows):
         return
-    known = {*FIELDS, *(name for row in rows for name in options(row.config))}
+    known = {*FIELDS, *(name for row in rows for name in flatten(row.config))}
     close = sorted(name for name in known if name.endswith(f".{key}")) or get_close_matches(key, known, cutoff=0.7)
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"a run has {', '.join(FIELDS[:4])}, …"
     require(False, option, key, f"no run has such a key; {hint}")
@@ -73,15 +74,6 @@ def _require_no_group(rows: Sequence[Row], key: str) -> None:
     if any(found) and all(isinstance(content, Mapping) for content in found):
         names = dict.fromkeys(f"{key}.{name}" for content in found for name in content)
         require(False, "--where", key, f"is a group of options: {', '.join([*names][:4])}")
-
-
-def options(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A configuration flat: dotted key → value; lists and empty mappings are values."""
-    flat: dict[str, Any] = {}
-    for key, content in config.items():
-        name = f"{prefix}{key}"
-        flat |= options(content, f"{name}.") if isinstance(content, Mapping) and content else {name: content}
-    return flat
 
 
 def _condition(key: str, sign: str, text: str) -> Callable[[Any], bool]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import TYPE_CHECKING, Any
 
-from experiments.compare.digits import beside, number
 from experiments.compare.groups import Group, mean_of
 from experiments.compare.leaderboard import Sheet, doubts, name_of, scaled
+from experiments.compare.rounding import beside, number
 from experiments.compare.runs import is_share
 from stu.errors import require
 

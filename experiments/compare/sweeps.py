@@ -93,7 +93,7 @@ def importance(sweep: Sweep) -> dict[str, float]:
     By PED-ANOVA (2304.10255) of Optuna, from the best validation values; the shares add up to 1. Empty for fewer than
     `LEAST` runs, whether they were searched or are a grid. Raises `ImportError` without Optuna.
     """
-    kept = [k for k, row in enumerate(sweep.rows) if row.status == "finished" and _is_finite(row.best_val)]
+    kept = [k for k, row in enumerate(sweep.rows) if row.status == "finished" and is_finite(row.best_val)]
     if len(kept) < LEAST or not sweep.axes:
         return {}
     import optuna
@@ -190,7 +190,7 @@ def _value(row: Row, key: str, word: str) -> Any:
 
 def _axis(key: str, values: Sequence[Any], log: bool) -> Axis:
     known = [one for one in values if one is not ABSENT]
-    if all(_is_finite(one) for one in known):
+    if all(is_finite(one) for one in known):
         numbers = tuple(None if one is ABSENT else float(one) for one in values)
         return Axis(key, numbers, log=log or is_logarithmic({float(one) for one in known}))
     labels = {_label(one): None for one in sorted(known, key=_order)}
@@ -216,9 +216,10 @@ def _label(content: Any) -> str:
 
 def _order(content: Any) -> tuple[bool, float, str]:
     """Numbers before texts."""
-    number = _is_finite(content)
+    number = is_finite(content)
     return not number, float(content) if number else 0.0, str(content)
 
 
-def _is_finite(content: Any) -> bool:
+def is_finite(content: Any) -> bool:
+    """Whether this is a number that has a place on an axis."""
     return isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content)

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.compare.digits import UNKNOWN, duration, number
 from experiments.compare.groups import Group, chosen
 from experiments.compare.leaderboard import Sheet, gibibytes, group_facts, written
+from experiments.compare.rounding import UNKNOWN, duration, number
 from experiments.compare.runs import Row
-from experiments.compare.select import options, value
+from experiments.compare.select import value
 from stu.files import write_atomically
+from stu.training.records import flatten
 
 WIDTH = 110  # at least; in a narrower terminal lines wrap, which is easier to read than columns of single letters
 FOLDED = ("name", "status", "settings")
@@ -141,7 +142,7 @@ def _facts(rows: Sequence[Row], groups: Sequence[Group]) -> list[dict[str, Any]]
     labels = {row.path: group.label for group in groups for row in group.rows}
     return [
         {name: getattr(row, name) for name in (field.name for field in fields(Row))}
-        | {"config": options(row.config), "group": labels.get(row.path, "")}
+        | {"config": flatten(row.config), "group": labels.get(row.path, "")}
         for row in rows
     ]
 

@@ -6,18 +6,20 @@ metrics of metrics.csv, and summary.json as the summary. wandb and PyTorch are i
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.compare.groups import hashable
 from experiments.compare.runs import Mode, find, read
+from experiments.compare.sweeps import is_finite, is_logarithmic
 from experiments.shared.files import command, refuse
 from stu.cli.usage import options_of
 from stu.errors import OptionError, require
 from stu.training.names import is_free
+from stu.training.records import flatten
 
 EXAMPLES = """\
 examples:
@@ -27,7 +29,6 @@ examples:
 """
 STEP = "trainer/global_step"  # as WandbLog has it; importing that would import PyTorch
 MOST = 8  # axes of varied options that parallel coordinates can be read with
-WIDE = 30  # ratio of the largest and the least value from which on an axis is logarithmic
 SHOWN = 100  # runs, or groups of them, in one chart
 UNTOLD = ("seed", "log_every")  # options that differ between runs and are no part of what is compared
 
@@ -69,15 +70,15 @@ def varied(runs: Sequence[Described]) -> dict[str, bool]:
     """The options in which runs of one model differ, those of most values first."""
     by_model: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        by_model[run.model].append(dict(_flat(run.settings)))
+        by_model[run.model].append(flatten(run.settings))
     values: dict[str, set[Any]] = defaultdict(set)
     for same in by_model.values():
         for key in {key for one in same for key in one if _is_compared(key)}:
-            found = {_hashable(one.get(key)) for one in same}
+            found = {hashable(one.get(key)) for one in same}
             if len(found) > 1:
                 values[key] |= found
     most = sorted(values, key=lambda key: (-len(values[key]), key))[:MOST]
-    return {key: _is_wide(values[key]) for key in most}
+    return {key: all(map(is_finite, values[key])) and is_logarithmic(values[key]) for key in most}
 
 
 def workspace(subjects: Sequence[Subject], *, entity: str, project: str, name: str, sweep: str | None = None) -> Any:
@@ -258,28 +259,8 @@ def _log_in(entity: str | None) -> str:
     return str(entity)
 
 
-def _flat(options: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested options by their full keys."""
-    if isinstance(options, Mapping) and options:
-        for name, value in options.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, options
-
-
 def _is_compared(key: str) -> bool:
     return not (is_free(key) or key in UNTOLD or key.endswith("_target_"))
-
-
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) or value is None else json.dumps(value, default=str)
-
-
-def _is_wide(values: Iterable[Any]) -> bool:
-    """Whether these are positive numbers over more than an order of magnitude."""
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    numbers = [number for number in numbers if math.isfinite(number)]
-    return len(numbers) == len(list(values)) and min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE
 
 
 def _parser() -> argparse.ArgumentParser:

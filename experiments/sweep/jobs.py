@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ from stu.files import sealed, write_atomically
 from stu.locks import Holder
 from stu.training import names
 from stu.training.lock import RunLock
-from stu.training.records import PRUNED, Row, mapping_in, parse_row, summary_in
+from stu.training.records import PRUNED, Row, flatten, mapping_in, parse_row, summary_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep"  # the group of what is swept: no job has it
@@ -355,15 +355,7 @@ def quoted(text: str) -> str:
 
 def telling(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of settings, what a result depends on, flat."""
-    return {key: value for key, value in _flat(settings or {}) if not names.is_free(key)}
-
-
-def _flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for name, value in node.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
+    return {key: value for key, value in flatten(settings).items() if not names.is_free(key)}
 
 
 def _plain(config: DictConfig) -> Any:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
-from stu.cli.usage import CONF, GROUPS, PRESETS, folded, options_of
+from stu.cli.usage import BY_OTHERS, CONF, GROUPS, PRESETS, folded, options_of
 from stu.errors import OptionError, require
 
 SEVERAL = ("callbacks", "logger")  # groups of which a list of options may be chosen
@@ -87,6 +87,7 @@ def expanded(word: str, *, swept: bool) -> str:
         raise OptionError("override", word, f"cannot be read ({reason}); write KEY=VALUE, quote values") from None
     key = override.key_or_group
     require(bool(key), "override", word, "has no key: write KEY=VALUE")
+    require(key not in BY_OTHERS, key, word.partition("=")[2], "cannot be chosen: experiment and model choose it")
     require(key != "hydra.mode", "override", word, "write -m for a sweep, and nothing for one run")
     if swept and override.is_sweep_override():
         return _swept(word, override)

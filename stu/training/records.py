@@ -25,6 +25,17 @@ def parse_row(line: str) -> Row | None:
         return None
 
 
+def flatten(config: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """Nested mappings as one: {"a": {"b": 1}} → {"a.b": 1}; lists and empty mappings are values."""
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{separator}{key}" if prefix else str(key)
+        flat |= flatten(value, name, separator) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def mapping_in(file: Path, parse: Callable[[str], Any] = unsealed) -> dict[str, Any] | None:
     """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""
     try:

@@ -25,7 +25,7 @@ from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, syn
 from stu.training import states
 from stu.training.lock import RunLock
 from stu.training.names import is_free, known_as, require_plain, run_name
-from stu.training.records import SWEEP, git_state, mapping_in, summary_in, version_of
+from stu.training.records import SWEEP, flatten, git_state, mapping_in, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 SECONDS_TO_REPORT = 5.0  # that the first process of a run has to say how it ended, before another one does
@@ -400,15 +400,6 @@ def is_default(flat: Mapping[str, Any], key: str) -> bool:
     parameter = inspect.signature(constructor).parameters.get(option)
     default = None if parameter is None else parameter.default
     return parameter is not None and flat[key] == (list(default) if isinstance(default, tuple) else default)
-
-
-def flatten(config: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
-    """Nested mappings as one: {"a": {"b": 1}} → {"a.b": 1}."""
-    if not isinstance(config, Mapping) or not config:
-        return {prefix: config}
-    named = {f"{prefix}{separator}{key}" if prefix else str(key): value for key, value in config.items()}
-    parts = [flatten(value, name, separator) for name, value in named.items()]
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def relocated(flat: Mapping[str, Any]) -> dict[str, Any]:

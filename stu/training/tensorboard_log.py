@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from stu.errors import require
-from stu.training.run import Run, flatten
+from stu.training.records import flatten
+from stu.training.run import Run
 from stu.training.trackers import RUNNING, Direct, description, softly
 
 

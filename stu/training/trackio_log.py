@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stu.errors import require
-from stu.training.records import SWEEP
-from stu.training.run import Run, flatten
+from stu.training.records import SWEEP, flatten
+from stu.training.run import Run
 from stu.training.trackers import RUNNING, Direct, description, softly
 
 

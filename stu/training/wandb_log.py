@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from stu.errors import require
 from stu.files import write_atomically
-from stu.training.records import PRUNED, SWEEP, Row, parse_row
-from stu.training.run import Run, flatten
+from stu.training.records import PRUNED, SWEEP, Row, flatten, parse_row
+from stu.training.run import Run
 from stu.training.signals import ANNOUNCED
 from stu.training.trackers import RUNNING, Tracker, description
 

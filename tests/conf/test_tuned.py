@@ -7,9 +7,11 @@ import yaml
 from omegaconf import OmegaConf
 
 import train
+from stu.cli.arguments import expanded
 from stu.cli.check import check
 from stu.cli.composition import build
 from stu.cli.usage import CONF, options_of
+from stu.errors import OptionError
 from tests.models import composed
 
 TUNED = options_of("tuned")
@@ -37,6 +39,12 @@ def test_the_experiment_and_the_model_choose_together():
     assert chosen.task == composed("experiment=mini/lds").task
     assert composed("model=s5").model.d_model != own.model.d_model
     assert composed("model=s5", "experiment=mini/lds") == chosen
+
+
+@pytest.mark.parametrize("word", ["tuned=mini/lds/stu", "tuned=nope", "tuned=null", "+tuned=nope", "~tuned"])
+def test_nobody_else_chooses(word: str):
+    with pytest.raises(OptionError, match=r"^tuned=.*: cannot be chosen: experiment and model choose it"):
+        expanded(word, swept=False)
 
 
 def test_words_of_the_command_count_more():

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.compare import markup
-from experiments.compare.digits import beside, duration, mean_and_std
 from experiments.compare.groups import chosen, described, grouped
 from experiments.compare.leaderboard import Sheet, how_to_go_on, leaderboard, unfinished, written
 from experiments.compare.published import CHANCE, published, published_of, reduced
+from experiments.compare.rounding import beside, duration, mean_and_std
 from experiments.compare.runs import Row
 from experiments.compare.select import where
 from experiments.compare.table import runs_table, sheet_parts, show

@@ -30,7 +30,8 @@ from stu.training import Diverged, MetricsCSV, Run, Stopped, report
 from stu.training import run as run_module
 from stu.training.loggers import read_metrics
 from stu.training.names import FREE_KEYS, is_free, known_as, run_name
-from stu.training.run import MOVED, flatten, relocated
+from stu.training.records import flatten
+from stu.training.run import MOVED, relocated
 from tests import runs
 
 CONFIG = {
@@ -587,6 +588,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes):
 def test_flatten():
     assert flatten(CONFIG)["model.mixer.k_u"] == 3
     assert flatten({"a": {}, "b": {"c": [1, {"d": 2}]}}) == {"a": {}, "b.c": [1, {"d": 2}]}
+    assert flatten({}) == {}
 
 
 class TestEarlierRuns:

@@ -16,10 +16,9 @@ from experiments.compare.leaderboard import diverged
 from experiments.compare.published import SECOND_HAND, published_of, reduced
 from experiments.compare.report import curves, figures
 from experiments.compare.runs import Row
-from experiments.compare.select import options
 from experiments.compare.sweeps import importance, sweeps
 from stu.files import unsealed
-from stu.training.records import mapping_in
+from stu.training.records import flatten, mapping_in
 
 RESULTS = ("test/", "best/")  # of the log: single numbers, which the summary has, too
 MODELS = Path(__file__).resolve().parents[3] / "conf" / "model"
@@ -157,7 +156,7 @@ def _published(group: Group) -> dict[str, Any] | None:
 
 def _configurations(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]], list[list[int]]]:
     """All keys, the different values under each, and for each run which of these it has, -1 for none."""
-    flat = [options(row.config) for row in rows]
+    flat = [flatten(row.config) for row in rows]
     keys = list(dict.fromkeys(str(key) for settings in flat for key in settings))
     seen: list[dict[str, tuple[int, Any]]] = [{} for _ in keys]
     chosen = []
