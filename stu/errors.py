@@ -41,3 +41,9 @@ def require(condition: bool, name: str, value: object, allowed: str, error: type
     """Raise `error(name, value, allowed)` unless `condition` holds."""
     if not condition:
         raise error(name, value, allowed)
+
+
+def brief(value: object) -> str:
+    """A value in at most 60 characters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

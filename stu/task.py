@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stu.errors import require
 from stu.heads import Pool, PooledHead, StepHead
 from stu.ops.padding import real_first
+from stu.preprocessing import Preprocessing
 from stu.resources import require_memory
 
 if TYPE_CHECKING:  # slow to import, and only training needs it
@@ -118,9 +119,10 @@ class Task(ABC):
     t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
     smaller or larger is better.
 
-    Three optional members serve tests, figures and comparisons. trivial: the names of those baselines that a model has
-    to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
-    image_shape: rows and columns of the image that an input sequence is.
+    Four optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
+    a model has to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
+    image_shape: rows and columns of the image that an input sequence is. preprocessing: from what a user has to inputs,
+    and from predictions back; known once the data are prepared.
     """
 
     monitor: str
@@ -128,6 +130,7 @@ class Task(ABC):
     trivial: tuple[str, ...] | None = None
     rollout: Rollout | None = None
     image_shape: tuple[int, int] | None = None
+    preprocessing: Preprocessing | None = None
 
     def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
         same = data.seq_len is None or seq_len == data.seq_len

@@ -38,6 +38,7 @@ Spec = Mapping[str, object]
 Facts = dict[str, Any]  # of a file: bytes, crc32 and, of an Arrow file, rows
 
 SECONDS_BETWEEN_LINES = 10.0
+QUIET_SECONDS = 5.0  # for which a process waits for another without a word
 SPEC, FILES = "spec.json", "files"  # the file that describes a directory, and its entry with the facts of the others
 ALL = ""  # in place of a file's name, where it cannot be told which one is damaged
 PIECE = 1 << 20  # bytes that are read at once for a checksum
@@ -332,7 +333,7 @@ def _crc32(path: Path) -> str:
 
 @contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock file at `path`, or one beside it where the file system has no locks. Says once that it waits."""
+    """Hold the lock file at `path`, or one beside it where there are no locks. A long wait is said, once."""
     try:
         lock = _acquired(FileLock(path, fallback_to_soft=False), name)
     except OSError as error:
@@ -350,7 +351,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 def _acquired(lock: BaseFileLock, name: str, advice: str = "") -> BaseFileLock:
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=QUIET_SECONDS)
     except Timeout:
         say(f"waiting for the data of {name}, which are being built: {_holder(Path(lock.lock_file))}{advice}")
         lock.acquire()

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from stu.cli.usage import CONF, PRESETS, options_of
-from stu.errors import OptionError
+from stu.errors import OptionError, brief
 
 NODES = {  # what the nodes of the root make; the code gives the optimizer arguments of its own
     "task": "stu.Task",
@@ -240,9 +240,3 @@ def missing(key: str, known: Iterable[str]) -> str:
         return "no such key; to add a key, write + before it"
     near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(last, names, n=1))
     return f"no such key; {near}allowed: {', '.join(n for n in names if n[0] != '_')}"
-
-
-def brief(value: Any) -> str:
-    """A value in at most 60 characters."""
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

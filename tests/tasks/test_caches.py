@@ -395,6 +395,7 @@ def test_who_is_waited_for_is_said_once(tmp_path: Path, monkeypatch):
         free.set()
 
     monkeypatch.setattr(cache, "say", say)
+    monkeypatch.setattr(cache, "QUIET_SECONDS", 0)
     thread = Thread(target=hold)
     thread.start()
     held.wait(30)
@@ -432,6 +433,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch, capsys):
         soft.unlink(missing_ok=True)
 
     monkeypatch.setattr(cache, "say", say)
+    monkeypatch.setattr(cache, "QUIET_SECONDS", 0)
     assert cached(tmp_path, "x", {}, build) == folder
     assert said[0].startswith("waiting for the data of x, which are being built: process 123 on elsewhere, for 0:00:0")
     assert said[0].endswith(f"by the lock file {soft}; delete it if that process is gone")

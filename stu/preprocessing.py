@@ -1,0 +1,199 @@
+"""From what a user has, texts, tokens and numbers, to the arrays of a model, and from its predictions back.
+
+L length, C channels, V vocabulary
+
+All of it is plain data: what was fitted to the training split goes into checkpoints and exported folders as JSON.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stu.errors import OptionError, brief, require
+
+Label = str | int | float | bool
+
+PADDING, OTHER = 0, 1  # tokens of text that no text has, and of what is in no vocabulary
+
+
+@final
+@dataclass(frozen=True)
+class Text:
+    """Texts as tokens: 0 is padding; then UTF-8 bytes, b + 1, or 1 for what is in no vocabulary, and the vocabulary.
+
+    units: words are what white space separates. vocabulary: the known characters or words; of bytes there is none.
+    Raises `OptionError` for other units, and for what is no text.
+    """
+
+    units: Literal["bytes", "characters", "words"] = "bytes"
+    vocabulary: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
+        known = self.units in ("bytes", "characters", "words")
+        require(known, "units", self.units, "must be bytes, characters or words")
+        fits = bool(self.vocabulary) == (self.units != "bytes") and len(set(self.vocabulary)) == len(self.vocabulary)
+        require(fits, "vocabulary", len(self.vocabulary), "must be of different characters or words, and none of bytes")
+        object.__setattr__(self, "_tokens", {unit: token for token, unit in enumerate(self.vocabulary, OTHER + 1)})
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return 257 if self.units == "bytes" else OTHER + 1 + len(self.vocabulary)
+
+    def encode(self, value: Any) -> NDArray[np.int64]:
+        """A text as tokens (L,)."""
+        require(isinstance(value, str), "input", brief(value), "must be a text")
+        if self.units == "bytes":
+            return np.frombuffer(value.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int64) + 1
+        units, tokens = value.split() if self.units == "words" else value, vars(self)["_tokens"]
+        return np.array([tokens.get(unit, OTHER) for unit in units], np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as a text; padding is left out, and U+FFFD stands for bytes that are none and for other units."""
+        real = [int(token) for token in tokens if token != PADDING]
+        if self.units == "bytes":
+            return bytes(token - 1 for token in real).decode("utf-8", "replace")
+        units = ("\ufffd", *self.vocabulary)
+        return (" " if self.units == "words" else "").join(units[token - OTHER] for token in real)
+
+
+@final
+@dataclass(frozen=True)
+class Tokens:
+    """Integers 0 … V − 1, as they are. Raises `OptionError` for others."""
+
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "must be at least 1")
+
+    def encode(self, value: Any) -> NDArray[np.int64]:
+        """Integers (L,) as tokens (L,)."""
+        tokens = np.asarray(value)
+        whole = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
+        require(whole, "input", brief(value), "must be a list of integers")
+        inside = (tokens >= 0) & (tokens < self.vocab_size)
+        allowed = f"must be in 0 … {self.vocab_size - 1}"
+        require(bool(inside.all()), "input", tokens[~inside][:1].tolist(), allowed)
+        return tokens.astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> list[int]:
+        """The integers themselves."""
+        return [int(token) for token in tokens]
+
+
+@final
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers, normalised per channel: (x − mean) / std. Raises `OptionError` for others, and no numbers.
+
+    mean, std: (C,), std above 0.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
+        object.__setattr__(self, "std", tuple(map(float, self.std)))
+        fits = len(self.mean) == len(self.std) >= 1 and bool(np.isfinite(self.mean + self.std).all())
+        require(fits and min(self.std) > 0, "std", self.std, "must be above 0, one per mean, all finite")
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.mean)
+
+    def encode(self, value: Any) -> NDArray[np.float32]:
+        """Numbers (L, C), or (L,) where C = 1, → (L, C)."""
+        try:
+            numbers = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as error:
+            raise OptionError("input", brief(value), "must be numbers, equally many in every step") from error
+        numbers = numbers[:, None] if numbers.ndim == 1 else numbers
+        fits = numbers.ndim == 2 and numbers.shape[1] == self.channels
+        require(fits, "input", numbers.shape, f"must be numbers (L, {self.channels})")
+        bad = ~np.isfinite(numbers)
+        require(not bad.any(), "input", numbers[bad][:1].tolist(), "must be finite")
+        return ((numbers - self.mean) / self.std).astype(np.float32)
+
+    def decode(self, values: Any) -> NDArray[np.float64]:
+        """Normalised values (…, C) → numbers (…, C)."""
+        return np.asarray(values, np.float64) * self.std + self.mean
+
+
+@final
+@dataclass(frozen=True)
+class Classes:
+    """Labels of any type; class i is labels[i]. Raises `OptionError` for a label that is not among them."""
+
+    labels: tuple[Label, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        keys = [_key(label) for label in self.labels]
+        fits = len(set(keys)) == len(keys) >= 1
+        require(fits, "labels", brief(self.labels), "must be different ones")
+        object.__setattr__(self, "_classes", {key: index for index, key in enumerate(keys)})
+
+    def encode(self, value: Any) -> int:
+        """The class of a label."""
+        found = vars(self)["_classes"].get(_key(value))
+        require(found is not None, "label", repr(value), f"must be one of {brief(self.labels)}")
+        return int(found)
+
+    def decode(self, index: int) -> Label:
+        """The label of a class."""
+        return self.labels[index]
+
+
+Inputs = Text | Tokens | Numbers
+Targets = Text | Tokens | Numbers | Classes
+KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Text, Tokens, Numbers, Classes)}
+
+
+class Preprocessing(NamedTuple):
+    """How a task reads the inputs of a user, and what its predictions mean; None: they are real numbers as they are."""
+
+    inputs: Inputs
+    targets: Targets | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, from which `read` makes it again."""
+        return {name: None if part is None else _as_dict(part) for name, part in self._asdict().items()}
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """That of `as_dict`. Raises `OptionError` for what is none."""
+        inputs, targets = _read("inputs", values.get("inputs")), values.get("targets")
+        require(
+            isinstance(inputs, Inputs), "preprocessing.inputs", values.get("inputs"), "must be an encoding of inputs"
+        )
+        return cls(inputs, None if targets is None else _read("targets", targets))
+
+
+def _as_dict(part: Any) -> dict[str, Any]:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(part).items()}
+    return {"kind": type(part).__name__.lower(), **plain}
+
+
+def _read(name: str, values: Any) -> Any:
+    """One encoding from its plain values."""
+    known = isinstance(values, Mapping) and values.get("kind") in KINDS
+    require(known, f"preprocessing.{name}", brief(values), f"must have a kind: {', '.join(KINDS)}")
+    options = {key: value for key, value in values.items() if key != "kind"}
+    try:
+        return KINDS[values["kind"]](**options)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"preprocessing.{name}", brief(values), f"is damaged: {error}") from error
+
+
+def _key(label: Any) -> tuple[str, Any]:
+    """What tells labels apart: 1, "1" and true are three; 1 and 1.0 are one."""
+    if isinstance(label, bool | np.bool_):
+        return "bool", bool(label)
+    return ("number", float(label)) if isinstance(label, int | float | np.number) else ("text", str(label))
