@@ -1,5 +1,5 @@
 # make train       train the quick main job; ARGS="model=transformer task=lds" passes anything else to train.py
-# make test        run the tests; make test-fast leaves out the slow ones
+# make test        run the tests; make test-fast leaves out the slow ones, make test-all has the thorough ones, too
 # make check       lint, format, types, spelling
 # make docs        the documentation, into site/
 # The first of them creates .venv and installs what is needed; nothing else has to be done.
@@ -11,7 +11,7 @@ CONSTRAINTS = constraints.txt
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train test test-fast test-lowest test-hydra14 check types format generate docs clean
+.PHONY: help setup train test test-fast test-all test-lowest test-hydra14 check types format generate docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -28,11 +28,14 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 train: setup  ## train; ARGS="..." are the arguments of train.py
 	@$(BIN)/python train.py $(ARGS)
 
-test: setup  ## run the tests
-	@$(PYTEST)
+test: setup  ## run the tests but the thorough ones
+	@$(PYTEST) -m "not thorough"
 
 test-fast: setup  ## run the tests that are not marked slow
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not thorough"
+
+test-all: setup  ## run every test
+	@$(PYTEST)
 
 # Not the golden trajectories: other releases of PyTorch draw other random numbers.
 test-lowest: VENV = .venv-lowest
@@ -41,7 +44,7 @@ test-lowest:  ## lint, and the tests that are fast or run train.py, with the low
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	@$(PYTEST) -m "not slow or e2e" --deselect tests/training/test_training.py::test_golden_trajectory
+	@$(PYTEST) -m "(not slow or e2e) and not thorough" --deselect tests/training/test_training.py::test_golden_trajectory
 
 # Until Hydra 1.4 is out: what pyproject.toml allows besides the pinned 1.3.
 .venv-hydra14/constraints.txt: constraints.txt
@@ -51,7 +54,7 @@ test-lowest:  ## lint, and the tests that are fast or run train.py, with the low
 test-hydra14: VENV = .venv-hydra14
 test-hydra14: .venv-hydra14/constraints.txt  ## the tests of configurations and commands, and two runs, with Hydra 1.4
 	@$(MAKE) --no-print-directory setup VENV=$(VENV) CONSTRAINTS=$<
-	@$(PYTEST) -m "not slow or e2e" -k "test_conf or test_cli or test_presets or test_sweep or (TestARun and lds)" \
+	@$(PYTEST) -m "(not slow or e2e) and not thorough" -k "test_conf or test_cli or test_presets or test_sweep or (TestARun and lds)" \
 		tests/conf tests/training/test_e2e.py
 
 check: setup types  ## lint, format, types, spelling

@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 # What makes a model small, wherever it has an option of that name.
 SMALL: dict[str, Any] = {"d_model": 8, "depth": 2, "num_filters": 6, "num_heads": 2, "d_state": 8, "num_blocks": 2}
 
-MODELS = options_of("model")
+MODELS, TASKS = options_of("model"), options_of("task")
 
 # Flash STU is purely spectral: no lags, no delay.
 STU_VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,6 +60,15 @@ class Case(NamedTuple):
 def composed(*overrides: str) -> DictConfig:
     """The configuration of `python train.py …` with these overrides; not to be changed."""
     return composition.composed(overrides)
+
+
+def kinds_of_tasks() -> list[str]:
+    """One task of each kind: those of one class with data of one class differ in options alone."""
+    first: dict[tuple[str, str], str] = {}
+    for task in TASKS:
+        node = composed(f"task={task}").task
+        first.setdefault((node._target_, node.data._target_), task)
+    return list(first.values())
 
 
 def model_config(model: str, *, seq_len: int, causal: bool = True, **options: Any) -> DictConfig:

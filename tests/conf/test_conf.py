@@ -23,13 +23,13 @@ from stu.training import SequenceData, StepPlan, Tracker
 from stu.training.plan import make_trainer
 from stu.training.run import LATER_KEYS
 from tests import runs
-from tests.models import composed
+from tests.models import MODELS, TASKS, composed, kinds_of_tasks
 
 OF_HYDRA = ("hydra/launcher", "hydra/sweeper")
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.name != "hydra" and options_of(folder.name))
 GROUPS += OF_HYDRA
 OPTIONS = [(group, option) for group in GROUPS if group not in BY_OTHERS for option in options_of(group)]
-TASKS, MODELS = options_of("task"), options_of("model")
+KINDS, THOROUGH = kinds_of_tasks(), pytest.mark.thorough
 
 
 def test_every_file_is_the_root_an_option_or_inherited_by_one():
@@ -106,7 +106,11 @@ def small_pair(model: str, task: str) -> DictConfig:
 @pytest.mark.parametrize(
     ("model", "task"),
     [
-        pytest.param(model, task, marks=() if model == "stu" or task == "lds" else pytest.mark.slow)
+        pytest.param(
+            model,
+            task,
+            marks=() if model == "stu" or task == "lds" else pytest.mark.slow if task in KINDS else THOROUGH,
+        )
         for model in MODELS
         for task in TASKS
     ],

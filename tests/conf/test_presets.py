@@ -267,7 +267,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("presets")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [name if "/listops/" in name else pytest.param(name, marks=pytest.mark.thorough) for name in PUBLISHED]
+)
 def test_a_preset_takes_a_step_on_its_task(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """From the data to changed parameters, everything small; the fetched data are stand-ins."""
     monkeypatch.setattr("data.lra.pathfinder_images.SLOTS", 16)

@@ -58,7 +58,7 @@ def test_presets_and_models_that_are_not_tuned_compose_as_before():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ONE_OF_EACH else pytest.mark.slow) for name in TUNED]
+    "name", [pytest.param(name, marks=[] if name in ONE_OF_EACH else pytest.mark.thorough) for name in TUNED]
 )
 def test_the_models_of_the_board_have_equally_many_parameters(name: str):
     config = composed(*WORDS[name])

@@ -37,7 +37,7 @@ def test_the_judge_knows_a_fault():
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_wrong_commands_end_in_one_line(tmp_path: Path):
-    few = [*commands(len(OTHERS))[3::90], *commands()[len(OTHERS) :: 4801]]
+    few = [*commands(len(OTHERS))[3::180], *commands()[len(OTHERS) :: 9601]]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         homes = [tmp_path / str(number) for number in range(len(few))]
         done = list(pool.map(lambda home, words: attempt(home, words, tmp_path, seconds=90), homes, few))

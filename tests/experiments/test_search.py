@@ -516,7 +516,9 @@ def test_no_two_numbers_that_matter_become_one():
     assert [rate.shortened(rate.shortened(x)) for x in (0.0099996, 0.000999951)] == [0.01, 0.001]
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name == "mini_lr" else name for name in SWEEPS]
+)
 @pytest.mark.slow
 def test_every_kind_of_job_of_a_ready_space_is_accepted(name: str):
     """Each composes, and fits the constructors."""

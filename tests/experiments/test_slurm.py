@@ -60,6 +60,7 @@ def test_jobs_of_submitit(nowhere: Path, tmp_path: Path, alone: pytest.MonkeyPat
     assert not any(job.queued for job in (exits, killed, saves, lost))
 
 
+@pytest.mark.thorough
 @pytest.mark.e2e
 def test_a_preempted_job_goes_on_in_the_same_run(tmp_path: Path, alone: pytest.MonkeyPatch):
     words = runs.small("task=lds", "model=lru", "trainer.max_epochs=null", "trainer.max_steps=300", "log_every=5")

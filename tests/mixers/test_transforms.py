@@ -421,8 +421,13 @@ def row(name):
             yield column, f"refused: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
+# One of each unit, and what has code of its own; the others are variants of these.
+OF_UNITS = {"STU", "AR-STU, bidirectional", "STU-T", "S4", "S4D", "S5", "LRU", "Mamba-2", "GRU", "attention"}
+ROWS = [name if name in OF_UNITS else pytest.param(name, marks=pytest.mark.thorough) for name in MIXERS]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", ROWS)
 def test_right_or_refused(name):
     for column, found in row(name):
         line = REFUSED.get((name, column))
@@ -439,7 +444,7 @@ COMPILED = set(MIXERS) - {"LSTM", "GRU", "attention, local"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(COMPILED))
+@pytest.mark.parametrize("name", [row for row in ROWS if getattr(row, "values", [row])[0] in COMPILED])
 def test_one_program_serves_all_lengths_and_layers(name):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

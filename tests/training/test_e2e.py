@@ -18,10 +18,10 @@ from torch.testing import assert_close
 
 from data.systems.lds import LDS
 from stu import training
-from stu.cli.usage import options_of
 from stu.training import Run
 from stu.training.loggers import read_metrics
 from tests import runs, sources
+from tests.models import TASKS, kinds_of_tasks
 from tests.training.devices import on_two_nodes
 
 pytestmark = pytest.mark.e2e
@@ -87,6 +87,13 @@ def unfolded(text: str) -> str:
     return "".join(text.split())
 
 
+def _mark(task: str, model: str) -> Any:
+    """Of the run of a pair: quick, slow, or, where there is one of its kind, thorough."""
+    if (task, model) == ("lds", "stu"):
+        return ()
+    return pytest.mark.slow if task in kinds_of_tasks() else pytest.mark.thorough
+
+
 class TestARun:
     """From nothing to the table at its end."""
 
@@ -99,8 +106,8 @@ class TestARun:
     @pytest.fixture(
         scope="class",
         params=[
-            pytest.param(pair, marks=() if pair == ("lds", "stu") else pytest.mark.slow, id=str(pair))
-            for pair in (*((task, "stu") for task in options_of("task")), *TRANSFORMERS)
+            pytest.param(pair, marks=_mark(*pair), id=str(pair))
+            for pair in (*((task, "stu") for task in TASKS), *TRANSFORMERS)
         ],
     )
     @classmethod

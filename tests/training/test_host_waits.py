@@ -14,12 +14,11 @@ from torchmetrics import MeanMetric
 
 from stu.backbone import SequenceModel
 from stu.cli.composition import build
-from stu.cli.usage import options_of
 from stu.task import Batch, Task
 from stu.training.report import ProgressLines
 from tests import runs, sources
 from tests.host_waits import HostWait, OnMeta, Watched
-from tests.models import MODELS, composed
+from tests.models import MODELS, TASKS, composed, kinds_of_tasks
 from tests.training.test_training import Steps, model
 
 NEVER = 1000  # a log_every beyond the end of the run
@@ -46,11 +45,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-CASES = [*((task, "stu") for task in options_of("task")), *(("lra_listops", name) for name in MODELS if name != "stu")]
+CASES = [
+    *(pytest.param(task, "stu", marks=() if task in kinds_of_tasks() else pytest.mark.thorough) for task in TASKS),
+    *(("lra_listops", name) for name in MODELS if name != "stu"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "name"), CASES, ids=lambda case: case)
+@pytest.mark.parametrize(("task", "name"), CASES)
 def test_a_step_never_waits(task: str, name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     chosen = f"task={task}", f"model={name}", *sources.overrides(task, data), f"paths.data={data}"
     config = composed(*runs.small(*chosen))
