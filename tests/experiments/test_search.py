@@ -535,9 +535,9 @@ def test_every_kind_of_job_of_a_ready_space_is_accepted(name: str):
         text = (CONF / "sweep" / f"{name}.yaml").read_text()
         assert f"Cost: {len(list(space.jobs()))} runs" in text
     models, tasks = ({job.run.parts[part] for job in made} for part in (-2, -3))
-    every = set(options_of("model"))
+    every, tuned = set(options_of("model")), {name.rpartition("/")[2] for name in options_of("tuned")}
     assert models == {
-        "lr": {"stu"}, "stu": {"stu"}, "baselines": every, "mini": every, "mini_lr": every,
+        "lr": {"stu"}, "stu": {"stu"}, "baselines": every, "mini": tuned, "mini_lr": tuned,
         "ssm": {"s4", "s4d", "s5", "lru", "mamba2"},
         "lra": {preset.split("/")[2] for preset in options_of("experiment") if preset.startswith("lra/")},
     }[name]  # fmt: skip
