@@ -11,6 +11,7 @@ from stu.backbone import Backbone
 from stu.channel import GLU, HalfGLU
 from stu.heads import PooledHead, StepHead, TwoTowerHead
 from stu.mixers.attention import Attention
+from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
 from stu.mixers.s4 import S4
@@ -57,6 +58,11 @@ PAIRS = {
         partial(S5, D, d_state=4, num_blocks=1),
         partial(S5, D, d_state=4, num_blocks=1, discretization="bilinear"),
         "discretization=bilinear",
+    ),
+    "LinOSS, discretization": (
+        partial(LinOSS, D, d_state=4),
+        partial(LinOSS, D, d_state=4, discretization="imex"),
+        "discretization=imex: what was saved is of discretization=im",
     ),
     "S5, conjugates": (
         partial(S5, D, d_state=4, num_blocks=1),

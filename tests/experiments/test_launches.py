@@ -29,6 +29,8 @@ LIMITS = {
     "s4": (60, 160),
     "s5": (60, 150),
     "lru": (60, 150),
+    "linoss": (75, 150),
+    "linoss:discretization=imex,damping=true": (75, 170),
     "mamba2": (60, 180),
 }
 
