@@ -54,6 +54,11 @@ PAIRS = {
         partial(S4D, D, d_state=4, discretization="bilinear"),
         "discretization=bilinear: what was saved is of discretization=zoh",
     ),
+    "S4D, time of the poles": (
+        partial(S4D, D, d_state=4),
+        partial(S4D, D, d_state=4, init="dfout"),
+        "in_steps=True: what was saved is of in_steps=False",
+    ),
     "S5, discretization": (
         partial(S5, D, d_state=4, num_blocks=1),
         partial(S5, D, d_state=4, num_blocks=1, discretization="bilinear"),
