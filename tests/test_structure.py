@@ -11,6 +11,7 @@ from stu.backbone import Backbone
 from stu.channel import GLU, HalfGLU
 from stu.heads import PooledHead, StepHead, TwoTowerHead
 from stu.mixers.attention import Attention
+from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
 from stu.mixers.s4 import S4
@@ -53,10 +54,20 @@ PAIRS = {
         partial(S4D, D, d_state=4, discretization="bilinear"),
         "discretization=bilinear: what was saved is of discretization=zoh",
     ),
+    "S4D, time of the poles": (
+        partial(S4D, D, d_state=4),
+        partial(S4D, D, d_state=4, init="dfout"),
+        "in_steps=True: what was saved is of in_steps=False",
+    ),
     "S5, discretization": (
         partial(S5, D, d_state=4, num_blocks=1),
         partial(S5, D, d_state=4, num_blocks=1, discretization="bilinear"),
         "discretization=bilinear",
+    ),
+    "LinOSS, discretization": (
+        partial(LinOSS, D, d_state=4),
+        partial(LinOSS, D, d_state=4, discretization="imex"),
+        "discretization=imex: what was saved is of discretization=im",
     ),
     "S5, conjugates": (
         partial(S5, D, d_state=4, num_blocks=1),

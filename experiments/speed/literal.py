@@ -1,8 +1,8 @@
 """The layers of `stu.mixers` computed by `stu.reference`, the papers' own algorithms, with the layers' parameters.
 
 Same parameters, same outputs, another way: the STU with every channel convolved with every filter; the Vandermonde and
-Cauchy kernels of S4D and S4 whole in memory, then FFTs over all channels at once; S5 and the LRU by the associative
-scan of `jax.lax` over all their states; Mamba-2 by the minimal form of its recurrence.
+Cauchy kernels of S4D and S4 whole in memory, then FFTs over all channels at once; S5, the LRU and LinOSS by the
+associative scan of `jax.lax` over all their states; Mamba-2 by the minimal form of its recurrence.
 
 B batch, L length, D model width
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stu.mixer import Mixer
+from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
 from stu.mixers.s4 import S4
@@ -21,6 +22,7 @@ from stu.mixers.s4d import S4D
 from stu.mixers.s5 import S5
 from stu.mixers.stu import STU
 from stu.ops.filters import spectral_filters
+from stu.reference.linoss import implicit, linoss
 from stu.reference.lru import lru
 from stu.reference.mamba2 import mamba2
 from stu.reference.s4 import s4, truncated_output
@@ -122,6 +124,16 @@ class LiteralLRU(Literal[LRU]):
         return lru(u, layer.nu_log, layer.theta_log, layer.gamma_log, B, C, layer.D)
 
 
+class LiteralLinOSS(Literal[LinOSS]):
+    """LinOSS by an associative scan over matrices (2, 2). `layer`: im, causal."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer = self.layer
+        B, C = torch.view_as_complex(layer.B), torch.view_as_complex(layer.C[0])
+        return linoss(u, implicit(layer.A.relu(), layer.logit_dt.sigmoid()), B, C, layer.D)
+
+
 class LiteralMamba2(Literal[Mamba2]):
     """Mamba-2 by the paper's listing. `layer`: causal; L is a multiple of its chunks, or below one."""
 
@@ -152,5 +164,6 @@ LITERAL: Mapping[str, Callable[[Any, int], nn.Module]] = {
     "s4d": LiteralS4D,
     "s5": LiteralS5,
     "lru": LiteralLRU,
+    "linoss": LiteralLinOSS,
     "mamba2": LiteralMamba2,
 }

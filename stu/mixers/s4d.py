@@ -5,7 +5,8 @@ B batch, L length, D model width, N state size, of which N/2 modes are kept: the
     x'(t) = Λ x(t) + B u(t),    y(t) = 2 Re C x(t) + D u(t)        (per channel, with its own time step dt)
 
 Source: Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893,
-and the official code (state-spaces/s4).
+and the official code (state-spaces/s4); init=dfout: Solozabal, Bojkovic, AlQuabeh, Inui, Takáč, "Uncovering the
+Spectral Bias in Diagonal State Space Models", 2508.20441.
 """
 
 import math
@@ -41,13 +42,20 @@ class S4D(Structured, Mixer):
     """A diagonal state space per channel, run as a long convolution.
 
     causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
-    init: "legs", the diagonal part of HiPPO-LegS, or one of the closed forms "inv" and "lin". n_ssm: independent
-    copies of Λ and B, which the channels share in turn. dt_min, dt_max: dt is initialised log-uniform between them.
+    init: "legs", the diagonal part of HiPPO-LegS, one of the closed forms "inv" and "lin", or "dfout", see below.
+    n_ssm: independent copies of Λ and B, which the channels share in turn. dt_min, dt_max: dt is initialised
+    log-uniform between them.
+
+    With init="dfout" (2508.20441, section 4.2) the discrete system itself is initialised: its poles Ā are e^{−ξ/2 + iΩ}
+    with Ω on a uniform grid of the circle, which all copies together fill once (n_ssm = D: as in the paper). From then
+    on dt is the damping ξ alone, and Im Λ is Ω, in radians per step. The paper does not say how the input is scaled: it
+    is held, as by zoh, and multiplied by ξ, so that resonances are as high as those of the other initialisations. As in
+    them every mode's rate is learned, beside the ξ of its channel, and N/2 modes on the half circle stand for N.
 
     Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
 
-    structure = ("discretization",)
+    structure = ("discretization", "in_steps")
 
     def __init__(
         self,
@@ -65,11 +73,13 @@ class S4D(Structured, Mixer):
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require(d_state >= 2 and d_state % 2 == 0, "d_state", d_state, "must be even: modes come in conjugate pairs")
         require(discretization in ("zoh", "bilinear"), "discretization", discretization, "must be zoh or bilinear")
+        held = init != "dfout" or discretization == "zoh"
+        require(held, "discretization", discretization, "must be zoh with init=dfout, whose poles are of discrete time")
         require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
         require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
         self.d_model, self.causal, self.init, self.discretization = d_model, causal, init, discretization
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_min, self.dt_max, self.in_steps = dt_min, dt_max, init == "dfout"
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
         self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
@@ -80,7 +90,7 @@ class S4D(Structured, Mixer):
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters."""
-        A, B = diagonal_init(self.init, 2 * self.A_imag.shape[1])
+        A, B = diagonal_init(self.init, 2 * self.A_imag.shape[1], len(self.A_imag))
         with torch.no_grad():
             self.log_A_real.copy_((-A.real).log())
             self.A_imag.copy_(A.imag)
@@ -92,8 +102,8 @@ class S4D(Structured, Mixer):
     def kernel(self, length: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The impulse responses, (directions, L, D); the skip D is in the first entry."""
         if self.discretization == "zoh" and not on_cpu(self.C):
-            B, C, *rest = all_to_float64(self.B, self.C, self.log_dt, self.log_A_real, self.A_imag, self.D)
-            log_dt, log_rate, frequency, D = rest
+            C, D, *rest = all_to_float64(self.C, self.D, self.log_dt, self.log_A_real, self.A_imag, self.B)
+            log_dt, log_rate, frequency, B = _in_steps(*rest) if self.in_steps else rest
             return zoh_kernel(log_dt, log_rate, frequency, B, C, D, length, dtype)
         kernel = diagonal_kernel(*self._system(), length)
         kernel[0, 0] += self.D
@@ -128,8 +138,19 @@ class S4D(Structured, Mixer):
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ā and B̄ of every channel, complex (D, N/2), and C (directions, D, N/2)."""
-        dt = to_float64(self.log_dt).exp().unsqueeze(-1)
-        A = torch.complex(-to_float64(self.log_A_real).exp(), to_float64(self.A_imag))
-        copies = self.d_model // len(A)
-        a, gain = discretize(A.repeat(copies, 1), dt, self.discretization)
-        return a, gain * to_complex128(self.B).repeat(copies, 1), to_complex128(self.C)
+        parts = [to_float64(part) for part in (self.log_dt, self.log_A_real, self.A_imag, self.B)]
+        log_dt, log_rate, frequency, B = _in_steps(*parts) if self.in_steps else parts
+        A, copies = torch.complex(-log_rate.exp(), frequency), self.d_model // len(log_rate)
+        a, gain = discretize(A.repeat(copies, 1), log_dt.exp().unsqueeze(-1), self.discretization)
+        return a, gain * to_complex128(B).repeat(copies, 1), to_complex128(self.C)
+
+
+def _in_steps(log_xi: Tensor, log_rate: Tensor, frequency: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of init=dfout: log dt, log(−Re Λ), Im Λ and B of every channel, where dt = 1 and ξ scales the rates and B.
+
+    (D,), (n_ssm, N/2) twice, (n_ssm, N/2, 2) → (D,), (D, N/2) twice, (D, N/2, 2).
+    """
+    log_xi = log_xi.view(-1, len(log_rate), 1)  # (copies, n_ssm, 1)
+    frequency, B = frequency.expand(len(log_xi), -1, -1), log_xi.exp().unsqueeze(-1) * B
+    dt, rate = torch.zeros_like(log_xi).flatten(), (log_rate + log_xi).flatten(0, 1)
+    return dt, rate, frequency.flatten(0, 1), B.flatten(0, 1)

@@ -7,7 +7,8 @@ N state size
 The eigenvectors of A itself are hopelessly ill-conditioned. But A + P Pᵀ is normal: a unitary V turns it into diag(Λ)
 and A into diag(Λ) − p pᴴ, p = Vᴴ P. S4 keeps both terms; S4D-LegS and S5 drop p. Sources: Gu et al., "HiPPO",
 2008.07669, theorem 2; "Efficiently Modeling Long Sequences with Structured State Spaces", 2111.00396, theorem 1 and
-appendix C; "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893, section 4.
+appendix C; "On the Parameterization and Initialization of Diagonal State Space Models", 2206.11893, section 4. That of
+dfout has another origin: Solozabal et al., "Uncovering the Spectral Bias in Diagonal State Space Models", 2508.20441.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from stu.errors import require
 
-DiagonalInit = Literal["legs", "inv", "lin"]
+DiagonalInit = Literal["legs", "inv", "lin", "dfout"]
 LARGEST_INPUT = 2.0
 LARGEST_STATE = 4096  # in minutes; the time grows with its cube
 
@@ -70,11 +71,12 @@ def clipped_input(B: Tensor) -> Tensor:
     return torch.complex(B.real, B.imag.clamp(-LARGEST_INPUT, LARGEST_INPUT))
 
 
-def diagonal_init(init: DiagonalInit, d_state: int) -> tuple[Tensor, Tensor]:
+def diagonal_init(init: DiagonalInit, d_state: int, copies: int = 1) -> tuple[Tensor, Tensor]:
     """Λ and B of S4D, (N/2,) complex128 for even N: of each conjugate pair the mode with negative imaginary part.
 
     lin: Λ_n = −½ − iπn. inv: Λ_n = −½ − i (N/π) (N/(2n+1) − 1). Both have B = 1. legs: the normal part of HiPPO-LegS
-    and its clipped B.
+    and its clipped B. dfout: Λ_hn = −½ − i (2πn/N + 2πh/NH) for H copies, (H, N/2), and B = 1; frequencies in radians
+    per step, which are a uniform grid of the half circle.
     """
     half = d_state // 2
     index = torch.arange(half, dtype=torch.float64)
@@ -84,7 +86,10 @@ def diagonal_init(init: DiagonalInit, d_state: int) -> tuple[Tensor, Tensor]:
             return legs.eigenvalues[:half], clipped_input(legs.B[:half])
         case "inv":
             frequencies = d_state / math.pi * (d_state / (2 * index + 1) - 1)
+        case "dfout":
+            phases = torch.arange(copies, dtype=torch.float64).unsqueeze(-1) / copies
+            frequencies = 2 * math.pi / d_state * (index + phases)
         case _:
-            require(init == "lin", "init", init, "must be legs, inv or lin")
+            require(init == "lin", "init", init, "must be legs, inv, lin or dfout")
             frequencies = math.pi * index
-    return torch.complex(torch.full_like(index, -0.5), -frequencies), torch.ones(half, dtype=torch.complex128)
+    return torch.complex(torch.full_like(frequencies, -0.5), -frequencies), torch.ones(half, dtype=torch.complex128)

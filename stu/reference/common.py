@@ -3,6 +3,8 @@ r"""What several of the papers share: convolution by FFT, the zero-order hold an
 B batch, L length, D model width, N state size
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,21 +29,24 @@ def diagonal_ssm(u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor) -> Tensor:
     return (x @ C.T).real
 
 
-def associative_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def associative_scan(
+    a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mul
+) -> tuple[Tensor, Tensor]:
     """The products of all prefixes under (a₁, b₁), (a₂, b₂) → (a₂ a₁, a₂ b₁ + b₂), as `jax.lax.associative_scan`.
 
-    a: (B or 1, L, N), b: (B, L, N); returns the same shapes. Neighbours are multiplied; the prefixes of these
+    a: (B or 1, L, N), b: (B, L, N); returns the same shapes. With torch.matmul as `product` a has matrices in place of
+    numbers, (…, L, N, S, S), and b columns, (…, L, N, S, 1). Neighbours are multiplied; the prefixes of these
     products, half as many, are those of all odd steps; and those of the even steps are one product away.
     """
     length = b.shape[1]
     if length == 1:
         return a, b
-    pair_a = a[:, 1::2] * a[:, : length - 1 : 2]
-    pair_b = a[:, 1::2] * b[:, : length - 1 : 2] + b[:, 1::2]
-    odd_a, odd_b = associative_scan(pair_a, pair_b)
+    pair_a = product(a[:, 1::2], a[:, : length - 1 : 2])
+    pair_b = product(a[:, 1::2], b[:, : length - 1 : 2]) + b[:, 1::2]
+    odd_a, odd_b = associative_scan(pair_a, pair_b, product)
     before_a, before_b = odd_a[:, : (length - 1) // 2], odd_b[:, : (length - 1) // 2]
-    even_a = torch.cat((a[:, :1], a[:, 2::2] * before_a), 1)
-    even_b = torch.cat((b[:, :1], a[:, 2::2] * before_b + b[:, 2::2]), 1)
+    even_a = torch.cat((a[:, :1], product(a[:, 2::2], before_a)), 1)
+    even_b = torch.cat((b[:, :1], product(a[:, 2::2], before_b) + b[:, 2::2]), 1)
     return _interleaved(even_a, odd_a), _interleaved(even_b, odd_b)
 
 

@@ -63,6 +63,10 @@ DIFFERENT = {
     "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
     "s4": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d": {"model.channel_mixer.gelu": "as in the official code"},
+    "s4d_dfout": {
+        "model.channel_mixer.gelu": "as in the official code",
+        "model.mixer.init": "what it is",
+    },
     "stu_ar": dict.fromkeys(("model.mixer.two_sided", "model.mixer.k_y", "model.mixer.recurrence"), "the AR-STU"),
     "transformer": dict.fromkeys(
         ("model.norm", "model.final_norm", "model.channel_residual", "model.positions"), TRANSFORMER

@@ -26,9 +26,12 @@ LIMITS = {
     "stu_t": (20, 50),
     "stu_ar": (60, 140),
     "s4d": (30, 80),
+    "s4d_dfout": (40, 100),
     "s4": (60, 160),
     "s5": (60, 150),
     "lru": (60, 150),
+    "linoss": (75, 150),
+    "linoss:discretization=imex,damping=true": (75, 170),
     "mamba2": (60, 180),
 }
 

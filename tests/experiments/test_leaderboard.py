@@ -312,7 +312,7 @@ def test_other_numbers():
 def test_published_numbers_are_those_of_the_presets():
     """The heads of conf/experiment/lra say the same."""
     heads = sorted((ROOT / "conf/experiment/lra").glob("*/*.yaml"))
-    assert len(heads) == 30
+    assert len(heads) == 36
     for file in heads:
         head = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
         says = head.partition("Published: ")[2].partition(" Command:")[0]
@@ -334,9 +334,9 @@ def test_published_numbers_are_those_of_the_collected_results():
 
 
 def test_every_published_number_has_a_source():
-    assert len(published()) == 53
+    assert len(published()) == 59
     assert all(one.source and (one.percent is None or 30 < one.percent < 100) for one in published())
-    assert {one.model for one in published()} == {"stu", "s4", "s4d", "s5", "lru", "transformer", None}
+    assert {one.model for one in published()} == {"stu", "s4", "s4d", "s4d_dfout", "s5", "lru", "transformer", None}
     assert published_of("lra_image", "lru") is None
     assert published_of("lra_listops", None) is None  # type: ignore[arg-type]
 

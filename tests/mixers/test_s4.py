@@ -31,6 +31,7 @@ from stu.ops.kernels import (
     state_reference,
 )
 from stu.ops.power_series import closed_loop, reciprocal
+from stu.reference.s4d import dfout_poles, discrete_kernel
 from tests.golden import cases
 from tests.models import composed, randomized, small_backbone
 
@@ -42,6 +43,7 @@ VARIANTS = {
     "s4-copies": (S4, {"n_ssm": 2, "causal": False}),
     "s4d-legs-zoh": (S4D, {}),
     "s4d-lin-zoh-copies": (S4D, {"init": "lin", "n_ssm": 4, "causal": False}),
+    "s4d-dfout": (S4D, {"init": "dfout", "n_ssm": 2, "causal": False}),
     "s4d-inv-bilinear": (S4D, {"init": "inv", "discretization": "bilinear", "n_ssm": 2}),
 }
 variants = pytest.mark.parametrize(("kind", "options"), VARIANTS.values(), ids=VARIANTS)
@@ -79,6 +81,8 @@ def literal_system(layer):
     A = both(torch.complex(-layer.log_A_real.exp(), layer.A_imag))[channel]
     B, C = both(torch.view_as_complex(layer.B))[channel], both(torch.view_as_complex(layer.C))
     dt = layer.log_dt.exp()[:, None, None]
+    if getattr(layer, "init", "") == "dfout":
+        A, B, dt = torch.complex(dt[:, 0] * A.real, A.imag), dt[:, 0] * B, torch.ones_like(dt)
     M, eye = torch.diag_embed(A), torch.eye(A.shape[-1]).to(A)
     if isinstance(layer, S4):
         for column in both(torch.view_as_complex(layer.P))[:, channel]:
@@ -408,13 +412,42 @@ def test_impossible_options_are_named(kind, options, name):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(S4, {"rank": 0}), (S4, {"discretization": "foo"}), (S4D, {"init": "foo"}), (S4D, {"discretization": "foo"})],
+    [
+        (S4D, {"discretization": "bilinear", "init": "dfout"}),
+        (S4, {"rank": 0}),
+        (S4, {"discretization": "foo"}),
+        (S4D, {"init": "foo"}),
+        (S4D, {"discretization": "foo"}),
+    ],
     ids=str,
 )
 def test_impossible_options_of_one_are_named(kind, options):
     with pytest.raises(OptionError) as caught:
         kind(8, **options)
     assert caught.value.name == next(iter(options))
+
+
+def test_dfout_fills_the_half_circle_with_poles_at_any_damping():
+    layer = S4D(6, d_state=8, init="dfout", n_ssm=6, dt_min=1e-4, dt_max=0.5).double()
+    poles, b, C = layer._system()
+    xi = layer.log_dt.exp()
+    assert_close(poles.conj(), dfout_poles(xi, 8), rtol=0, atol=1e-6)
+    grid = torch.linspace(0, math.pi, 25)[:-1].double()
+    assert_close((-poles.angle()).flatten().sort().values, grid, rtol=0, atol=1e-6)
+    assert_near(kernel_without_skip(layer, 40)[0], discrete_kernel(poles, b, C[0], 40), 1e-12)
+    assert_near(b, xi.unsqueeze(-1) * (poles - 1) / poles.log(), 1e-12)
+    with torch.no_grad():
+        layer.log_dt += 1  # damps, and turns nothing
+    damped = layer._system()[0]
+    assert_close(damped.angle(), poles.angle(), rtol=0, atol=1e-14)
+    assert_close(damped.abs().log(), math.e * poles.abs().log(), rtol=1e-12, atol=0)
+
+
+def test_copies_of_dfout_are_shared_in_turn():
+    layer = S4D(6, d_state=8, init="dfout", n_ssm=2).double()
+    poles = layer._system()[0].angle()
+    assert_close(poles[2:], poles[:-2], rtol=0, atol=1e-15)
+    assert len({f"{-angle:.6f}" for angle in poles.flatten().tolist()}) == 8
 
 
 # --- golden numbers ---

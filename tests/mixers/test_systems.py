@@ -1,4 +1,4 @@
-"""Systems that are discretised once for many steps: a part of the states of S4, S4D, S5 and the LRU."""
+"""Systems that are discretised once for many steps: a part of the states of S4, S4D, S5, the LRU and LinOSS."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stu.mixers import LRU, S4, S4D, S5
+from stu.mixers import LRU, S4, S4D, S5, LinOSS
 from tests.models import randomized
 
 D = 4
@@ -19,8 +19,10 @@ mixers = pytest.mark.parametrize(
         lambda: S4D(D, d_state=8),
         lambda: S4(D, d_state=8),
         lambda: S4(D, d_state=8, discretization="zoh"),
+        lambda: LinOSS(D, d_state=8),
+        lambda: LinOSS(D, d_state=8, discretization="imex", damping=True),
     ],
-    ids=["lru", "s5", "s4d", "s4", "s4-zoh"],
+    ids=["lru", "s5", "s4d", "s4", "s4-zoh", "linoss", "d-linoss"],
 )
 
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from stu.mixers.attention import Attention
+from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
 from stu.mixers.rnn import RNN
@@ -58,6 +59,8 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "S5": partial(S5, D, d_state=4, num_blocks=1),
     "S5, bidirectional": partial(S5, D, d_state=4, num_blocks=1, causal=False),
     "LRU": partial(LRU, D, d_state=4),
+    "LinOSS": partial(LinOSS, D, d_state=3),
+    "D-LinOSS, bidirectional": partial(LinOSS, D, d_state=3, discretization="imex", damping=True, causal=False),
     "Mamba-2": partial(Mamba2, D, **SELECTIVE),
     "Mamba-2, bidirectional": partial(Mamba2, D, **SELECTIVE, causal=False),
     "LSTM": partial(RNN, D, d_state=3, cell="lstm"),
@@ -90,6 +93,13 @@ def literal_ssd(*inputs, chunk_size):
     return ssd.ssd_reference(*inputs)
 
 
+def literal_oscillator_response(a, delta, length):
+    u = [torch.zeros_like(a), torch.ones_like(a)]
+    for _ in range(length - 1):
+        u.append((1 + delta - a) * u[-1] - delta * u[-2])
+    return torch.stack(u[1:], -1)
+
+
 def literal_diagonal_kernel(a, b, c, length):
     return 2 * kernels.kernel_reference(torch.diag_embed(a), b, c, length).real
 
@@ -105,6 +115,8 @@ PLAIN = {
     "stu.mixers.s4d.diagonal_kernel": literal_diagonal_kernel,
     "stu.mixers.s5.diagonal_ssm": literal_diagonal_ssm,
     "stu.mixers.lru.diagonal_ssm": literal_diagonal_ssm,
+    "stu.mixers.linoss.long_convolution": long_convolution.long_convolution_reference,
+    "stu.mixers.linoss.oscillator_response": literal_oscillator_response,
     "stu.mixers.mamba2.ssd": literal_ssd,
 }
 

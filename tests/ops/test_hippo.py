@@ -68,7 +68,7 @@ def test_closed_forms_of_diagonal_initialisations():
         A, B = diagonal_init(init, 4)
         assert_close(A, torch.tensor(expected, dtype=torch.complex128), rtol=0, atol=1e-15)
         assert (B == 1).all()
-    with pytest.raises(OptionError, match="init=foo: must be legs, inv or lin"):
+    with pytest.raises(OptionError, match="init=foo: must be legs, inv, lin or dfout"):
         diagonal_init("foo", 4)
 
 

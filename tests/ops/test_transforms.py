@@ -18,6 +18,7 @@ from stu.ops import (
     dense_bilinear,
     kernels,
     long_convolution,
+    oscillators,
     power_kernel,
     power_series,
     recurrence,
@@ -124,6 +125,17 @@ def held_kernel():
     return Problem(functools.partial(zoh_kernel.zoh_kernel, length=L), reference, inputs)
 
 
+def oscillations():
+    def reference(a, delta):
+        u = [torch.zeros_like(a), torch.ones_like(a)]
+        for _ in range(L - 1):
+            u.append((1 + delta - a) * u[-1] - delta * u[-2])
+        return torch.stack(u[1:], -1)
+
+    inputs = 0.9 + 0.2 * torch.rand(3, dtype=torch.float64), 0.8 + 0.2 * torch.rand(3, dtype=torch.float64)
+    return Problem(functools.partial(oscillators.oscillator_response, length=L), reference, inputs)
+
+
 def dense_powers(outputs=1):
     def reference(A, B, C, skip):
         kernel = 3 * kernels.kernel_reference(A, B, C, L)
@@ -187,6 +199,7 @@ PROBLEMS = {
     "diagonal kernel": impulse_response,
     "kernel of a zero-order hold": held_kernel,
     "kernel of dense powers": dense_powers,
+    "oscillators": oscillations,
     "step of the bilinear rule": bilinear_step,
     "reciprocal": lambda: Problem(power_series.reciprocal, lambda s: divided(torch.eye(1, L), s), (series(),)),
     "quotient": lambda: Problem(power_series.quotient, divided, (noise(3, D, L), series())),
@@ -384,6 +397,9 @@ def operators():
         kernel, *kept = power_kernel._power_kernel(A, *inputs, length, 3.0, torch.float64)
         yield power_kernel._power_kernel, (A, *inputs, length, 3.0, torch.float64)
         yield power_kernel._power_kernel_backward, (kernel, *kept, 3.0)
+    inputs = oscillations().inputs
+    yield oscillators._response, (*inputs, L)
+    yield oscillators._response_backward, (noise(3, L), oscillators._response(*inputs, L))
     inputs = bilinear_step().inputs
     A, *kept = dense_bilinear._dense_bilinear(*inputs)
     yield dense_bilinear._dense_bilinear, inputs
@@ -421,7 +437,8 @@ def registered():
 
 # Their derivatives are those of the plain forms.
 FIRST_ORDER = {
-    f"stu::{name}_backward" for name in ("diagonal_ssm", "ssd", "zoh_kernel", "power_kernel", "dense_bilinear")
+    f"stu::{name}_backward"
+    for name in ("diagonal_ssm", "ssd", "zoh_kernel", "power_kernel", "dense_bilinear", "oscillator_response")
 }
 
 
