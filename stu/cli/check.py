@@ -220,12 +220,16 @@ def calls(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in the configuration with its key, a mapping before its values."""
+    """Everything in the configuration with its key, a mapping before its values, and a list before its mappings."""
     if key:
         yield key, node
     if isinstance(node, Mapping):
         for name, child in node.items():
             yield from nodes(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            if isinstance(child, Mapping):
+                yield from nodes(child, f"{key}[{index}]")
 
 
 def missing(key: str, known: Iterable[str]) -> str:
