@@ -77,6 +77,7 @@ def check(config: DictConfig) -> None:
         raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     hints = HINTS | {key: resolve_name(target) for key, target in NODES.items()}
+    hints["pretrain"] = Mapping | resolve_name("stu.training.Pretraining")  # {}: none
     for key, value in nodes(plain):
         if isinstance(value, float) and math.isnan(value):
             raise Refused(key, value, "must be a number")
