@@ -22,6 +22,7 @@ from stu.task import Batch, Classification, Splits
 from stu.training.loggers import read_metrics
 from tests import runs, sources
 from tests.models import composed, small_backbone
+from tests.training.test_host_waits import watch
 
 V, C, L = 7, 2, 12
 
@@ -177,6 +178,16 @@ def test_every_task_has_inputs_to_pretrain_on(name: str, data: Path):
         assert all(math.isfinite(value) for value in inputs.baselines().values())
         metrics = inputs.metrics()
         next(iter(metrics.values())).update(*inputs.scored(network(batch.inputs, batch.mask), batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [MaskedInputs, NextInputs])
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "reals"])
+def test_a_step_of_pretraining_never_waits(kind: Any, tokens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    task = Labelled([L, 3, 5, 9, 8, L, 2, 4], tokens=tokens)
+    model = SequenceModel(task.encoder(8), small_backbone("stu_t", seq_len=L), task.head(8))
+    inputs = kind(task, model.encoder)
+    watch(monkeypatch, tmp_path, inputs, inputs.model(model))
 
 
 WORDS = ["model=stu", "task=lra_listops", "name=x", "pretrain=masked", "pretrain.max_epochs=1", "log_every=1"]
