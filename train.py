@@ -61,14 +61,11 @@ def task_and_model(config: DictConfig) -> tuple[stu.Task, stu.SequenceModel]:
         return task, training.model_for(task, build(config.model))
 
 
-def load_data(config: DictConfig, task: stu.Task) -> training.SequenceData:
-    """The task's data, generated or fetched unless they are in the cache, in the batches of the run's plan."""
-    task.prepare()
-    splits = task.datasets()
-    examples, batch_size = len(splits.train), config.loader.batch_size
-    plan = training.StepPlan.of_trainer(config.trainer, examples=examples, batch_size=batch_size)
-    data: training.SequenceData = build(config.loader, _partial_=True)(task, splits, plan, config.seed)
-    return data
+def parts_of(config: DictConfig) -> training.Parts:
+    """What a run is made of, as it is configured."""
+    names = ("trainer", "loader", "checkpoints")
+    made = {name: build(config[name], _partial_=True) for name in names}
+    return training.Parts(**made, optimizer=build(config.optimizer), seed=config.seed, log_every=config.log_every)
 
 
 def train(
@@ -80,41 +77,18 @@ def train(
     task: stu.Task,
     model: stu.SequenceModel,
 ) -> None:
-    """Fit, from the last checkpoint if there is one; test the best one; write the summary."""
+    """Put together what is trained; then train it."""
     run.require_writable()  # before what takes long
     callbacks = {str(name): build(node) for name, node in config.callbacks.items()}
     training.check_callbacks(callbacks, config.trainer, task)
-    data = load_data(config, task)
-    plan = data.plan
-    baselines = {name: float(value) for name, value in task.baselines().items()}  # not after hours
-    recipe = build(config.optimizer)(model.named_parameters(), plan.total_steps)
-    module = training.SequenceModule(model, task, recipe=recipe, seed=config.seed)
-    log = training.MetricsLog(plan, batch_size=data.batch_size, every_n_steps=config.log_every)
-    kept = run.checkpoints, plan, task.monitor, task.mode, log.every
-    checkpoints = build(config.checkpoints, _partial_=True)(*kept)
+    task.prepare()
+    parts, metrics = parts_of(config), training.MetricsCSV(run.metrics)
     figures = build(config.figures, _partial_=True)(run.figures)
-    metrics = training.MetricsCSV(run.metrics)
-    trainer = training.make_trainer(
-        build(config.trainer, _partial_=True),
-        callbacks=[figures, log, training.report.progress(plan, log), *callbacks.values(), checkpoints],
-        logger=[metrics, *loggers.values()],
-        default_root_dir=run.checkpoints,
-    )
-    data.require_enough(trainer.world_size)
-    data.require_batches(config.trainer, trainer.world_size, "val", "test")
-    facts = training.report.facts(module, plan)
-    run.open(settings, overwrite=config.overwrite, data=facts["data"])  # last: what is refused changes no directory
-    run.mend()
-    device = training.describe_device(trainer.strategy.root_device)
-    run.remarks += metrics.rewind(run.last_step)
-    run.record_start(device=device, world_size=trainer.world_size, seed=config.seed, **facts)
-    for logger in trainer.loggers:
-        if isinstance(logger, training.Tracker):
-            logger.start(run, choices, baselines)
-        logger.log_hyperparams(settings)
-    training.report.start(run, data, module, recipe.groups, device=device, precision=config.trainer.precision)
-    trainer.fit(module, data, ckpt_path=run.resumes_from, weights_only=True)
-    training.evaluate.finish(run, trainer, module, data, checkpoints, baselines)
+    every = [metrics, *loggers.values()]
+    fitting = parts.fitting(task, model, run.checkpoints, every, first=[figures], callbacks=[*callbacks.values()])
+    pretrains = config.pretrain and not run.resumes_from
+    phase = training.Phase(build(config.pretrain), parts, run, task, model) if pretrains else None
+    training.train(run, fitting, phase, metrics, settings, choices)
 
 
 def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
@@ -122,9 +96,10 @@ def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> Non
     task, model = task_and_model(config)
     module = training.SequenceModule(model, task, seed=config.seed)
     checkpoint = training.evaluate.restore(module, run, config.checkpoint, settings)
-    data = load_data(config, task)
-    make, callbacks = build(config.trainer, _partial_=True), [training.report.evaluation_progress()]
-    trainer = training.make_trainer(make, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
+    task.prepare()
+    parts, callbacks = parts_of(config), [training.report.evaluation_progress()]
+    data = parts.data(task)
+    trainer = training.make_trainer(parts.trainer, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
     data.require_batches(config.trainer, trainer.world_size, "test")
     device = training.describe_device(trainer.strategy.root_device)
     training.evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)

@@ -178,6 +178,10 @@ class Task(ABC):
         """Examples as a batch, padded on the right to the longest of them."""
         return collate(examples)
 
+    def drawn(self, batch: Batch) -> Batch:
+        """A batch, on its device, with what is random in it drawn anew, by PyTorch's generator that the step seeds."""
+        return batch
+
     def impulse_response(self, length: int) -> np.ndarray | None:
         """The first `length` steps of the true impulse response, (length, O, C); None where there is none."""
         return None
@@ -207,10 +211,7 @@ class Classification(Task):
 
     def metrics(self) -> "dict[str, Metric]":
         """The share of correct labels, each sequence with the same weight."""
-        from torchmetrics.classification import MulticlassAccuracy
-
-        # checking the labels of every batch would make a GPU wait
-        return {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
+        return accuracy(self.num_classes)
 
 
 class Regression(Task):
@@ -244,17 +245,36 @@ class Regression(Task):
 
     def metrics(self) -> "dict[str, Metric]":
         """The mean squared error."""
-        from torchmetrics import MeanSquaredError
+        return squared_error()
 
-        return {"mse": MeanSquaredError()}
+
+def accuracy(num_classes: int) -> "dict[str, Metric]":
+    """A fresh metric of predictions (n, num_classes): the share of correct ones."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    # checking the labels of every batch would make a GPU wait
+    return {"accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
+
+
+def squared_error() -> "dict[str, Metric]":
+    """A fresh metric of real predictions: their mean squared error."""
+    from torchmetrics import MeanSquaredError
+
+    return {"mse": MeanSquaredError()}
 
 
 def scored_steps(x: Tensor, batch: Batch) -> Tensor:
     """The real steps of (B, L, …) one after the other, (n, …): x[batch.mask], which would wait for a GPU to count."""
     if batch.mask is None:
         return x.flatten(0, 1)
-    count = int(batch.mask.sum()) if batch.num_real is None else batch.num_real
-    return x.flatten(0, 1)[real_first(batch.mask.flatten().unsqueeze(0)).squeeze(0)[:count]]
+    return x.flatten(0, 1)[real_first(batch.mask.flatten().unsqueeze(0)).squeeze(0)[: num_real(batch)]]
+
+
+def num_real(batch: Batch) -> int:
+    """The real steps of a batch, for which a GPU is waited where the batch does not say it."""
+    if batch.mask is None:
+        return batch.inputs.shape[0] * batch.inputs.shape[1]
+    return int(batch.mask.sum()) if batch.num_real is None else batch.num_real
 
 
 def collate(examples: Sequence[tuple[Any, Any]]) -> Batch:

@@ -23,7 +23,7 @@ from stu.backbone import SequenceModel
 from stu.cli.composition import build
 from stu.cli.usage import CONF, options_of
 from stu.errors import OptionError, require
-from stu.mixer import map_state
+from stu.mixer import Mixer, map_state
 from stu.training import report
 from tests import pages, tour
 from tests.models import composed, model_config
@@ -119,11 +119,17 @@ def header(name: str) -> tuple[str, str]:
 
 
 def state(name: str) -> str:
-    """The size of a layer's state for one sequence of 2048 steps in float32, or what a step adds to it."""
+    """The size of a layer's state for one sequence of 2048 steps in float32, or what a step adds to it; of a hybrid, of
+    every kind of layer."""
     backbone = build(model(name, composed("task=lds", "task.seq_len=2048").task))
-    mixer = backbone.blocks[0].mixer.requires_grad_(False)
-    first, second = (size(mixer.prefill(torch.zeros(1, steps, WIDTH))[1]) for steps in (1, 2))
-    return f"{first:.3g} KiB" if first == second else f"{second - first:.3g} KiB per step"
+    kinds = {type(block.mixer): block.mixer.requires_grad_(False) for block in backbone.blocks}
+    return ", ".join(map(state_of, kinds.values()))
+
+
+def state_of(mixer: Mixer) -> str:
+    """That of one mixer."""
+    first, second = (size(mixer.prefill(torch.zeros(1, steps, WIDTH))[1]) for steps in (2047, 2048))
+    return f"{second:.3g} KiB" if first == second else f"{second - first:.3g} KiB per step"
 
 
 def model(name: str, task: DictConfig) -> DictConfig:

@@ -76,6 +76,8 @@ def model_config(model: str, *, seq_len: int, causal: bool = True, **options: An
     config = composed(f"model={model}", "task=lds").copy()  # one for all: composing takes longer than a test
     config.task.seq_len, config.task.causal = seq_len, causal
     _set_everywhere(config.model, SMALL | options)
+    if "depth" not in options and isinstance(config.model.mixer, ListConfig):
+        config.model.depth = len(config.model.mixer)  # one block of each layer
     return config.model
 
 
@@ -102,7 +104,7 @@ def mixer_cases() -> list[Case]:
     """Every mixer of every model of conf/model, for causal and other tasks, and the variants above."""
     cases = []
     for model in MODELS:
-        for index in range(_count_mixers(model)):
+        for index in _own_mixers(model):
             for causal in (True, False):
                 name = f"{model}-{index}-{'causal' if causal else 'free'}"
                 cases.append(Case(name, partial(_configured, model, index, causal)))
@@ -129,11 +131,14 @@ def _attention(*, seq_len: int, d_model: int = 8, num_filters: int = 0, num_head
     return Attention(d_model, num_heads=num_heads, **variant)
 
 
-def _count_mixers(model: str) -> int:
-    """How many mixers a model cycles, as far as its own file says; read without composing, which takes longer."""
+def _own_mixers(model: str) -> list[int]:
+    """Those mixers of a model that no other one has, as far as its own file says; read without composing, which takes
+    longer."""
     node = OmegaConf.load(CONF / "model" / f"{model}.yaml")
-    mixer = node.get("model", node).get("mixer")
-    return len(mixer) if isinstance(mixer, ListConfig) else 1
+    node = node.get("model", node)
+    if layers := node.get("layers"):
+        return [list(layers).index(name) for name in node.get("mixers", {})]
+    return list(range(len(node.mixer))) if isinstance(node.get("mixer"), ListConfig) else [0]
 
 
 def _set_everywhere(node: DictConfig | ListConfig, options: dict[str, Any]) -> None:

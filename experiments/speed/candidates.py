@@ -1,4 +1,4 @@
-"""The candidates: the mixer of every file in conf/model, found automatically, and the literal STU."""
+"""The candidates: the mixer of every file in conf/model that has one, found automatically, and the literal STU."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -13,7 +13,7 @@ from torch import nn
 from experiments.speed.literal import literal_stu
 from stu.cli import composition
 from stu.cli.check import check
-from stu.cli.usage import options_of
+from stu.cli.layers import of_one_mixer
 from stu.errors import OptionError, require
 
 LITERAL = "literal"
@@ -68,7 +68,7 @@ def is_literal(name: str) -> bool:
 
 def allowed() -> list[str]:
     """The names of all candidates."""
-    return [LITERAL, *options_of("model")]
+    return [LITERAL, *of_one_mixer()]
 
 
 def find(names: Iterable[str], *, causal: bool, size: Size) -> list[Candidate]:

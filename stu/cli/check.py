@@ -77,6 +77,7 @@ def check(config: DictConfig) -> None:
         raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     hints = HINTS | {key: resolve_name(target) for key, target in NODES.items()}
+    hints["pretrain"] = Mapping | resolve_name("stu.training.Pretraining")  # {}: none
     for key, value in nodes(plain):
         if isinstance(value, float) and math.isnan(value):
             raise Refused(key, value, "must be a number")
@@ -220,12 +221,16 @@ def calls(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in the configuration with its key, a mapping before its values."""
+    """Everything in the configuration with its key, a mapping before its values, and a list before its mappings."""
     if key:
         yield key, node
     if isinstance(node, Mapping):
         for name, child in node.items():
             yield from nodes(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            if isinstance(child, Mapping):
+                yield from nodes(child, f"{key}[{index}]")
 
 
 def missing(key: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from stu.cli import layers
 from stu.cli.check import calls
 from stu.cli.usage import CONF
 
@@ -18,6 +19,7 @@ WHITELIST = "_execution_whitelist_"  # from Hydra 1.4 on: which packages a confi
 HAS_WHITELIST = WHITELIST in inspect.signature(instantiate).parameters
 # The behaviour that conf/ is written for: Hydra 1.3 asks for it, 1.4 has no other and warns of the question.
 VERSION: dict[str, Any] = {} if HAS_WHITELIST else {"version_base": "1.3"}
+layers.install()
 
 
 def command(job: Callable[[DictConfig], Any]) -> Callable[[], Any]:

@@ -15,6 +15,7 @@ GROUPS = {
     "experiment": "presets: several choices at once",
     "tuned": "what a preset sets for each model, chosen by both: <experiment>/<model>",
     "sweep": "what -m varies: spaces of jobs, to be listed or searched",
+    "pretrain": "what it learns before, from the task's own inputs",
     "optimizer": "how it learns",
     "trainer": "where and how long: arguments of lightning.Trainer",
     "callbacks": "what a run may have besides; several: callbacks=[ema,early_stopping]",

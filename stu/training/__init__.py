@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from stu.training.cluster import part
     from stu.training.data import SequenceData
     from stu.training.figures import Figures
+    from stu.training.fitting import Fitting, Parts
     from stu.training.loggers import MetricsCSV
     from stu.training.memory import within_memory
     from stu.training.module import SequenceModule, model_for, seed_everything
     from stu.training.optional import EMA, DeviceStats, EarlyStopping, check_callbacks
     from stu.training.plan import StepPlan, check_trainer, make_trainer
+    from stu.training.pretrain import Masked, Next, Phase, Pretraining
     from stu.training.run import Run, describe_device
     from stu.training.sharded import FullyShard
     from stu.training.signals import leaving
+    from stu.training.start import train
     from stu.training.tensorboard_log import TensorBoardLog
     from stu.training.trackers import Tracker
     from stu.training.trackio_log import TrackioLog
@@ -34,14 +37,17 @@ __getattr__ = attributes(
         "part": "cluster",
         "SequenceData": "data",
         "Figures": "figures",
+        **dict.fromkeys(("Fitting", "Parts"), "fitting"),
         "MetricsCSV": "loggers",
         "within_memory": "memory",
         **dict.fromkeys(("SequenceModule", "model_for", "seed_everything"), "module"),
         **dict.fromkeys(("EMA", "DeviceStats", "EarlyStopping", "check_callbacks"), "optional"),
         **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
+        **dict.fromkeys(("Masked", "Next", "Phase", "Pretraining"), "pretrain"),
         **dict.fromkeys(("Run", "describe_device"), "run"),
         "FullyShard": "sharded",
         "leaving": "signals",
+        "train": "start",
         "TensorBoardLog": "tensorboard_log",
         "Tracker": "trackers",
         "TrackioLog": "trackio_log",
@@ -65,3 +71,4 @@ __all__ += [
 ]
 __all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
 __all__ += ["model_for", "names", "part", "report", "seed_everything", "within_memory"]
+__all__ += ["Fitting", "Masked", "Next", "Parts", "Phase", "Pretraining", "train"]

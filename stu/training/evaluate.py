@@ -60,6 +60,7 @@ def finish(
         "seconds": round(checkpoints.seconds_trained, 1),
         **measured,
         "parameters": count(module.model),
+        **({} if run.pretrained is None else {"pretrain": run.pretrained}),
     }
     if steps < plan.total_steps:
         summary["stopped_early"] = getattr(trainer.early_stopping_callback, "why", "") or "a callback has asked for it"

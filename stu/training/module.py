@@ -65,9 +65,7 @@ class SequenceModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        # Whatever draws random numbers in this step (dropout) depends on the seed and the step alone.
-        torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
-        loss = self._scored_step(batch, self.train_metrics)
+        loss = self._scored_step(batch, batch_idx, self.train_metrics)
         if self.first_bad_batch is None:
             self.first_bad_batch = torch.full((), -1, device=loss.device)
         bad = ~loss.detach().isfinite() & (self.first_bad_batch < 0)
@@ -79,11 +77,11 @@ class SequenceModule(L.LightningModule):
         if self._trainer is not None and self.trainer.sanity_checking:
             self.test_step(batch, batch_idx)
         else:
-            self._scored_step(batch, self.eval_metrics)
+            self._scored_step(batch, batch_idx, self.eval_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the metrics of an evaluation, and those of rollouts where the task has them."""
-        self._scored_step(batch, self.eval_metrics)
+        self._scored_step(batch, batch_idx, self.eval_metrics)
         if rollout := self.task.rollout:
             prediction, target = batch_rollout(self.model, batch, context=rollout.context, horizon=rollout.horizon)
             for metric in self.rollout_metrics.values():
@@ -137,7 +135,10 @@ class SequenceModule(L.LightningModule):
         optimizer, schedule = self.recipe.build(self.model.named_parameters())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _scored_step(self, batch: Batch, metrics: nn.ModuleDict) -> Tensor:
+    def _scored_step(self, batch: Batch, batch_idx: int, metrics: nn.ModuleDict) -> Tensor:
+        # Whatever is random in this step (dropout, hidden inputs) depends on the seed and the step alone.
+        torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
+        batch = self.task.drawn(batch)
         prediction, target = self.task.scored(self.model(batch.inputs, batch.mask), batch)
         prediction = prediction.float() if prediction.dtype in (torch.bfloat16, torch.float16) else prediction
         loss = self.task.loss(prediction, target)

@@ -26,13 +26,17 @@ def parse_row(line: str) -> Row | None:
 
 
 def flatten(config: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
-    """Nested mappings as one: {"a": {"b": 1}} → {"a.b": 1}; lists and empty mappings are values."""
+    """Nested mappings as one: {"a": {"b": 1}} → {"a.b": 1}; the mappings of a list by their numbers.
+
+    Other lists and empty mappings are values.
+    """
+    if isinstance(config, list) and config and all(isinstance(value, Mapping) for value in config):
+        config = dict(enumerate(config))
     if not isinstance(config, Mapping) or not config:
         return {prefix: config} if prefix else {}
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        name = f"{prefix}{separator}{key}" if prefix else str(key)
-        flat |= flatten(value, name, separator) if isinstance(value, Mapping) else {name: value}
+        flat |= flatten(value, f"{prefix}{separator}{key}" if prefix else str(key), separator)
     return flat
 
 

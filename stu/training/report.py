@@ -135,6 +135,21 @@ def start(
 
 
 @rank_zero_only
+def phase(plan: StepPlan, task: Task, baselines: Mapping[str, float], resumed: int) -> None:
+    """What begins before training."""
+    epochs = plan.total_steps / plan.steps_per_epoch
+    rows = [
+        ("objective", f"{type(task).__name__}, {task.monitor} ({task.mode})"),
+        (
+            "budget",
+            f"{plan.total_steps:,} steps, {epochs:.3g} epochs" + f", resumed after step {resumed:,}" * (resumed > 0),
+        ),
+        *((f"  {name}", f"{value:.4g} {task.monitor}") for name, value in baselines.items()),
+    ]
+    show_table("Pretraining", rows)
+
+
+@rank_zero_only
 def result(run: Run) -> None:
     """The table at the end of a run, or of a run that had already finished."""
     summary = run.read_summary()
@@ -142,6 +157,8 @@ def result(run: Run) -> None:
     metric = best["metric"].removeprefix("val/")
     rows = [(f"test {name}", f"{value:.4g}") for name, value in sorted(summary["test"].items())]
     rows += [(f"  {name}", f"{value:.4g} {metric}") for name, value in summary["baselines"].items()]
+    if before := summary.get("pretrain"):
+        rows.append(("pretraining", f"val/loss {before['loss']:.4g} at step {before['step']:,} of {before['steps']:,}"))
     if why := summary.get("stopped_early"):
         rows.append(("stopped early", f"after step {summary['steps']:,}: {why}"))
     rows += [
@@ -184,7 +201,7 @@ def note(text: str) -> None:
 @rank_zero_only
 def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
-    saved = f"saved in {run.last}" if run.trained else "nothing was trained yet"
+    saved = f"saved in {run.saved.partition(' (')[0]}" if run.trained else "nothing was trained yet"
     way_on = "The same command resumes the run."
     if run.deleted:
         way_on = "The same command without overwrite=true resumes the run; with it, it starts again."
@@ -198,7 +215,7 @@ def diverged(run: Run, error: Diverged) -> None:
     """What to do after a loss that is not finite."""
     last = "no checkpoint was saved yet"
     if run.trained:
-        last = f"the last good checkpoint is {run.last} (step {run.last_step})"
+        last = f"the last good checkpoint is {run.saved}"
     advice = "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0"
     print(f"error: {error}; {last}. {advice}", file=sys.stderr)
 

@@ -53,6 +53,8 @@ class Run:
     manifest.json    versions, git state, hardware, data fingerprint, every start, and the configuration again
     metrics.csv      all metrics
     checkpoints/     best.ckpt, last.ckpt; until it is finished also those that replace them after damage
+    checkpoints/pretrain/, pretrain.csv   the same of pretraining, where there is such a phase; it has ended when
+                     summary.json is in that folder
     figures/         PNG files, where there are any
     summary.json     written last: a run that has it is finished
 
@@ -78,6 +80,8 @@ class Run:
         self.metrics, self.summary = path / "metrics.csv", path / "summary.json"
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.best, self.last = self.checkpoints / states.BEST, self.checkpoints / states.LAST
+        self.pretraining, self.pretrain_metrics = self.checkpoints / "pretrain", path / "pretrain.csv"
+        self.pretrain_summary = self.pretraining / "summary.json"
         self.remarks: list[str] = []
         self.overwrites = False  # whether the command asks to delete what there is
         self.deleted = self.recorded = False  # whether this start has deleted what there was, and is in the manifest
@@ -92,8 +96,18 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether it has a checkpoint, be it damaged; one of 0 bytes counts as none."""
-        return any(is_written(self.checkpoints / name) for name in states.NAMES)
+        """Whether it has a checkpoint, of any phase, be it damaged; one of 0 bytes counts as none."""
+        return self.pretrains or _has_checkpoints(self.checkpoints)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether it has a checkpoint of pretraining."""
+        return _has_checkpoints(self.pretraining)
+
+    @property
+    def pretrained(self) -> dict[str, Any] | None:
+        """What became of pretraining; None where there was none, or it has not ended."""
+        return mapping_in(self.pretrain_summary)
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -227,12 +241,20 @@ class Run:
     def resumes_from(self) -> Path | None:
         """The checkpoint from which training goes on; None at its start."""
         # not whether it is there: another process may still be about to mend it, or to delete it
-        return self.last if self.trained and not self.overwrites else None  # `mend` has made it whole
+        trained = _has_checkpoints(self.checkpoints) and not self.overwrites
+        return self.last if trained else None  # `mend` has made it whole
 
     @property
     def last_step(self) -> int:
         """Optimiser steps in the last checkpoint, 0 without one."""
         return states.latest_step(self.checkpoints)
+
+    @property
+    def saved(self) -> str:
+        """Where the latest state is, in words."""
+        if self.pretrains and not _has_checkpoints(self.checkpoints):
+            return f"{self.pretraining / states.LAST} (step {states.latest_step(self.pretraining)} of pretraining)"
+        return f"{self.last} (step {self.last_step})"
 
     def mend(self) -> list[str]:
         """Replace damaged checkpoints by whole ones, before they are read, and remark it; returns these remarks.
@@ -355,6 +377,10 @@ class Run:
         starts = (manifest or {}).setdefault("starts", [])
         whole = manifest and isinstance(manifest.get("id"), str) and isinstance(starts, list)
         return manifest if whole and all(isinstance(start, dict) for start in starts) else None
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(is_written(folder / name) for name in states.NAMES)
 
 
 def rank() -> int:

@@ -61,6 +61,10 @@ DIFFERENT = {
     "lorenz96": {"task.data.transient": SETTLING},
     "lru": {"model.mixer.max_phase": "2π to ten digits, as written in the configurations of earlier runs"},
     "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
+    "mamba2_attention": {
+        **dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
+        "model.mixer[3].positions": "as in the official models",
+    },
     "s4": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d_dfout": {
@@ -68,6 +72,16 @@ DIFFERENT = {
         "model.mixer.init": "what it is",
     },
     "stu_ar": dict.fromkeys(("model.mixer.two_sided", "model.mixer.k_y", "model.mixer.recurrence"), "the AR-STU"),
+    "stu_attention": dict.fromkeys(
+        (
+            "model.norm",
+            "model.final_norm",
+            "model.channel_residual",
+            "model.mixer[1].window",
+            "model.mixer[1].positions",
+        ),
+        "as in Flash STU",
+    ),
     "transformer": dict.fromkeys(
         ("model.norm", "model.final_norm", "model.channel_residual", "model.positions"), TRANSFORMER
     ),

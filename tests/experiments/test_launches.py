@@ -11,10 +11,10 @@ from torch.autograd import DeviceType
 
 from experiments.speed import launches
 from experiments.speed.launches import VARIANTS, count, main
+from stu.cli.layers import of_one_mixer
 from stu.mixers.stu_t import STUT
 from stu.ops.forms import taken_for
 from tests.experiments.commands import assert_refused
-from tests.models import MODELS
 
 CPU = torch.device("cpu")
 
@@ -161,7 +161,7 @@ def test_the_command_prints_every_mixer(capfd):
     out, err = capfd.readouterr()
     rows = json.loads(out)
     assert err == ""
-    mixers = [*VARIANTS, *MODELS]
+    mixers = [*VARIANTS, *of_one_mixer()]
     assert [(row["mixer"], row["length"]) for row in rows] == [
         (mixer, length) for mixer in mixers for length in (64, 128)
     ]

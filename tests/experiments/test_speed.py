@@ -30,9 +30,10 @@ from experiments.speed.measure import Facts, Failure, alone, interleaved
 from experiments.speed.results import Results, Row, Timing
 from experiments.speed.roofline import Peak, Work, least_work
 from stu import STU
+from stu.cli.layers import of_one_mixer
 from stu.errors import OptionError
 from tests.experiments.commands import assert_refused
-from tests.models import MODELS, randomized
+from tests.models import randomized
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Size(length=12, batch=2, width=4, filters=3)
@@ -63,7 +64,7 @@ def test_the_literal_stu_survives_autocast():
 
 
 def test_every_model_takes_part_and_the_literal_stu():
-    assert candidates.allowed() == ["literal", *MODELS]
+    assert candidates.allowed() == ["literal", *of_one_mixer()]
 
 
 def test_options_of_a_mixer_win_over_the_size():
@@ -637,7 +638,7 @@ def test_the_command(tmp_path):
     assert content["machine"]["torch"] == torch.__version__
     assert content["peak"]["flops"] > 1e8
     rows = {row["model"].partition(".")[0]: row for row in content["rows"]}
-    assert list(rows) == ["literal", *MODELS]
+    assert list(rows) == ["literal", *of_one_mixer()]
     for model, row in rows.items():
         assert row["failures"] == {}, model
         assert 0 < row["forward"]["min"] <= row["forward"]["median"]

@@ -1,0 +1,159 @@
+"""Hybrids: `model.layers=[stu,attention]` names the mixers that are cycled over depth, each from its own file.
+
+What a run then has is plain: `model.mixer` is a list of nodes, `optimizer.groups` has the groups of all of them, each
+for the blocks of its own model, and neither `layers` nor `mixers` is left.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+import hydra._internal.hydra
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+
+from stu.cli.check import SPECIAL, Refused, missing
+from stu.cli.usage import CONF, options_of
+from stu.errors import brief
+
+ALIASES = {"attention": "transformer"}  # what the mixer of a model is called in a list of layers
+OPTIONS = "model.mixers."  # what follows: the options of layers, by name
+
+Model = Callable[[str], DictConfig]  # the configuration of a model's own file, before its layers are laid out
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader, which also lays out layers: Hydra has no place for what is made of a whole configuration."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """The configuration of a command, or of the words of a sweep that are not swept."""
+        opened = [f"++{word}" if word.startswith(OPTIONS) else word for word in overrides]
+        load = super().load_configuration
+        config = load(config_name, opened, run_mode, from_shell, validate_sweep_overrides)
+        if isinstance(config.get("model"), DictConfig):
+            model = cache(lambda name: load(config_name, [f"model={name}"], RunMode.RUN))
+            with flag_override(config, ["struct", "readonly"], False):
+                lay_out(config, model)
+        return config
+
+
+def install() -> None:
+    """Have Hydra load every configuration so: of runs, sweeps, `--cfg` and `compose`."""
+    hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[attr-defined]
+
+
+def lay_out(config: DictConfig, model: Model) -> None:
+    """Replace `model.layers` and `model.mixers` by what they stand for. Raises `Refused` for what is no layer."""
+    layers, options = config.model.pop("layers", None), config.model.pop("mixers", OmegaConf.create())
+    if not isinstance(options, DictConfig) or (options and layers is None):
+        raise Refused("model.mixers", brief(options), "must have options of model.layers, by their names")
+    if layers is None:
+        return
+    files = {name: _file(name) for name in _names(layers)}
+    chosen = model(config.hydra.runtime.choices.model)
+    preset = chosen.model.get("mixers") or {}  # of layers that others may have replaced
+    foreign = (name for name in map(str, options) if name not in files and options[name] != preset.get(name))
+    if unknown := next(foreign, None):
+        raise Refused(f"{OPTIONS}{unknown}", brief(options[unknown]), missing(f"{OPTIONS}{unknown}", files))
+    owner = next((name for name in files if _written(model(files[name])) == _written(chosen)), None)
+    if owner is None:
+        _require_unchanged(_written(config), _written(chosen), files)
+    sources = {name: config if name == owner else model(file) for name, file in files.items()}
+    nodes = {name: _with(name, source.model.mixer, options.get(name) or {}) for name, source in sources.items()}
+    config.model.mixer = [nodes[name] for name in layers]
+    current, inherited = _groups(config), _groups(chosen)
+    given = {name: group for name, group in current.items() if name not in inherited}
+    own = {name: _groups(source) for name, source in sources.items()}
+    if owner is not None:
+        own[owner] = {name: group for name, group in current.items() if name in inherited}
+    groups = _confined(layers, config.model.depth, own, given)
+    if groups or current:
+        config.optimizer.groups = groups
+
+
+def _names(layers: Any) -> list[str]:
+    """The names in `model.layers`, each once."""
+    named = isinstance(layers, ListConfig) and len(layers) > 0 and all(isinstance(name, str) for name in layers)
+    if not named:
+        raise Refused("model.layers", brief(layers), "must be a list of names, such as [stu,attention], or null")
+    return list(dict.fromkeys(layers))
+
+
+def of_one_mixer() -> list[str]:
+    """The models that have one mixer, which can be a layer of others."""
+    files = {name: yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text("utf-8")) for name in options_of("model")}
+    return [name for name, content in files.items() if not content.get("model", content).get("layers")]
+
+
+def _file(name: str) -> str:
+    """The model whose mixer a layer has."""
+    known = [*of_one_mixer(), *ALIASES]
+    near = "".join(f"did you mean {match}? " for match in get_close_matches(name, known, n=1))
+    if name not in known:
+        raise Refused("model.layers", name, f"no such layer; {near}choose from {', '.join(known)}")
+    return ALIASES.get(name, name)
+
+
+def _written(config: DictConfig) -> dict[str, Any]:
+    """The mixer of a model as it is written, its interpolations too."""
+    node: Any = OmegaConf.to_container(config.model.mixer)
+    return node
+
+
+def _require_unchanged(mixer: Mapping[str, Any], chosen: Mapping[str, Any], layers: Mapping[str, str]) -> None:
+    """Raise `Refused` where options of the model's own mixer were given, which no layer has."""
+    for key in mixer:
+        if mixer[key] != chosen.get(key):
+            allowed = f"is of a mixer that is none of the layers {', '.join(layers)}; see {OPTIONS}NAME"
+            raise Refused(f"model.mixer.{key}", brief(mixer[key]), allowed)
+
+
+def _with(name: str, mixer: DictConfig, options: Any) -> DictConfig:
+    """The node of a mixer with some options of its own."""
+    if not isinstance(options, Mapping):
+        raise Refused(f"{OPTIONS}{name}", brief(options), f"must have options: {', '.join(_options(mixer))}")
+    for key in options:
+        if key not in mixer:
+            allowed = missing(f"{OPTIONS}{name}.{key}", _options(mixer))
+            raise Refused(f"{OPTIONS}{name}.{key}", brief(options[key]), allowed)
+    merged = OmegaConf.merge(mixer, options)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _options(mixer: DictConfig) -> list[str]:
+    return [key for key in map(str, mixer) if key not in SPECIAL]
+
+
+def _groups(config: DictConfig) -> Mapping[str, Any]:
+    """The groups of the optimiser."""
+    groups: Any = OmegaConf.select(config, "optimizer.groups")
+    return groups if isinstance(groups, Mapping) else {}
+
+
+def _confined(
+    layers: Sequence[str], depth: Any, own: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The optimiser's groups: of every layer those of its model, for its blocks alone, and those that were `given`.
+
+    Two models may call theirs the same: that of the later layer is then <layer>_<group>. What is given under the name
+    of one of them changes it.
+    """
+    groups: dict[str, Any] = {}
+    for layer, of_layer in own.items():
+        blocks = [i for i in range(depth if isinstance(depth, int) else 0) if layers[i % len(layers)] == layer]
+        for name, options in of_layer.items() if blocks else ():
+            match = rf"blocks\.({'|'.join(map(str, blocks))})\..*(?:{options['match']})"
+            unique = f"{layer}_{name}" if name in groups else name
+            groups[unique] = OmegaConf.merge(options, {"match": match}, given.get(unique, {}))
+    return groups | {name: options for name, options in given.items() if name not in groups}

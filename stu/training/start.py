@@ -1,0 +1,46 @@
+"""One start of a run, from what it is made of: all that can be refused, then training, the test and the summary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stu.training import evaluate, report
+from stu.training.fitting import Fitting
+from stu.training.loggers import MetricsCSV
+from stu.training.pretrain import Phase
+from stu.training.run import Run, describe_device
+from stu.training.trackers import Tracker
+
+
+def train(
+    run: Run,
+    fitting: Fitting,
+    phase: Phase | None,
+    metrics: MetricsCSV,
+    settings: Mapping[str, Any],
+    choices: Mapping[str, Any],
+) -> None:
+    """Pretrain where there is such a phase; fit, from the last checkpoint if there is one; test the best one.
+
+    metrics: that of the Trainer's loggers which is `metrics.csv`. settings: the whole configuration. choices: the
+    option of each group.
+    """
+    data, module, trainer = fitting.data, fitting.module, fitting.trainer
+    baselines = {name: float(value) for name, value in module.task.baselines().items()}  # not after hours
+    facts = report.facts(module, data.plan)
+    run.open(
+        settings, overwrite=settings["overwrite"], data=facts["data"]
+    )  # last: what is refused changes no directory
+    run.mend()
+    device = describe_device(trainer.strategy.root_device)
+    run.remarks += metrics.rewind(run.last_step)
+    run.record_start(device=device, world_size=trainer.world_size, seed=module.seed, **facts)
+    for logger in trainer.loggers:
+        if isinstance(logger, Tracker):
+            logger.start(run, choices, baselines)
+        logger.log_hyperparams(settings)  # type: ignore[arg-type]  # a plain dictionary
+    precision = settings["trainer"]["precision"]
+    report.start(run, data, module, fitting.recipe.groups, device=device, precision=precision)
+    if phase:
+        phase.fit()
+    fitting.fit(run.resumes_from)
+    evaluate.finish(run, trainer, module, data, fitting.checkpoints, baselines)
