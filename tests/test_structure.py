@@ -11,9 +11,11 @@ from stu.backbone import Backbone
 from stu.channel import GLU, HalfGLU
 from stu.heads import PooledHead, StepHead, TwoTowerHead
 from stu.mixers.attention import Attention
+from stu.mixers.gated_deltanet import GatedDeltaNet
 from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
+from stu.mixers.mega import Mega
 from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
 from stu.mixers.s5 import S5
@@ -26,6 +28,7 @@ D = 4
 stu = partial(STU, D, seq_len=16, num_filters=4)
 stu_t = partial(STUT, D, seq_len=16, num_filters=4)
 selective = partial(Mamba2, D, d_state=4, num_heads=2)
+averaging = partial(Mega, D, seq_len=9)
 attention = partial(Attention, D, num_heads=2)
 mixer = partial(STU, seq_len=16, num_filters=4)
 backbone = partial(Backbone, D, depth=1, mixer=mixer, channel_mixer=GLU, seq_len=16)
@@ -81,6 +84,13 @@ PAIRS = {
     ),
     "Mamba-2, groups": (selective, partial(selective, d_state=2, num_groups=2), "num_groups=2"),
     "Mamba-2, limits of the time step": (selective, partial(selective, dt_limit=(0.0, 0.1)), "dt_limit="),
+    "gated DeltaNet, eigenvalues": (
+        partial(GatedDeltaNet, D, d_state=4, allow_negative_eigenvalues=True),
+        partial(GatedDeltaNet, D, d_state=4),
+        "allow_negative_eigenvalues=False: what was saved is of allow_negative_eigenvalues=True",
+    ),
+    "Mega, attention": (averaging, partial(averaging, attention="laplace"), "attention=laplace: what was"),
+    "Mega, chunks": (averaging, partial(averaging, chunk_size=9), "chunk_size=9: what was saved is of chunk_size=None"),
     "attention, heads": (
         attention,
         partial(Attention, D, num_heads=1),

@@ -2,7 +2,8 @@
 
 Same parameters, same outputs, another way: the STU with every channel convolved with every filter; the Vandermonde and
 Cauchy kernels of S4D and S4 whole in memory, then FFTs over all channels at once; S5, the LRU and LinOSS by the
-associative scan of `jax.lax` over all their states; Mamba-2 by the minimal form of its recurrence.
+associative scan of `jax.lax` over all their states; Mamba-2 by the minimal form of its recurrence; the gated DeltaNet
+and Mega's moving averages one step after the other, and Mega's attention by whole matrices.
 
 B batch, L length, D model width
 """
@@ -14,17 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from stu.mixer import Mixer
+from stu.mixers.gated_deltanet import GatedDeltaNet
 from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
+from stu.mixers.mega import Mega
+from stu.mixers.relative_bias import SimpleBias
 from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
 from stu.mixers.s5 import S5
 from stu.mixers.stu import STU
 from stu.ops.filters import spectral_filters
+from stu.reference.gated_deltanet import gated_deltanet
 from stu.reference.linoss import implicit, linoss
 from stu.reference.lru import lru
 from stu.reference.mamba2 import mamba2
+from stu.reference.mega import mega, rotary_bias, simple_bias
 from stu.reference.s4 import s4, truncated_output
 from stu.reference.s4d import s4d
 from stu.reference.s5 import s5
@@ -148,6 +154,37 @@ class LiteralMamba2(Literal[Mamba2]):
         return mamba2(u, W_in, *convolution, *system, W_out, num_groups=layer.num_groups, chunk_size=chunk_size)
 
 
+class LiteralGatedDeltaNet(Literal[GatedDeltaNet]):
+    """The gated DeltaNet by a loop over time. `layer`: causal."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer = self.layer
+        W_in, W_out = layer.project_in.weight, layer.project_out.weight
+        system = layer.conv.weight[:, 0, :, 0], layer.dt_bias, layer.A_log, layer.gain
+        return gated_deltanet(u, W_in, *system, W_out, largest_beta=2.0 if layer.allow_negative_eigenvalues else 1.0)
+
+
+class LiteralMega(Literal[Mega]):
+    """Mega by a loop over time and matrices of attention, less its residual; L is a multiple of its chunks."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        layer, length = self.layer, self.layer.chunk_size or u.shape[1]
+        averages = list(zip(layer.alpha.sigmoid(), layer.delta.sigmoid(), layer.beta, layer.eta, strict=True))
+        linear = layer.project_value, layer.project_average, layer.project_out
+        W_v, W_average, U_h = ((each.weight, each.bias) for each in linear)
+        if layer.bias is None:
+            bias = u.new_zeros(length, length)
+        elif isinstance(layer.bias, SimpleBias):
+            bias = simple_bias(layer.bias.weight, length, causal=layer.causal)
+        else:
+            bias = rotary_bias(layer.bias.alpha, layer.bias.beta, length)
+        scales = layer.kappa, layer.mu
+        options: dict[str, Any] = {"attention": layer.attention, "chunk_size": length}
+        return mega(u, averages, layer.omega, W_v, W_average, *scales, U_h, bias, **options) - u
+
+
 def for_channels(modes: Tensor, C: Tensor) -> Tensor:
     """The systems of all channels, which share `n_ssm` of them in turn: (n_ssm, N/2), C (D, …) → (D, N/2)."""
     return modes.repeat(len(C) // len(modes), 1)
@@ -166,4 +203,6 @@ LITERAL: Mapping[str, Callable[[Any, int], nn.Module]] = {
     "lru": LiteralLRU,
     "linoss": LiteralLinOSS,
     "mamba2": LiteralMamba2,
+    "gated_deltanet": LiteralGatedDeltaNet,
+    "mega": LiteralMega,
 }

@@ -166,7 +166,7 @@ def _ssd_backward(
             drive, to_end = x[f] * dt[f].unsqueeze(-1), decay.to_end[f].unsqueeze(-1)
             ddrive, dscores, crossing = _within(drive, dy[f], _scores(B[f], C[f]), decay.pairs(f))
             dwritten = _by_head(B[f] @ leaving[f], width) * to_end
-            dsteps = _crossing(
+            dsteps = crossing_sums(
                 crossing,
                 (_by_head(C[f] @ entering[f], width) * read[f]).sum(-1),
                 (dwritten * drive).sum(-1),
@@ -298,7 +298,7 @@ def _by_head(signal: Tensor, width: int) -> Tensor:
 def _decays(steps: Tensor, groups: int, algorithm: str, slices: list[slice]) -> _Decay:
     """The decays of all chunks from Δ_t A (F, Q, H), whose matrices will be asked for in these slices."""
     if algorithm == "parallel" and len(slices) == 1:
-        sums = _segment_sums(steps.mT)  # (F, H, Q, 1 + Q)
+        sums = segment_sums(steps.mT)  # (F, H, Q, 1 + Q)
         total = sums[..., -1, 0].clone()
         decays = sums.exp_()
         from_start, to_end = decays[..., 0].mT, decays[..., -1, 1:].mT
@@ -309,7 +309,7 @@ def _decays(steps: Tensor, groups: int, algorithm: str, slices: list[slice]) -> 
     return _Decay(sums.sum(0).exp(), to_end, total, lambda f: _pair_decays(sums[:, f], groups))
 
 
-def _segment_sums(steps: Tensor, diagonal: int = 0) -> Tensor:
+def segment_sums(steps: Tensor, diagonal: int = 0) -> Tensor:
     """[t, s] = Σ_r steps_r from r = s − diagonal to t, zero where there is none: (…, Q) → (…, Q, Q + 1 + diagonal).
 
     All terms have the same sign: nothing cancels.
@@ -411,7 +411,7 @@ def _between(total: Tensor, *, backwards: bool) -> Tensor:
 
     [z, k], or backwards [k, z]; zero for z < k.
     """
-    decays = _segment_sums(torch.cat((total[..., :1], total), -1), -1).exp_().tril()
+    decays = segment_sums(torch.cat((total[..., :1], total), -1), -1).exp_().tril()
     return decays.mT if backwards else decays
 
 
@@ -436,7 +436,7 @@ def _within(drive: Tensor, dy: Tensor, scores: Tensor, decays: Tensor) -> tuple[
     return ddrive.transpose(1, 2), dscores, crossing
 
 
-def _crossing(pairs: Tensor, read: Tensor, written: Tensor, through: Tensor) -> Tensor:
+def crossing_sums(pairs: Tensor, read: Tensor, written: Tensor, through: Tensor) -> Tensor:
     """Σ over everything that crosses t, (F, Q, H). Fills `pairs`.
 
     pairs: (F, H, Q, 1 + Q), from a step s < t, in column 1 + s, to a step ≥ t; read: (F, Q, H), from the entering state

@@ -26,16 +26,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from stu.mixers.attention import Attention
+from stu.mixers.gated_deltanet import GatedDeltaNet
 from stu.mixers.linoss import LinOSS
 from stu.mixers.lru import LRU
 from stu.mixers.mamba2 import Mamba2
+from stu.mixers.mega import Mega
 from stu.mixers.rnn import RNN
 from stu.mixers.s4 import S4
 from stu.mixers.s4d import S4D
 from stu.mixers.s5 import S5
 from stu.mixers.stu import STU
 from stu.mixers.stu_t import STUT
-from stu.ops import convolution, kernels, long_convolution, recurrence, ssd
+from stu.ops import convolution, delta_rule, ema, kernels, long_convolution, recurrence, ssd
 from tests.models import randomized
 from tests.ops.test_transforms import literal_ssm
 
@@ -44,6 +46,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 
 SPECTRAL = {"seq_len": 16, "num_filters": 4}
 SELECTIVE = {"d_state": 4, "num_heads": 2, "chunk_size": 4}
+AVERAGING = {"seq_len": 16, "d_state": 3, "d_query": 4}
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "STU": partial(STU, D, **SPECTRAL),
     "STU, bidirectional": partial(STU, D, **SPECTRAL, causal=False),
@@ -63,6 +66,10 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "D-LinOSS, bidirectional": partial(LinOSS, D, d_state=3, discretization="imex", damping=True, causal=False),
     "Mamba-2": partial(Mamba2, D, **SELECTIVE),
     "Mamba-2, bidirectional": partial(Mamba2, D, **SELECTIVE, causal=False),
+    "gated DeltaNet": partial(GatedDeltaNet, D, **SELECTIVE),
+    "gated DeltaNet, bidirectional": partial(GatedDeltaNet, D, **SELECTIVE, causal=False),
+    "Mega": partial(Mega, D, **AVERAGING),
+    "Mega, chunks, bidirectional": partial(Mega, D, **AVERAGING, causal=False, attention="laplace", chunk_size=4),
     "LSTM": partial(RNN, D, d_state=3, cell="lstm"),
     "GRU": partial(RNN, D, d_state=3, cell="gru"),
     "attention": partial(Attention, D, num_heads=2, positions="rotary"),
@@ -100,6 +107,19 @@ def literal_oscillator_response(a, delta, length):
     return torch.stack(u[1:], -1)
 
 
+def literal_delta_rule(*inputs, chunk_size):
+    steps = zip(*(signal.unbind(1) for signal in inputs[:-1]), strict=True)
+    outputs, state = [], inputs[-1]
+    for step in steps:
+        y, state = delta_rule.gated_delta_step(*step, state)
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def literal_ema_kernel(log_decay, inputs, outputs, length):
+    return ema.ema_kernel_reference(log_decay.exp(), inputs, outputs, length)
+
+
 def literal_diagonal_kernel(a, b, c, length):
     return 2 * kernels.kernel_reference(torch.diag_embed(a), b, c, length).real
 
@@ -118,6 +138,9 @@ PLAIN = {
     "stu.mixers.linoss.long_convolution": long_convolution.long_convolution_reference,
     "stu.mixers.linoss.oscillator_response": literal_oscillator_response,
     "stu.mixers.mamba2.ssd": literal_ssd,
+    "stu.mixers.gated_deltanet.gated_delta_rule": literal_delta_rule,
+    "stu.mixers.mega.ema_kernel": literal_ema_kernel,
+    "stu.mixers.mega.long_convolution": long_convolution.long_convolution_reference,
 }
 
 

@@ -49,7 +49,7 @@ def test_the_stu(variant, causal):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("model", LITERAL)
 def test_the_baselines(model, length):
-    sizes = {"d_model": D, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "n_ssm": 2}
+    sizes = {"d_model": D, "expand": 2, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "n_ssm": 2}
     config = model_config(model, seq_len=length, chunk_size=LENGTHS[length], **sizes)
     layer = randomized(build(config.mixer)(D), 0.05).double()
     reference = (lambda u: s4_of(layer, u)) if model == "s4" else LITERAL[model](layer, length)
