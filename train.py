@@ -56,6 +56,7 @@ def main(config: DictConfig) -> float | None:
 def task_and_model(config: DictConfig) -> tuple[stu.Task, stu.SequenceModel]:
     """The task, its data not yet prepared, and the model, initialised from the seed."""
     task: stu.Task = build(config.task)
+    task.precondition(build(config.precondition))
     training.seed_everything(config.seed)
     with training.within_memory():
         return task, training.model_for(task, build(config.model))
@@ -86,7 +87,7 @@ def train(
     training.check_callbacks(callbacks, config.trainer, task)
     data = load_data(config, task)
     plan = data.plan
-    baselines = {name: float(value) for name, value in task.baselines().items()}  # not after hours
+    baselines = {name: float(value) for name, value in task.references().items()}  # not after hours
     recipe = build(config.optimizer)(model.named_parameters(), plan.total_steps)
     module = training.SequenceModule(model, task, recipe=recipe, seed=config.seed)
     log = training.MetricsLog(plan, batch_size=data.batch_size, every_n_steps=config.log_every)

@@ -16,6 +16,7 @@ GROUPS = {
     "tuned": "what a preset sets for each model, chosen by both: <experiment>/<model>",
     "sweep": "what -m varies: spaces of jobs, to be listed or searched",
     "optimizer": "how it learns",
+    "precondition": "a fixed combination of outputs to predict, for real targets at every step",
     "trainer": "where and how long: arguments of lightning.Trainer",
     "callbacks": "what a run may have besides; several: callbacks=[ema,early_stopping]",
     "logger": "where metrics are logged besides metrics.csv; several: logger=[wandb,tensorboard]",
