@@ -28,7 +28,7 @@ SETTINGS: Settings = {
     "d_states": [4, 64],
     "counts": [2, 4, 8, 12, 16, 20, 24, 32, 40, 50, 58],
     "num_filters": 50,
-    "lrs": [0.01, 0.03, 0.1],
+    "lrs": [0.01, 0.1],
     "samples": 200,
     "evaluated": 32,
 }
