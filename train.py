@@ -56,6 +56,7 @@ def main(config: DictConfig) -> float | None:
 def task_and_model(config: DictConfig) -> tuple[stu.Task, stu.SequenceModel]:
     """The task, its data not yet prepared, and the model, initialised from the seed."""
     task: stu.Task = build(config.task)
+    task.precondition(build(config.precondition))
     training.seed_everything(config.seed)
     with training.within_memory():
         return task, training.model_for(task, build(config.model))

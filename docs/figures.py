@@ -15,6 +15,7 @@ import numpy as np
 
 from stu.ops.filters import spectral_filters
 from stu.ops.realization import realize_filters
+from stu.ops.slepian import default_bandwidth, slepian_filters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +162,7 @@ def draw() -> Iterator[str]:
     )
     import matplotlib.pyplot as plt
 
-    for drawing in (memory, eigenvalues, shapes, few, exact, streaming):
+    for drawing in (memory, eigenvalues, shapes, few, exact, streaming, slepian):
         panels = [plt.subplots(figsize=(3.7, 2.9), layout="constrained") for _ in range(2)]
         drawing(*(axes for _, axes in panels))
         for number, (figure, axes) in enumerate(panels, 1):
@@ -257,6 +258,26 @@ def streaming(left: "Axes", right: "Axes") -> None:
     found = realize_filters(1024, K, num_states=48)
     right.loglog(1 - found.poles, found.coefficients.abs().max(1).values, "o", markersize=3)
     right.set(xlabel="1 − p_n", ylabel="largest coefficient", title="The 48 poles for L = 1024")
+
+
+def slepian(left: "Axes", right: "Axes") -> None:
+    """Slepian filters, and the least errors of waves by them and by those of the Hankel matrix, over the frequency."""
+    time, seq_len = np.arange(1024)[:, None], 1024
+    width = default_bandwidth(seq_len, K)
+    _, vectors = slepian_filters(seq_len, K)
+    for k in (1, 2, 3, 24):
+        left.plot(time, vectors[:, k - 1], label=f"k = {k}")
+    left.set(xlabel="step i", ylabel="φ_k(i)", title=f"Slepian filters, L = {seq_len}", ylim=(-0.15, 0.15))
+    left.legend(ncols=2, fontsize=7)
+    frequency = np.geomspace(width / 30, 20 * width, 97)
+    waves = np.exp(2j * np.pi * frequency * time)
+    for found, name in ((vectors, "Slepian"), (filters(seq_len)[1], "Hankel")):
+        basis, _ = np.linalg.qr(found)
+        errors = np.linalg.norm(waves - basis @ (basis.T @ waves), axis=0) / seq_len**0.5
+        right.loglog(frequency, np.maximum(errors, 1e-10), label=name)
+    right.axvline(width, color=GREY, linewidth=1)
+    right.set(xlabel="frequency, cycles per step", ylabel="least relative error", title=f"Waves, by {K} filters")
+    right.legend(loc="lower right")
 
 
 if __name__ == "__main__":

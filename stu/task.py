@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stu.errors import require
+from stu.errors import OptionError, require
 from stu.heads import Pool, PooledHead, StepHead
 from stu.ops.padding import real_first
+from stu.preconditioning import TRIVIAL, Preconditioner, errors_with_past
 from stu.preprocessing import Preprocessing
 from stu.resources import require_memory
 
@@ -119,10 +120,11 @@ class Task(ABC):
     t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
     smaller or larger is better.
 
-    Four optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
+    Five optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
     a model has to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
     image_shape: rows and columns of the image that an input sequence is. preprocessing: from what a user has to inputs,
-    and from predictions back; known once the data are prepared.
+    and from predictions back; known once the data are prepared. preconditioner: whose combination of outputs models
+    predict, as `precondition` was told.
     """
 
     monitor: str
@@ -131,6 +133,7 @@ class Task(ABC):
     rollout: Rollout | None = None
     image_shape: tuple[int, int] | None = None
     preprocessing: Preprocessing | None = None
+    preconditioner: Preconditioner | None = None
 
     def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
         same = data.seq_len is None or seq_len == data.seq_len
@@ -153,6 +156,30 @@ class Task(ABC):
     @abstractmethod
     def baselines(self) -> dict[str, float]:
         """Name → score of a predictor that is not a model, in the monitored metric."""
+
+    def references(self) -> dict[str, float]:
+        """`baselines`, and where there is a preconditioner those that know the outputs before, as it does."""
+        found = self.baselines()
+        if self.preconditioner is not None:
+            train, _, test = self.datasets()
+            found = found | errors_with_past(self.preconditioner, train, test)
+        return found
+
+    def precondition(self, preconditioner: Preconditioner) -> None:
+        """Let models predict a combination of outputs; degree 0 changes nothing.
+
+        Raises `OptionError` unless targets are reals at every step.
+        """
+        if preconditioner.degree:
+            self._precondition(preconditioner)
+
+    def _precondition(self, preconditioner: Preconditioner) -> None:
+        allowed = "needs real targets at every step, known before the next one is predicted; this task has others"
+        raise OptionError("precondition", preconditioner.polynomial, allowed)
+
+    def restored(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        """What a model's prediction says of the targets themselves: the same, unless there is a preconditioner."""
+        return prediction if self.preconditioner is None else prediction - self.preconditioner.past(targets)
 
     @abstractmethod
     def encoder(self, d_model: int) -> nn.Module:
@@ -237,7 +264,14 @@ class Regression(Task):
         """Every real step, (n, O) and (n, O), or every sequence in the shape of the targets."""
         if self.pool is not None:
             return prediction.view(batch.targets.shape), batch.targets
-        return scored_steps(prediction, batch), scored_steps(batch.targets, batch)
+        return scored_steps(self.restored(prediction, batch.targets), batch), scored_steps(batch.targets, batch)
+
+    def _precondition(self, preconditioner: Preconditioner) -> None:
+        if self.pool is not None:
+            super()._precondition(preconditioner)
+        self.preconditioner = preconditioner
+        if self.trivial is not None:
+            self.trivial = (*self.trivial, *TRIVIAL)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean squared error over steps and outputs."""

@@ -108,7 +108,7 @@ def mixer_cases() -> list[Case]:
             for causal in (True, False):
                 name = f"{model}-{index}-{'causal' if causal else 'free'}"
                 cases.append(Case(name, partial(_configured, model, index, causal)))
-    cases += stu_cases()
+    cases += [*stu_cases(), Case("STU-slepian", partial(_stu, hankel="slepian"))]  # it has no states
     return cases + [Case(f"Attention-{name}", partial(_attention, **v)) for name, v in ATTENTION_VARIANTS.items()]
 
 

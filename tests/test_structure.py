@@ -39,6 +39,7 @@ PAIRS = {
     "fixed recurrence": (stu, partial(stu, k_y=2), "recurrence=2: what was saved is of recurrence=0"),
     "length": (stu, partial(stu, seq_len=17), "seq_len=17: what was saved is of seq_len=16"),
     "Hankel kind": (partial(stu, two_sided=False), partial(stu, two_sided=False, hankel="L"), "hankel=L: what was"),
+    "bandwidth": (partial(stu, hankel="slepian"), partial(stu, hankel="slepian", bandwidth=0.2), "bandwidth=0.2: what"),
     "branches": (partial(stu, two_sided=False), partial(stu, num_filters=2), "two_sided=True: what was"),
     "direction of one mixer": (partial(attention, causal=True), partial(attention, causal=False), "causal=False: what"),
     "STU-T, delay": (stu_t, partial(stu_t, delay=1), "delay=1: what was saved is of delay=0"),

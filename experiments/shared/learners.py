@@ -8,6 +8,7 @@ every channel, and attention needs a width: each stands between two linear maps 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,17 +72,30 @@ LEARNERS: Mapping[str, Learner] = {
 class Problem:
     """The system of a cell, with its training sequences, drawn on demand.
 
-    cell: has seed, seq_len, samples, evaluated, delta and spectrum. val, test: inputs and targets, (S, L, C) and
-    (S, L, O), on which learning rates are chosen and errors are measured. Targets are divided by their expected root
-    mean square, so that predicting zero has an error of 1.
+    cell: has seed, seq_len, samples, evaluated, delta and spectrum; d_state, if it is not 4; sector, the largest angle
+    of complex eigenvalues in units of π, if it is not 1; noise, its standard deviation as a share of that of the
+    outputs, if there is any. val, test: inputs and targets, (S, L, C) and (S, L, O), on which learning rates are
+    chosen and errors are measured. Targets are divided by their expected root mean square, so that predicting zero has
+    an error of 1.
     """
 
     def __init__(self, cell: Cell) -> None:
         counts = {"train": cell["samples"], "val": cell["evaluated"], "test": cell["evaluated"]}
-        given = {key: cell[key] for key in ("seq_len", "spectrum", "seed")}
-        self.data = LDSData(radius=1 - cell["delta"], **given, **counts)
+        given = {key: cell[key] for key in ("seq_len", "spectrum", "seed", "d_state") if key in cell}
+        self.data = self._system(cell, LDSData(radius=1 - cell["delta"], **given, **counts))
+        if noise := cell.get("noise"):
+            self.data = self._system(cell, replace(self.data, observation_noise=noise * self.data.scale))
         self.splits = self.data.splits()
         self.val, self.test = (tuple(map(torch.from_numpy, self.arrays(split))) for split in ("val", "test"))
+
+    @staticmethod
+    def _system(cell: Cell, data: LDSData) -> LDSData:
+        """The same data of a system whose eigenvalues have smaller angles."""
+        if (sector := cell.get("sector", 1)) != 1:
+            modes = data.system.modes
+            angles = (np.angle(modes) % (2 * np.pi) - np.pi) * sector
+            vars(data)["system"] = replace(data.system, modes=np.abs(modes) * np.exp(1j * angles))  # is computed once
+        return data
 
     def sample(self, index: int) -> tuple[Tensor, Tensor]:
         """Sequence `index`, alone in its batch: (1, L, C) and (1, L, O)."""

@@ -22,6 +22,7 @@ from stu.errors import OptionError, brief
 NODES = {  # what the nodes of the root make; the code gives the optimizer arguments of its own
     "task": "stu.Task",
     "model": "stu.Backbone",
+    "precondition": "stu.preconditioning.Preconditioner",
     "loader": "stu.training.SequenceData",
     "checkpoints": "stu.training.Checkpoints",
     "figures": "stu.training.figures.Figures",

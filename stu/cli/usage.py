@@ -17,6 +17,7 @@ GROUPS = {
     "sweep": "what -m varies: spaces of jobs, to be listed or searched",
     "pretrain": "what it learns before, from the task's own inputs",
     "optimizer": "how it learns",
+    "precondition": "a fixed combination of outputs to predict, for real targets at every step",
     "trainer": "where and how long: arguments of lightning.Trainer",
     "callbacks": "what a run may have besides; several: callbacks=[ema,early_stopping]",
     "logger": "where metrics are logged besides metrics.csv; several: logger=[wandb,tensorboard]",

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer, reverse_twin
-from stu.ops.bank import extended_bank, require_lag, spectral_bank
+from stu.ops.bank import extended_bank, require_filters, require_lag, spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel
 from stu.ops.padding import at_end, at_front, longest, masked, put_back
 from stu.ops.precision import at_least_float32, no_autocast, to_float64
-from stu.ops.realization import STREAMING, Streaming
+from stu.ops.realization import Streaming
 from stu.ops.recurrence import fixed_recurrence, linear_recurrence
 from stu.ops.streaming import Memory, MemoryState, Past, last_outputs, mix, newest, streaming_memory
 from stu.structure import Structured
@@ -52,7 +52,9 @@ class STU(Structured, Mixer):
     seq_len: the longest input, for which the filters are built; `extended` goes on past it. causal: if false, a second
     unit with parameters of its own (`reverse`) runs from the end and is added. num_filters: filters per branch.
     two_sided: the second branch with alternating signs, which systems with negative eigenvalues need; Hankel-L
-    covers them with its single branch. k_u: input lags with matrices M^u of their own. k_y: output lags;
+    covers them with its single branch. hankel="slepian": filters for complex eigenvalues α with |arg α| ≤ 2π·bandwidth,
+    and around −1 where two_sided (`stu.ops.slepian`; 2601.22400); None: the bandwidth that K filters cover.
+    k_u: input lags with matrices M^u of their own. k_y: output lags;
     `recurrence="learned"` gives each a matrix M^y (AR-STU), "fixed" is the paper's y_{t−k_y} with coefficient I.
     delay: steps by which the spectral features lag (2 in the paper; 0 for the purely spectral unit of Flash STU,
     2409.10489, which also has k_u = k_y = 0).
@@ -78,6 +80,7 @@ class STU(Structured, Mixer):
         k_y: int = 0,
         recurrence: Recurrence = "fixed",
         hankel: Hankel = "standard",
+        bandwidth: float | None = None,
         delay: int = 2,
         algorithm: Algorithm = "auto",
         streaming: Streaming = "auto",
@@ -88,16 +91,13 @@ class STU(Structured, Mixer):
             require_lag(name, lag, seq_len)
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
         require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-        one_branch = "must be false with hankel=L (one branch)"
-        require(not (two_sided and hankel == "L"), "two_sided", two_sided, one_branch)
-        require(streaming in STREAMING, "streaming", streaming, f"must be one of {', '.join(STREAMING)}")
+        require_filters(hankel, two_sided=two_sided, streaming=streaming)
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
         self.algorithm, self.streaming = algorithm, streaming
         learned = k_y if recurrence == "learned" else 0
         # not a buffer: the filters must stay exact in a model of half precision
-        self.bank = spectral_bank(
-            seq_len, num_filters, hankel, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=k_y - learned
-        )
+        lags = {"delay": delay, "k_u": k_u, "recurrence": k_y - learned}
+        self.bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, bandwidth=bandwidth, **lags)
         self.m_phi = nn.Parameter(torch.empty(num_filters * (1 + two_sided), d_model, d_model))  # [filter, in, out]
         self.m_u = nn.Parameter(torch.empty(k_u, d_model, d_model)) if k_u else None  # [lag, in, out]
         self.m_y = nn.Parameter(torch.empty(learned, d_model, d_model)) if learned else None  # [lag, in, out]

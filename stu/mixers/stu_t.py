@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer
-from stu.ops.bank import FilterBank, extended_bank, require_lag, spectral_bank
+from stu.ops.bank import FilterBank, extended_bank, require_filters, require_lag, spectral_bank
 from stu.ops.filters import Hankel
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import at_front, longest, masked, put_back
 from stu.ops.precision import at_least_float32, no_autocast
-from stu.ops.realization import STREAMING, Streaming
+from stu.ops.realization import Streaming
 from stu.ops.streaming import Memory, MemoryState, Past, streaming_memory
 from stu.structure import Structured
 
@@ -48,8 +48,9 @@ class STUT(Structured, Mixer):
     seq_len: the longest input, for which the filters are built. causal: if false, every channel has a second mixture
     (`m_reverse`), which runs from the end and is added. num_filters: filters per branch. two_sided: the second
     branch with alternating signs, which systems with negative eigenvalues need; Hankel-L covers them with its single
-    branch. delay: steps by which the filters lag (Flash STU: 0). shared_branches: one set of weights for both
-    branches, as in the published code; odd lags then cancel, so it is there for comparison only.
+    branch. bandwidth: of hankel="slepian", as in the STU. delay: steps by which the filters lag (Flash STU: 0).
+    shared_branches: one set of weights for both branches, as in the published code; odd lags then cancel, so it is
+    there for comparison only.
     streaming: what `step` keeps, as in the STU.
 
     Initialised as in that code: normal, of variance 2 / (rows + columns) for M and for the weights of each branch.
@@ -66,6 +67,7 @@ class STUT(Structured, Mixer):
         num_filters: int = 24,
         two_sided: bool = True,
         hankel: Hankel = "standard",
+        bandwidth: float | None = None,
         delay: int = 0,
         shared_branches: bool = False,
         streaming: Streaming = "auto",
@@ -73,14 +75,12 @@ class STUT(Structured, Mixer):
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require_lag("delay", delay, seq_len)
-        one_branch = "must be false with hankel=L (one branch)"
-        require(not (two_sided and hankel == "L"), "two_sided", two_sided, one_branch)
+        require_filters(hankel, two_sided=two_sided, streaming=streaming)
         require(two_sided or not shared_branches, "shared_branches", shared_branches, "needs two_sided=true")
-        require(streaming in STREAMING, "streaming", streaming, f"must be one of {', '.join(STREAMING)}")
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
         self.num_filters, self.shared_branches, self.streaming = num_filters, shared_branches, streaming
         # not a buffer: the filters must stay exact in a model of half precision
-        bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, delay=delay)
+        bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, delay=delay, bandwidth=bandwidth)
         self.bank = _shared(bank) if shared_branches else bank
         self.m_inputs = nn.Parameter(torch.empty(d_model, d_model))  # [in, out]
         self.m_filters = nn.Parameter(torch.empty(self.bank.filters.shape[1], d_model))  # [filter, channel]

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from stu.errors import OptionError, require
 from stu.ops.filters import Hankel
-from stu.ops.realization import continued_filters
+from stu.ops.realization import STREAMING, Streaming, continued_filters
 from stu.ops.transfer import sent
 from stu.ops.transforms import outside
 
@@ -41,6 +41,14 @@ def require_lag(name: str, lag: int, seq_len: int) -> None:
     """Raise `OptionError` for a lag that no input reaches; small ones are allowed for all lengths."""
     most = max(seq_len, FEW_LAGS)
     require(0 <= lag <= most, name, lag, f"must be in 0 … {most}: no input has more steps")
+
+
+def require_filters(hankel: Hankel, *, two_sided: bool, streaming: Streaming) -> None:
+    """Raise `OptionError` for what filters of a kind cannot be: two-sided, or streamed by exponentials that decay."""
+    require(not (two_sided and hankel == "L"), "two_sided", two_sided, "must be false with hankel=L (one branch)")
+    require(streaming in STREAMING, "streaming", streaming, f"must be one of {', '.join(STREAMING)}")
+    waves = "must be window or auto with hankel=slepian: its filters are waves, which do not decay"
+    require(not (streaming == "states" and hankel == "slepian"), "streaming", streaming, waves)
 
 
 class Band(NamedTuple):
@@ -67,7 +75,7 @@ class SpectralFilters(NamedTuple):
     """Which spectral filters the columns of a bank are; see `spectral_bank`.
 
     built_for: the L of the Hankel matrix, where the filters go on past it (`stu.ops.realization.continued_filters`);
-    0 where that is seq_len.
+    0 where that is seq_len. bandwidth: of hankel=slepian.
     """
 
     seq_len: int
@@ -78,6 +86,7 @@ class SpectralFilters(NamedTuple):
     k_u: int
     recurrence: int
     built_for: int = 0
+    bandwidth: float | None = None
 
 
 class FilterBank:
@@ -233,18 +242,19 @@ def spectral_bank(
     k_u: int = 0,
     recurrence: int = 0,
     built_for: int = 0,
+    bandwidth: float | None = None,
 ) -> FilterBank:
     """The `filter_bank` of the `num_filters` spectral filters of a Hankel matrix, seq_len × seq_len: (L, K) columns.
 
     built_for: the size of the matrix if it is smaller; the filters then go on as `continued_filters`. Layers with the
     same options share a bank. Raises `OptionError` for more filters than float64 can tell apart.
     """
-    found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence, built_for)
+    found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence, built_for, bandwidth)
     name = json.dumps(found, default=int)
     with FilterBank._making:  # threads, too, share one: all but one of several would be found under no name
         if (bank := FilterBank._living.get(name)) is None:
             with outside():
-                scaled = continued_filters(seq_len, num_filters, hankel, built_for or seq_len)
+                scaled = continued_filters(seq_len, num_filters, hankel, built_for or seq_len, bandwidth)
                 columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
                 bank = FilterBank(columns, found, name)
     return bank

@@ -25,7 +25,7 @@ They are computed once per process, and long ones once per user (`stu.ops.filter
 from functools import lru_cache
 from itertools import pairwise
 from math import isqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -33,8 +33,10 @@ from torch import Tensor
 
 from stu.errors import require
 from stu.ops.filter_store import Eigenpairs, stored
+from stu.ops.slepian import default_bandwidth, prolate_matrix, slepian_filters
 
-Hankel = Literal["standard", "L"]
+Hankel = Literal["standard", "L", "slepian"]
+HANKEL: tuple[Hankel, ...] = get_args(Hankel)
 
 SMALLEST = 1e-26  # of σ_1, the least that is offered: three digits of its root are left in a float64 factor of Z
 EPSILON = 2.0**-53  # the rounding error of float64
@@ -44,8 +46,13 @@ LONGEST = 2**26  # so that squares of indices are exact
 BITS, PLACE_BITS = 192, 52  # after the point: of entries of the factor, of places
 
 
-def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard") -> tuple[Tensor, Tensor]:
+def spectral_filters(
+    seq_len: int, num_filters: int, hankel: Hankel = "standard", bandwidth: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The `num_filters` leading eigenpairs of the Hankel matrix of size `seq_len`.
+
+    hankel="slepian": of the prolate matrix, a Toeplitz one, instead, for complex eigenvalues; bandwidth is its W
+    (`stu.ops.slepian`, which also says how exact they are).
 
     Returns eigenvalues (K,) and filters (L, K), both float64, largest eigenvalue first; every filter has unit
     norm and its entry of largest magnitude is positive. Eigenvalues have relative errors of 5e-15, filters errors of
@@ -54,9 +61,13 @@ def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard"
     Raises `OptionError` where `num_filters` exceeds `seq_len` or what float64 can tell from zero.
     """
     require(1 <= seq_len <= LONGEST, "seq_len", seq_len, f"must be in 1 … {LONGEST:,}")
-    require(hankel in ("standard", "L"), "hankel", hankel, "must be standard or L")
+    require(hankel in HANKEL, "hankel", hankel, f"must be one of {', '.join(HANKEL)}")
+    require(bandwidth is None or hankel == "slepian", "bandwidth", bandwidth, "must be null without hankel=slepian")
     require(num_filters >= 1, "num_filters", num_filters, "must be at least 1")
-    eigenvalues, filters = _eigenpairs(seq_len, min(num_filters, seq_len), hankel)
+    if hankel == "slepian":
+        eigenvalues, filters = slepian_filters(seq_len, min(num_filters, seq_len), bandwidth)
+    else:
+        eigenvalues, filters = _eigenpairs(seq_len, min(num_filters, seq_len), hankel)
     meaningful = int((eigenvalues > SMALLEST * eigenvalues[0]).sum())
     why = "drown in float64 rounding" if meaningful < seq_len else "do not exist"
     allowed = f"must be in 1 … {meaningful}; the next eigenvalues of length {seq_len} {why}"
@@ -64,8 +75,10 @@ def spectral_filters(seq_len: int, num_filters: int, hankel: Hankel = "standard"
     return torch.from_numpy(eigenvalues.copy()), torch.from_numpy(filters.copy())
 
 
-def hankel_matrix(seq_len: int, hankel: Hankel = "standard") -> Tensor:
-    """The matrix Z itself, (L, L) float64: the definition, for tests and small lengths."""
+def hankel_matrix(seq_len: int, hankel: Hankel = "standard", bandwidth: float | None = None) -> Tensor:
+    """The matrix Z itself, (L, L) float64: the definition, for tests and small lengths. bandwidth: of "slepian"."""
+    if hankel == "slepian":
+        return torch.from_numpy(prolate_matrix(seq_len, bandwidth or default_bandwidth(seq_len, seq_len)))
     index = torch.arange(1, seq_len + 1, dtype=torch.float64)
     s = index[:, None] + index  # (L, L)
     if hankel == "standard":

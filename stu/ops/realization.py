@@ -87,16 +87,19 @@ def realize_for_streaming(
     of the filters themselves where they go on up to seq_len.
     """
     automatic = streaming == "auto"
+    waves = hankel == "slepian"  # `stu.ops.bank.require_filters` refuses states of them
     # MPS has no float64, which the states need
-    if streaming == "window" or (automatic and (seq_len < STATES_FROM or device.type == "mps")):
+    if streaming == "window" or waves or (automatic and (seq_len < STATES_FROM or device.type == "mps")):
         return None
     found = realize_filters(built_for or seq_len, num_filters, hankel, tolerance=TOLERANCE)
     return None if automatic and found.error.max() > STATES_ERROR else found
 
 
-def continued_filters(seq_len: int, num_filters: int, hankel: Hankel, built_for: int) -> Tensor:
+def continued_filters(
+    seq_len: int, num_filters: int, hankel: Hankel, built_for: int, bandwidth: float | None = None
+) -> Tensor:
     """The weighted filters σ_k^{1/4} φ_k of length built_for ≤ seq_len, which go on as their `Realization`: (L, K)."""
-    eigenvalues, filters = spectral_filters(built_for, num_filters, hankel)
+    eigenvalues, filters = spectral_filters(built_for, num_filters, hankel, bandwidth)
     weighted = eigenvalues**0.25 * filters
     if built_for == seq_len:
         return weighted
@@ -119,6 +122,9 @@ def realize_filters(
 
     Raises `OptionError` for what `spectral_filters` refuses, and for a `num_states` below 1, or odd for Hankel-L.
     """
+    require(
+        hankel != "slepian", "hankel", hankel, "has no realisation by exponentials that decay: its filters are waves"
+    )
     branches = 2 if hankel == "L" else 1
     if num_states is not None:
         require(num_states >= 1, "num_states", num_states, "must be at least 1")

@@ -135,12 +135,14 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     """Load the weights of the checkpoint `given`, or else of the run's best, and return its path.
 
     Raises `OptionError` where there is no such checkpoint, or none whole, where its weights do not fit, or where the
-    task or the model of the run had other settings. Other settings of a checkpoint named by the user are only noted.
+    task, the preconditioner or the model of the run had other settings. Those of a checkpoint that the user names are
+    only noted.
     """
     checkpoint = Path(given) if given else _best(run)
     require(os.path.isfile(checkpoint), "checkpoint", checkpoint, "no such file; train first, or name one")
     trained = run_of(checkpoint)
-    changes = trained.changes(settings, within=("task", "model")) if trained and trained.settings else []
+    within = ("task", "model", "precondition")
+    changes = trained.changes(settings, within) if trained and trained.settings else []
     if trained and trained.trained and not trained.settings:
         changes = ["unknown, as config.yaml and manifest.json are absent or damaged"]
     difference = f"was trained with other settings: {', '.join(changes)}"

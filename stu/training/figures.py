@@ -127,7 +127,7 @@ def has_trajectories(examples: Examples) -> bool:
 def predictions(model: SequenceModel, task: Task, examples: Examples, count: int) -> tuple[Sequences, Sequences]:
     """Targets and predictions of the first `count` examples, without padding."""
     batch = _batch(model, task, examples, count)
-    predicted = model(batch.inputs, batch.mask)
+    predicted = task.restored(model(batch.inputs, batch.mask), batch.targets)
     if batch.mask is None:
         return _sequences(batch.targets), _sequences(predicted)
     return (
@@ -142,7 +142,8 @@ def rollouts(
     """Targets and predictions of the first steps of rollouts, of the first `count` examples."""
     batch = _batch(model, task, examples, count)
     horizon = min(rollout.horizon, plots.STEPS)
-    predicted, targets = batch_rollout(model, batch, context=rollout.context, horizon=horizon)
+    steps: dict[str, Any] = {"context": rollout.context, "horizon": horizon}
+    predicted, targets = batch_rollout(model, batch, preconditioner=task.preconditioner, **steps)
     return _sequences(targets), _sequences(predicted)
 
 
@@ -150,7 +151,8 @@ def responses(model: nn.Module, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """The true impulse response and the model's, (L, O, C) each, of the first inputs."""
     truth = task.impulse_response(min(task.seq_len, LAGS))
     assert truth is not None, "only tasks that know it"
-    return truth[..., :INPUTS], impulse_response(model, len(truth), truth.shape[2])
+    found = impulse_response(model, len(truth), truth.shape[2])
+    return truth[..., :INPUTS], found if task.preconditioner is None else task.preconditioner.simulated(found)
 
 
 def impulse_response(model: nn.Module, length: int, d_input: int) -> np.ndarray:

@@ -83,7 +83,8 @@ class SequenceModule(L.LightningModule):
         """Update the metrics of an evaluation, and those of rollouts where the task has them."""
         self._scored_step(batch, batch_idx, self.eval_metrics)
         if rollout := self.task.rollout:
-            prediction, target = batch_rollout(self.model, batch, context=rollout.context, horizon=rollout.horizon)
+            steps: dict[str, Any] = {"context": rollout.context, "horizon": rollout.horizon}
+            prediction, target = batch_rollout(self.model, batch, preconditioner=self.task.preconditioner, **steps)
             for metric in self.rollout_metrics.values():
                 cast(Metric, metric).update(prediction.float(), target)
 

@@ -188,7 +188,7 @@ def tested(checkpoint: Path, values: Mapping[str, float], task: Task) -> None:
     """The result of mode=test."""
     rows = [("checkpoint", str(checkpoint))]
     rows += [(f"test {name}", f"{value:.4g}") for name, value in sorted(values.items())]
-    rows += [(f"  {name}", f"{value:.4g} {task.monitor}") for name, value in task.baselines().items()]
+    rows += [(f"  {name}", f"{value:.4g} {task.monitor}") for name, value in task.references().items()]
     show_table("Test", rows)
 
 

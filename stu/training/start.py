@@ -25,7 +25,7 @@ def train(
     option of each group.
     """
     data, module, trainer = fitting.data, fitting.module, fitting.trainer
-    baselines = {name: float(value) for name, value in module.task.baselines().items()}  # not after hours
+    baselines = {name: float(value) for name, value in module.task.references().items()}  # not after hours
     facts = report.facts(module, data.plan)
     run.open(
         settings, overwrite=settings["overwrite"], data=facts["data"]

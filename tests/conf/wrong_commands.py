@@ -408,6 +408,12 @@ model.mixer.k_y=1000000
 model.mixer.delay=1000000
 model.mixer.delay=1000000000000
 model.mixer.hankel=L
+precondition=hermite
+precondition.degree=5.5
+precondition=legendre precondition.degree=33
+precondition=chebyshev precondition.degree=-1
+precondition=chebyshev task=lra_listops
+precondition=chebyshev task=adding
 model.mixer.seq_len=32
 model.mixer.seq_len=1000000000000
 model.mixer.causal=false

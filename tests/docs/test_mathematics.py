@@ -46,7 +46,7 @@ def test_it_quotes_the_studies(claim: str):
 def test_its_figures_are_there_and_small():
     shown = re.findall(r"!\[(.*?)\]\((figures/\w+\.svg)\)", TEXT)
     assert {path for _, path in shown} == {f"figures/{path.name}" for path in (figures.HERE / "figures").iterdir()}
-    assert len(shown) == 12
+    assert len(shown) == 14
     for description, path in shown:
         assert len(description.split()) > 5, path
         assert (figures.HERE / path).stat().st_size <= 60_000, path

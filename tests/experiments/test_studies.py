@@ -16,7 +16,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from data.systems.system import StateSpace, respond
+from experiments.complex_spectra.study import FILTERS, bank
 from experiments.lds_sample_efficiency.study import REFERENCES, identified, largest_rise, squared_error
+from experiments.preconditioning.study import VARIANTS, Past
 from experiments.shared.banks import BANKS, best_error, leading, responses, with_filters
 from experiments.shared.fit import checkpoints, fit
 from experiments.shared.grid import run_cells, to_json
@@ -28,7 +30,7 @@ from experiments.shared.study import FILE, MARKERS, Study, with_report
 from stu.errors import OptionError
 
 STUDIES = {path.parent.name for path in (ROOT / "experiments").glob("*/study.py")} - {"shared"}
-OURS = ("filter_count", "lds_sample_efficiency", "random_filters", "spectral_gap")
+OURS = ("complex_spectra", "filter_count", "lds_sample_efficiency", "preconditioning", "random_filters", "spectral_gap")
 CELL = {"seed": 3, "seq_len": 24, "samples": 4, "evaluated": 3, "delta": 1e-4, "spectrum": "signs"}
 
 
@@ -335,6 +337,31 @@ def test_a_problem_is_its_system():
     assert (np.abs(problem.data.system.modes) == 1 - 1e-4).all()
 
 
+def test_a_sector_and_noise_of_a_problem():
+    cell = {**CELL, "spectrum": "complex", "sector": 1 / 8, "d_state": 64}
+    angles = np.abs(np.angle(Problem(cell).data.system.modes))
+    assert np.pi / 9 < angles.max() <= np.pi / 8
+    problem, noisy = (Problem({**cell, "seq_len": 500, **noise}) for noise in ({}, {"noise": 0.5}))
+    assert (problem.data.system.modes == noisy.data.system.modes).all()
+    difference = noisy.test[1] * noisy.data.scale / problem.data.scale - problem.test[1]
+    assert difference.std() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_past_is_added(variant):
+    past, outputs = Past(variant), torch.randn(2, 30, 3)
+    if past.learned is not None:
+        assert not past(outputs).any()
+        torch.nn.init.normal_(past.learned)
+    lag, count = torch.zeros(1, 30, 3), VARIANTS[variant]
+    lag[:, 4] = 1.0
+    response = past(lag)[0]
+    assert not response[:5].any()
+    assert not response[5 + count :].any()
+    if past.learned is not None and past.learned.ndim == 1:
+        assert_close(response[5 : 5 + count], past.learned[:, None].expand(-1, 3))
+
+
 def test_the_impulse_response_of_a_learner_is_what_it_does():
     layer, inputs = LEARNERS["S4D"](24, 4), torch.randn(2, 24, 3)
     expected = layer(inputs).detach().numpy()
@@ -408,6 +435,13 @@ def test_the_least_error_of_a_response_within_reach_is_zero():
     bank = responses("Hankel", seq_len=40, num_filters=5, seed=0, recurrence=2)
     truth = np.einsum("lk,koc->loc", bank.numpy(), np.random.default_rng(0).standard_normal((13, 3, 3)))
     assert best_error(bank, truth) < 1e-24
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+def test_banks_of_the_complex_spectra_are_of_one_size(kind):
+    found = bank(kind, seq_len=64, num_filters=20, seed=0, sector=1 / 8)
+    assert found.shape == (64, 23)
+    assert torch.linalg.matrix_rank(found) == 23
 
 
 # --- the commands and the READMEs ---

@@ -1,0 +1,1 @@
+"""Whether Slepian filters suit systems with complex eigenvalues: `python -m experiments.complex_spectra`."""

@@ -1,0 +1,1 @@
+"""Whether preconditioned targets are easier to learn: `python -m experiments.preconditioning`."""
