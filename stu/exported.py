@@ -12,6 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT, VERSION = "stu", 1
 LARGEST_CONFIG = 2**26  # bytes: vocabularies may be long
 SMALL = 1024  # whole numbers up to this are believed
-LONGEST = 2**24  # steps
+LONGEST = 2**22  # steps
 LENGTHS = ("seq_len", "window", "chunk_size")  # keywords that count steps, which no weights need have
 
 
@@ -127,10 +128,10 @@ def fitted(calls: Any, weights: Mapping[str, Tensor], source: str, trust: Sequen
     require(complete, "model", source, f"must have {', '.join(PARTS)}, and nothing else")
     _require_sizes(calls, weights)
     try:
-        with torch.device("meta"):
+        with _defaults("meta"):
             own = _model(calls, trust).state_dict()
         _require_same(own, weights, source)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with _defaults("cpu"), torch.random.fork_rng(devices=[]):
             model = _model(calls, trust)
     except OptionError:
         raise
@@ -141,6 +142,18 @@ def fitted(calls: Any, weights: Mapping[str, Tensor], source: str, trust: Sequen
     if odd:
         warnings.warn(f"{source}: {odd[0]} has values that are not finite, and so will predictions", stacklevel=2)
     return model
+
+
+@contextmanager
+def _defaults(device: str) -> Iterator[None]:
+    """Make float32 tensors on this device, whatever the user's defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_weights(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> None:
@@ -186,6 +199,8 @@ def _config(file: Path) -> dict[str, Any]:
     types = {"name": str, "seq_len": int, "causal": bool}
     wrong = next((name for name, kind in types.items() if type(task.get(name)) is not kind), None)
     require(wrong is None, f"{CONFIG}: task.{wrong}", brief(task.get(wrong)), "is damaged")
+    length = task["seq_len"]
+    require(1 <= length <= LONGEST, f"{CONFIG}: task.seq_len", brief(length), f"must be 1 to {LONGEST:,}")
     return config
 
 
@@ -222,7 +237,7 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
         return
     inputs, targets = preprocessing
     if isinstance(inputs, Numbers):
-        trial = torch.zeros(2, 1, inputs.channels)
+        trial = torch.zeros(2, 1, inputs.channels, dtype=torch.float32)
     else:
         trial = torch.full((2, 1), inputs.vocab_size - 1)
     try:

@@ -77,6 +77,8 @@ def _require_possible(options: argparse.Namespace) -> None:
         there = output.exists()
         require(not there or options.overwrite, "--output", output, "exists; --overwrite replaces it")
         require(not output.is_dir(), "--output", output, "is a folder")
+        itself = there and any(Path(name).exists() and output.samefile(name) for name in options.inputs)
+        require(not itself, "--output", output, "is an input; choose another file")
         require(output.absolute().parent.is_dir(), "--output", output, "must be in a folder that exists")
     twice = options.inputs.count("-") > 1 and not options.text
     require(not twice, "INPUT", "-", "can be read once only")
@@ -136,7 +138,7 @@ def _place(source: Source, first: int, number: int) -> str:
 
 
 def _only(names: Sequence[str]) -> list[str]:
-    require(len(names) == 1, "--column", "not given", f"name that of the inputs: {', '.join(names)}")
+    require(len(names) == 1, "--column", "…", f"must name that of the inputs: {', '.join(names)}")
     return list(names)
 
 
