@@ -112,11 +112,34 @@ def read_folder(
         weights = safetensors.load_file(file)
     except Exception as error:  # of many kinds
         raise OptionError(WEIGHTS, file, f"is missing or damaged: {_line(error)}") from error
-    kept = config["preprocessing"]
+    about = config.get("about", {})
+    require(isinstance(about, dict), f"{CONFIG}: about", brief(about), "must be a mapping")
+    return *assembled(config, weights, str(folder), trust), about
+
+
+def assembled(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], source: str, trust: Sequence[str]
+) -> tuple[SequenceModel, Preprocessing | None, dict[str, Any]]:
+    """Model, preprocessing and facts of the task, of a checkpoint or an exported folder.
+
+    config: how the model is made (`model`), `preprocessing` and `task`. Raises `OptionError` where they do not fit.
+    """
+    _require_facts(config.get("task"), source)
+    kept = config.get("preprocessing")
+    require(kept is None or isinstance(kept, Mapping), "preprocessing", brief(kept), f"{source} must have a mapping")
     preprocessing = None if kept is None else Preprocessing.read(kept)
-    model = fitted(config["model"], weights, str(file), trust)
-    _require_fit(model, preprocessing, str(folder / CONFIG))
-    return model, preprocessing, config["task"], config["about"]
+    model = fitted(config.get("model"), weights, source, trust)
+    _require_fit(model, preprocessing, source)
+    return model, preprocessing, dict(config["task"])
+
+
+def _require_facts(task: Any, source: str) -> None:
+    kinds = {"name": str, "seq_len": int, "causal": bool}
+    facts = task if isinstance(task, Mapping) else {}
+    wrong = next((name for name, kind in kinds.items() if type(facts.get(name)) is not kind), None)
+    require(wrong is None, f"task.{wrong}", brief(facts.get(str(wrong))), f"{source} is damaged")
+    length = facts["seq_len"]
+    require(1 <= length <= LONGEST, "task.seq_len", brief(length), f"must be 1 to {LONGEST:,}")
 
 
 def fitted(calls: Any, weights: Mapping[str, Tensor], source: str, trust: Sequence[str]) -> SequenceModel:
@@ -138,7 +161,7 @@ def fitted(calls: Any, weights: Mapping[str, Tensor], source: str, trust: Sequen
     except Exception as error:  # whatever constructors raise, given anything
         raise OptionError("model", source, f"cannot be made as it says: {_line(error)}") from error
     load_weights(model, weights, source)
-    odd = [name for name, x in weights.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+    odd = [name for name, x in weights.items() if not bool(x.isfinite().all())]
     if odd:
         warnings.warn(f"{source}: {odd[0]} has values that are not finite, and so will predictions", stacklevel=2)
     return model
@@ -192,15 +215,6 @@ def _config(file: Path) -> dict[str, Any]:
     require(ours, CONFIG, file, "is not of a model that stu.export wrote")
     version = config.get("version")
     require(version == VERSION, f"{CONFIG}: version", version, f"must be {VERSION}; a newer stu wrote it")
-    kinds = {"model": dict, "task": dict, "about": dict, "preprocessing": dict | None}
-    wrong = next((name for name, kind in kinds.items() if not isinstance(config.get(name, ...), kind)), None)
-    require(wrong is None, f"{CONFIG}: {wrong}", brief(config.get(str(wrong))), "must be a mapping")
-    task = config["task"]
-    types = {"name": str, "seq_len": int, "causal": bool}
-    wrong = next((name for name, kind in types.items() if type(task.get(name)) is not kind), None)
-    require(wrong is None, f"{CONFIG}: task.{wrong}", brief(task.get(wrong)), "is damaged")
-    length = task["seq_len"]
-    require(1 <= length <= LONGEST, f"{CONFIG}: task.seq_len", brief(length), f"must be 1 to {LONGEST:,}")
     return config
 
 
@@ -245,13 +259,17 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
             outputs = model.eval()(trial).shape[-1]
     except Exception as error:  # whatever PyTorch raises, given anything
         raise OptionError("preprocessing.inputs", source, f"does not fit the model: {_line(error)}") from error
+    if targets is None:
+        return
     if isinstance(targets, Numbers):
-        fits, expected = outputs % targets.channels == 0, targets.channels
-    elif targets is not None:
-        expected = len(targets.labels) if isinstance(targets, Classes) else targets.vocab_size
+        expected = targets.channels
+        fits = outputs % expected == 0  # of one step ahead, or of several
+    elif isinstance(targets, Classes):
+        expected = len(targets.labels)
         fits = outputs == expected
     else:
-        return
+        expected = targets.vocab_size
+        fits = outputs <= expected
     require(fits, "preprocessing.targets", source, f"is of {expected} values, the model has {outputs} outputs")
 
 

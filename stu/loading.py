@@ -19,7 +19,7 @@ from stu.backbone import SequenceModel
 from stu.checkpoints import NAMES, Damaged, Survey, read
 from stu.description import MOVED, TARGET, built
 from stu.errors import OptionError, brief, require
-from stu.exported import CONFIG, WEIGHTS, fitted, load_weights, read_folder, write_folder
+from stu.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
 from stu.files import mapping_in
 from stu.preprocessing import Classes, Label, Numbers, Preprocessing
 from stu.preprocessing import Text as Texts
@@ -196,9 +196,7 @@ def _checkpoint(path: Path, trust: Sequence[str]) -> Trained:
     if not isinstance(trained, Mapping) or isinstance(trained.get("model"), str):
         reason = "" if not isinstance(trained, Mapping) else f" ({trained['model']})"
         return Trained(*_of_settings(file, manifest.get("settings"), model, reason, trust), about)
-    kept = trained["preprocessing"]
-    preprocessing = None if kept is None else Preprocessing.read(kept)
-    return Trained(fitted(trained["model"], model, str(file), trust), preprocessing, trained["task"], about)
+    return Trained(*assembled(trained, model, str(file), trust), about)
 
 
 def _best(run: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stu.errors import OptionError, brief, require
-from stu.rows import FORMS, WRITERS, Row, Source, Write, of_file, of_lines, of_texts, writing
+from stu.rows import FORMS, WRITERS, Row, Source, Write, of_file, of_standard_input, of_texts, writing
 
 if TYPE_CHECKING:  # takes seconds to import, which --help need not
     from stu.loading import Prediction, Trained
@@ -106,7 +106,7 @@ def _sources(options: argparse.Namespace) -> Iterator[Source]:
         yield of_texts(options.inputs, size)
         return
     for name in options.inputs:
-        yield of_lines(sys.stdin, options.format, size) if name == "-" else of_file(name, size)
+        yield of_standard_input(options.format, size) if name == "-" else of_file(name, size)
 
 
 def _predict(

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -36,8 +37,11 @@ def of_texts(texts: Sequence[str], size: int) -> Source:
     return Source(_batched([{TEXT: text} for text in texts], size), lambda row: f"text {row + 1}")
 
 
-def of_lines(lines: IO[str], form: str, size: int) -> Source:
-    """What comes in line by line, in one of `FORMS`."""
+def of_standard_input(form: str, size: int) -> Source:
+    """What comes in line by line, in one of `FORMS`; bytes that are no UTF-8 are kept as they are, and printed so."""
+    lines = sys.stdin
+    if isinstance(lines, TextIOWrapper):
+        lines.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")
     return Source(_batched(FORMS[form](lines), size), lambda row: f"-: row {row + 1}")
 
 
@@ -67,6 +71,7 @@ def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _csv_lines(lines: IO[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(lines, restkey="", strict=True)
     try:
         for row in reader:
@@ -114,10 +119,12 @@ def writing(output: Path | None) -> Iterator[Write]:
 @contextmanager
 def _opened(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdout
         sys.stdout.flush()
         return
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield file
 
 
@@ -167,7 +174,7 @@ def _parquet(path: Path | None) -> Iterator[Write]:
                 fields = [pa.field(field.name, known.get(field.name, field.type)) for field in inferred]
                 writer = parquet.ParquetWriter(path, pa.schema(fields))
             writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeError) as error:
             raise OptionError("--output", path, f"rows have different types, try .jsonl: {brief(error)}") from error
 
     yield write
