@@ -43,7 +43,8 @@ class Prediction(NamedTuple):
 class Trained:
     """A trained `SequenceModel` in eval mode, with its preprocessing.
 
-    task: name, seq_len (the longest input) and causal. about: what is known of its training: results on the test set,
+    task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, as
+    names or patterns. about: what is known of its training: results on the test set,
     baselines, versions. preprocessing: None where inputs are arrays as the model takes them, (L,) or (L, C), and
     predictions real numbers.
     """
@@ -196,7 +197,11 @@ def _checkpoint(path: Path, trust: Sequence[str]) -> Trained:
     if not isinstance(trained, Mapping) or isinstance(trained.get("model"), str):
         reason = "" if not isinstance(trained, Mapping) else f" ({trained['model']})"
         return Trained(*_of_settings(file, manifest.get("settings"), model, reason, trust), about)
-    return Trained(*assembled(trained, model, str(file), trust), about)
+    loaded = Trained(*assembled(trained, model, str(file), trust), about)
+    settings = manifest.get("settings") or {}
+    if columns := (settings.get("task") or {}).get("inputs"):  # of a table of the user's
+        loaded.task["columns"] = [columns] if isinstance(columns, str) else columns
+    return loaded
 
 
 def _best(run: Path) -> Path:

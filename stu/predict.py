@@ -1,6 +1,7 @@
 """Predictions of a trained model for the rows of tables: python -m stu.predict RUN INPUT…. See --help."""
 
 import argparse
+import fnmatch
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="files, - for standard input, or texts with --text")
     parser.add_argument("--text", action="store_true", help="the inputs are texts themselves, no files")
     parser.add_argument(
-        "--column", metavar="NAME", action="append", help="of the inputs, where there are several; again for channels"
+        "--column", metavar="NAME", action="append", help="of the inputs, or a pattern; again for channels, or steps"
     )
     parser.add_argument("--format", choices=FORMS, default="csv", help="of standard input")
     parser.add_argument("--output", metavar="FILE", type=Path, help="a .csv, .jsonl or .parquet; else csv is printed")
@@ -119,7 +120,7 @@ def _predict(
         row = 0
         for batch in source.batches:
             found = list(batch[0])
-            columns = options.column or _only(found)
+            columns = _chosen(found, options.column or loaded.task.get("columns"))
             names = names or found
             require(found == names, "INPUT", source.place(row), f"must have the columns {', '.join(names)}, as before")
             predicted = _batch(loaded, batch, columns, partial(_place, source, row), options)
@@ -137,9 +138,16 @@ def _place(source: Source, first: int, number: int) -> str:
     return source.place(first + number)
 
 
-def _only(names: Sequence[str]) -> list[str]:
-    require(len(names) == 1, "--column", "…", f"must name that of the inputs: {', '.join(names)}")
-    return list(names)
+def _chosen(names: Sequence[str], given: Any) -> list[str]:
+    """The columns of the inputs: those given by names or patterns, or the only one."""
+    known = isinstance(given, list) and all(isinstance(one, str) for one in given)
+    require(known or len(names) == 1, "--column", "…", f"must name that of the inputs: {', '.join(names)}")
+    if not known:
+        return list(names)
+    chosen = [[one] if one in names else fnmatch.filter(names, one) for one in given]
+    missing = next((one for one, found in zip(given, chosen, strict=True) if not found), None)
+    require(missing is None, "--column", missing, f"no such column; there are {', '.join(names)}")
+    return [name for found in chosen for name in found]
 
 
 def _batch(
@@ -152,10 +160,8 @@ def _batch(
     """The predictions for some rows; None for those that are skipped."""
     arrays: dict[int, Any] = {}
     for number, row in enumerate(batch):
-        missing = [name for name in columns if name not in row]
-        require(not missing, "--column", ", ".join(missing), f"no such column; there are {', '.join(row)}")
         try:
-            arrays[number] = loaded.encoded(_value([row[name] for name in columns], loaded))
+            arrays[number] = loaded.encoded(_value([row.get(name) for name in columns], loaded))
         except OptionError as error:
             if not options.skip_invalid:
                 where = f"{place(number)}, column {', '.join(columns)}"

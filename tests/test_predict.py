@@ -147,9 +147,10 @@ def test_columns_are_channels_or_steps(models: Path, written: Written, capsys: p
     [row] = printed(capsys.readouterr().out)
     assert json.loads(row["prediction"]) == pytest.approx(values(models / "numbers", [[[1, 4], [2, 5], [3, 6]]])[0])
     steps = written("b.csv", "first,second\n1,2.5\n")
-    assert main([str(models / "number"), str(steps), "--column", "first", "--column", "second"]) == 0
-    [row] = printed(capsys.readouterr().out)
-    assert float(row["prediction"]) == pytest.approx(values(models / "number", [[1, 2.5]])[0])
+    for columns in (["--column", "first", "--column", "second"], ["--column", "*s*"]):
+        assert main([str(models / "number"), str(steps), *columns]) == 0
+        [row] = printed(capsys.readouterr().out)
+        assert float(row["prediction"]) == pytest.approx(values(models / "number", [[1, 2.5]])[0])
 
 
 def test_a_wrong_row_is_one_line_or_has_no_prediction(
