@@ -103,7 +103,7 @@ def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> Non
     trainer = training.make_trainer(parts.trainer, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
     data.require_batches(config.trainer, trainer.world_size, "test")
     device = training.describe_device(trainer.strategy.root_device)
-    training.evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
+    training.evaluate.compare_conditions(module, checkpoint, config.checkpoint, device)
     trainer.test(module, data, verbose=False)
     training.part(trainer)
     training.report.tested(checkpoint, module.evaluated, task)

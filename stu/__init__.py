@@ -9,6 +9,7 @@ from stu.lazy import attributes
 
 if TYPE_CHECKING:
     from stu.backbone import Backbone, SequenceModel
+    from stu.loading import load
     from stu.mixer import Mixer
     from stu.mixers.stu import STU
     from stu.ops.filters import spectral_filters
@@ -21,11 +22,12 @@ __getattr__ = attributes(
         **dict.fromkeys(("Batch", "Classification", "Regression", "Task"), "task"),
         "Mixer": "mixer",
         "STU": "mixers.stu",
+        "load": "loading",
         "spectral_filters": "ops.filters",
     },
 )
 __all__ = ["STU", "Backbone", "Batch", "Classification", "Mixer", "Regression", "SequenceModel", "Task"]
-__all__ += ["spectral_filters"]
+__all__ += ["load", "spectral_filters"]
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ B batch, L length, D model width
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +259,17 @@ class SequenceModel(nn.Module):
     def __init__(self, encoder: nn.Module, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         self.encoder, self.backbone, self.head = encoder, backbone, head
+
+    @property
+    def description(self) -> dict[str, Any] | str:
+        """The calls that make encoder, backbone and head, as plain data; or in words, why there are none."""
+        parts: dict[str, Any] = {}
+        for name, part in self.named_children():
+            call = getattr(part, "description", f"{type(part).__name__} is no Described module")
+            if isinstance(call, str):
+                return f"{name}: {call}"
+            parts[name] = call
+        return parts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Inputs as the encoder takes them, (B, L) or (B, L, C), and the mask of real positions → prediction."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from stu.description import Described
 from stu.errors import require
 from stu.ops.precision import to_float64
 from stu.resources import require_memory
@@ -16,7 +17,7 @@ from stu.resources import require_memory
 Positions = Literal["none", "learned", "sinusoidal", "rotary"]
 
 
-class TokenEncoder(nn.Module):
+class TokenEncoder(Described, nn.Module):
     """Learned embedding, (B, L) int64 tokens in 0…V−1 → (B, L, D)."""
 
     def __init__(self, d_model: int, *, vocab_size: int) -> None:
@@ -31,7 +32,7 @@ class TokenEncoder(nn.Module):
         return self.embedding(inputs)
 
 
-class LinearEncoder(nn.Module):
+class LinearEncoder(Described, nn.Module):
     """Linear map of real inputs, (B, L, C) → (B, L, D)."""
 
     def __init__(self, d_model: int, *, d_input: int) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ def unsealed(text: str) -> dict[str, Any]:
     if meant and given != _checksum(json.dumps(content).encode()):
         raise ValueError("does not agree with its checksum")
     return content
+
+
+def mapping_in(file: Path, parse: Callable[[str], Any] = unsealed) -> dict[str, Any] | None:
+    """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except Exception:  # parsers raise anything, given anything
+        return None
+    return content if isinstance(content, dict) and content else None
 
 
 def _checksum(content: bytes) -> str:

@@ -25,11 +25,13 @@ class Text:
     """Texts as tokens: 0 is padding; then UTF-8 bytes, b + 1, or 1 for what is in no vocabulary, and the vocabulary.
 
     units: words are what white space separates. vocabulary: the known characters or words; of bytes there is none.
-    Raises `OptionError` for other units, and for what is no text.
+    other: whether there is a token for what is not in the vocabulary; without one it is refused, and the vocabulary
+    begins at 1. Raises `OptionError` for other units, and for what is no text.
     """
 
     units: Literal["bytes", "characters", "words"] = "bytes"
     vocabulary: tuple[str, ...] = ()
+    other: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
@@ -37,12 +39,19 @@ class Text:
         require(known, "units", self.units, "must be bytes, characters or words")
         fits = bool(self.vocabulary) == (self.units != "bytes") and len(set(self.vocabulary)) == len(self.vocabulary)
         require(fits, "vocabulary", len(self.vocabulary), "must be of different characters or words, and none of bytes")
-        object.__setattr__(self, "_tokens", {unit: token for token, unit in enumerate(self.vocabulary, OTHER + 1)})
+        known = self.other is True or (self.other is False and self.units != "bytes")
+        require(known, "other", self.other, "must be true or false, and true for bytes, of which all are known")
+        object.__setattr__(self, "_tokens", {unit: token for token, unit in enumerate(self.vocabulary, self._first)})
+
+    @property
+    def _first(self) -> int:
+        """The token of the first of the vocabulary."""
+        return OTHER + self.other
 
     @property
     def vocab_size(self) -> int:
         """V."""
-        return 257 if self.units == "bytes" else OTHER + 1 + len(self.vocabulary)
+        return 257 if self.units == "bytes" else self._first + len(self.vocabulary)
 
     def encode(self, value: Any) -> NDArray[np.int64]:
         """A text as tokens (L,)."""
@@ -50,6 +59,9 @@ class Text:
         if self.units == "bytes":
             return np.frombuffer(value.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int64) + 1
         units, tokens = value.split() if self.units == "words" else value, vars(self)["_tokens"]
+        if not self.other:
+            unknown = next((unit for unit in units if unit not in tokens), None)
+            require(unknown is None, "input", brief(unknown), f"must be of the {self.units} {brief(self.vocabulary)}")
         return np.array([tokens.get(unit, OTHER) for unit in units], np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -57,7 +69,7 @@ class Text:
         real = [int(token) for token in tokens if token != PADDING]
         if self.units == "bytes":
             return bytes(token - 1 for token in real).decode("utf-8", "replace")
-        units = ("\ufffd", *self.vocabulary)
+        units = (*["\ufffd"] * self.other, *self.vocabulary)
         return (" " if self.units == "words" else "").join(units[token - OTHER] for token in real)
 
 

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stu.description import Described
+
 KEY = "_extra_state"  # PyTorch's name for what a module saves beside its parameters
 
 
-class Structured(nn.Module):
+class Structured(Described, nn.Module):
     """A module whose parameters do not say all of what it computes.
 
     `structure` names the attributes that say the rest. They are part of the `state_dict`, and `load_state_dict` raises

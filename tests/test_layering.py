@@ -106,6 +106,8 @@ def test_what_only_training_needs_is_imported_only_there(path: Path):
     found = {name for name in imports(path, for_types_too=False) if within(name, *TRAINING_ONLY)}
     if path == ROOT / "stu/task.py":  # the metrics of a task are made when training starts
         found = {name for name in found if not within(name, "torchmetrics")}
+    if path in (ROOT / "stu/tables.py", ROOT / "stu/rows.py"):  # who reads tables has what reads them
+        found = {name for name in found if not within(name, "pyarrow", "datasets")}
     assert found == set()
     assert {name for name in imports(path) if within(name, "lightning", "stu.training")} == set()
 
@@ -146,7 +148,7 @@ def test_training_knows_no_mixer(path: Path):
 
 @pytest.mark.parametrize("path", [p for p in under("data") if p.id not in COMMANDS])
 def test_data_sees_what_a_task_is_made_of(path: Path):
-    parts = ("task", "encoders", "heads", "errors", "files", "locks", "resources")
+    parts = ("task", "encoders", "heads", "errors", "files", "locks", "preprocessing", "resources", "tables")
     allowed = [f"stu.{part}" for part in parts]
     assert {name for name in ours(path) if not within(name, *allowed)} == set()
     assert {name for name in imports(path) if within(name, "lightning", "conf", "train", *HYDRA)} == set()
@@ -253,5 +255,11 @@ def test_the_training_extra_is_what_the_test_above_does_without():
     roots = {name.split(".")[0] for path in files for name in imports(path)} - {"stu", "data"}
     third_party = {name for name in roots if name not in sys.stdlib_module_names}
     base = {requirement.split(">=")[0] for requirement in project["dependencies"]}
-    extras = {"matplotlib", "sklearn", "tensorboardX", "trackio"}  # of their own, imported where they are used
+    extras = {
+        "matplotlib",
+        "safetensors",
+        "sklearn",
+        "tensorboardX",
+        "trackio",
+    }  # of their own, imported where they are used
     assert third_party - TRAINING_ONLY - extras <= base

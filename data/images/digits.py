@@ -23,6 +23,7 @@ from data.store.stored import LabelledData
 from stu.encoders import LinearEncoder
 from stu.errors import OptionError
 from stu.heads import Pool
+from stu.preprocessing import Classes, Numbers, Preprocessing
 from stu.task import Batch, Splits
 
 VERSION = 1  # increment when the same options produce different examples, or the same examples different files
@@ -91,6 +92,8 @@ class Digits(PixelClassification):
         super().__init__(seq_len=seq_len, causal=causal, pool=pool, data=data, side=SIDE, allowed=allowed)
         order = np.random.default_rng(ORDER).permutation(seq_len) if permuted else np.arange(seq_len)
         self.order = torch.from_numpy(order)  # (L,), which pixel comes when
+        if not permuted:
+            self.preprocessing = Preprocessing(Numbers((MEAN,), (STD,)), Classes(tuple(range(CLASSES))))
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of the most frequent label, and of the nearest mean picture of a digit."""

@@ -28,12 +28,14 @@ from data.store.stored import LabelledData
 from stu.encoders import LinearEncoder, TokenEncoder
 from stu.errors import OptionError, require
 from stu.heads import Pool
+from stu.preprocessing import Classes, Numbers, Preprocessing, Tokens
 from stu.task import Batch, Splits
 
 VERSION = 1  # increment when the same options produce different examples, or the same examples different files
 
 SIDE = 32
-CLASSES = 10
+LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLASSES = len(LABELS)
 LEVELS = 256  # of a pixel
 CIFAR10 = HubData(
     name="uoft-cs/cifar10",
@@ -118,6 +120,8 @@ class SequentialCIFAR(PixelClassification):
         require(not (tokens and data.color), "tokens", tokens, "must be false where data.color=true")
         self.tokens = tokens
         means, stds = map(torch.tensor, COLORED if data.color else GREY)  # (C,)
+        pixels = Tokens(LEVELS) if tokens else Numbers(tuple((255 * means).tolist()), tuple((255 * stds).tolist()))
+        self.preprocessing = Preprocessing(pixels, Classes(LABELS))
         self.scale, self.shift = 1 / (255 * stds), -means / stds
 
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> Batch:

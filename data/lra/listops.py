@@ -23,6 +23,7 @@ from data.store.sources import folder_of, noting_repeats, sha256
 from data.store.tokens import ROWS, SCHEMA, TokenClassification, TokenData, TokenExamples
 from stu.errors import OptionError, require
 from stu.heads import Pool
+from stu.preprocessing import Classes, Preprocessing, Text
 from stu.resources import require_disk
 from stu.task import Splits
 
@@ -176,6 +177,7 @@ class ListOps(TokenClassification):
         longest = data.max_length - 1
         require(seq_len >= longest, "seq_len", seq_len, f"must be at least {longest}, data.max_length - 1")
         super().__init__(seq_len=seq_len, causal=causal, vocab_size=vocab_size, pool=pool, data=data)
+        self.preprocessing = Preprocessing(Text("words", VOCABULARY[1:], other=False), Classes(tuple(range(CLASSES))))
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of the most frequent label, overall and after the same first token."""

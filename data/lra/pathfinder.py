@@ -29,6 +29,7 @@ from data.store.stored import LabelledData, LabelledExamples
 from stu.encoders import LinearEncoder
 from stu.errors import OptionError, require
 from stu.heads import Pool
+from stu.preprocessing import Classes, Numbers, Preprocessing
 from stu.resources import require_disk
 from stu.task import Batch, Splits
 
@@ -274,6 +275,8 @@ class Pathfinder(PixelClassification):
         allowed = f"must be data.side² = {data.side**2}, or the square of what divides data.side"
         super().__init__(seq_len=seq_len, causal=causal, pool=pool, data=data, side=data.side, allowed=allowed)
         self.centered = centered
+        grey = Numbers((127.5,), (127.5,)) if centered else Numbers((0,), (255,))
+        self.preprocessing = Preprocessing(grey, Classes((False, True)))
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of the most frequent label, and of the best threshold on the distance of the markers."""

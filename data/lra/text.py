@@ -23,8 +23,10 @@ from data.store.arrow import arrow_file
 from data.store.cache import tracked
 from data.store.sources import HubData, divided
 from data.store.tokens import BYTES, ROWS, SCHEMA, TokenClassification, TokenData, TokenExamples, Tokens, list_array
+from stu import preprocessing
 from stu.errors import require
 from stu.files import write_atomically
+from stu.preprocessing import Classes, Preprocessing
 from stu.task import Splits
 
 VERSION = 1  # increment when the same options produce different examples, or the same examples different files
@@ -155,6 +157,15 @@ class Text(TokenClassification):
     """Is a review positive? From its tokens; cross-entropy, accuracy."""
 
     data: TextData
+
+    @property
+    def preprocessing(self) -> Preprocessing:  # type: ignore[override]  # the vocabulary is in the data
+        """A review as text; negative or positive."""
+        text = preprocessing.Text()
+        if self.data.tokens == "characters":
+            known = json.loads((self.data.prepare() / "vocabulary.json").read_text(encoding="utf-8"))
+            text = preprocessing.Text("characters", known)
+        return Preprocessing(text, Classes(("negative", "positive")))
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of the most frequent label, and of logistic regression on token frequencies."""

@@ -23,6 +23,7 @@ from torch import nn
 from data.store.synthetic import Reals, SyntheticData, integers
 from stu.encoders import LinearEncoder
 from stu.heads import Pool
+from stu.preprocessing import Numbers, Preprocessing
 from stu.task import Regression
 
 
@@ -58,6 +59,7 @@ class Adding(Regression):
 
     def __init__(self, *, seq_len: int, causal: bool, pool: Pool, data: AddingData) -> None:
         super().__init__(seq_len=seq_len, causal=causal, data=data, d_output=1, pool=pool)
+        self.preprocessing = Preprocessing(Numbers((0, 0), (1, 1)))
 
     def baselines(self) -> dict[str, float]:
         """Expected errors of the best constant, and of one of the two numbers plus the mean of the other."""

@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassExactMatch
 from data.store.synthetic import Integers, Reals, SyntheticData
 from stu.encoders import TokenEncoder
 from stu.heads import StepHead
+from stu.preprocessing import Preprocessing, Tokens
 from stu.task import Batch, Task
 
 IGNORE = -100  # the target of a step where nothing is asked
@@ -59,6 +60,11 @@ class Recall(Task):
     mode = "max"
 
     data: RecallData
+
+    def __init__(self, *, seq_len: int, causal: bool, data: RecallData) -> None:
+        super().__init__(seq_len=seq_len, causal=causal, data=data)
+        tokens = Tokens(data.vocab_size)
+        self.preprocessing = Preprocessing(tokens, tokens)
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of a random answer, and of the answer that a sequence shows most often before it asks."""

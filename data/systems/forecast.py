@@ -38,6 +38,7 @@ from data.systems.system import first_sequences, mean_square
 from stu.encoders import LinearEncoder
 from stu.errors import require
 from stu.files import write_atomically
+from stu.preprocessing import Numbers, Preprocessing
 from stu.resources import require_memory
 from stu.task import Regression, Rollout, Splits
 
@@ -364,6 +365,13 @@ class Forecast(Regression):
             "rollout: persistence": mean_square(ahead - observed[:, context - 1, None]),
             **{f"rollout: {name}": mean_square(ahead - predicted) for name, predicted in rollouts.items()},
         }
+
+    @property
+    def preprocessing(self) -> Preprocessing:  # type: ignore[override]  # the units are in the data
+        """Observations, and the force where there is one, in the units of the system; the next observation."""
+        mean, std = (tuple(values.tolist()) for values in self.data.units())
+        channels = self.data.channels
+        return Preprocessing(Numbers(mean, std), Numbers(mean[:channels], std[:channels]))
 
     def encoder(self, d_model: int) -> nn.Module:
         """(B, L, C + F) → (B, L, d_model)."""

@@ -21,6 +21,7 @@ from data.systems import system as linear
 from data.systems.identification import fit_arx, fit_fir, ho_kalman
 from stu.encoders import LinearEncoder
 from stu.errors import require
+from stu.preprocessing import Numbers, Preprocessing
 from stu.task import Regression
 
 VERSION = 1  # increment when the same options produce different numbers
@@ -135,6 +136,13 @@ class LDS(Regression):
 
     def __init__(self, *, seq_len: int, causal: bool, data: LDSData) -> None:
         super().__init__(seq_len=seq_len, causal=causal, data=data, d_output=data.d_output)
+
+    @property
+    def preprocessing(self) -> Preprocessing:  # type: ignore[override]  # the scale takes a moment
+        """Inputs as they are; outputs of the system in its own unit."""
+        inputs, outputs = self.data.d_input, self.data.d_output
+        scaled = Numbers((0,) * outputs, (self.data.scale,) * outputs)
+        return Preprocessing(Numbers((0,) * inputs, (1,) * inputs), scaled)
 
     def baselines(self) -> dict[str, float]:
         """Test errors of predictors that need no training.

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import yaml
 
 from experiments.compare.history import History, read_history
-from stu.files import DELETED, unsealed
+from stu.files import DELETED, mapping_in, unsealed
 from stu.locks import Holder
-from stu.training.records import PRUNED, mapping_in
+from stu.training.records import PRUNED
 
 Mode = Literal["min", "max"]
 Status = Literal["finished", "running", "pruned", "stopped", "failed", "never trained"]

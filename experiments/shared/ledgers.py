@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from stu.training.records import mapping_in
+from stu.files import mapping_in
 
 ABOUT, CHANGES = "sweep.yaml", "jobs.jsonl"
 

@@ -24,11 +24,11 @@ from stu.cli.check import check
 from stu.cli.composition import composed
 from stu.cli.usage import CONF
 from stu.errors import Busy, require
-from stu.files import sealed, write_atomically
+from stu.files import mapping_in, sealed, write_atomically
 from stu.locks import Holder
 from stu.training import names
 from stu.training.lock import RunLock
-from stu.training.records import PRUNED, Row, flatten, mapping_in, parse_row, summary_in
+from stu.training.records import PRUNED, Row, flatten, parse_row, summary_in
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep"  # the group of what is swept: no job has it

@@ -116,15 +116,16 @@ def run_of(checkpoint: Path) -> Run | None:
     return Run(folder) if folder.name else None
 
 
-def compare_conditions(checkpoint: Path, given: str | None, data: str, device: str) -> None:
+def compare_conditions(module: SequenceModule, checkpoint: Path, given: str | None, device: str) -> None:
     """Note under which other conditions a checkpoint was trained than it is tested.
 
-    Raises `OptionError` where it was trained on other data than those of fingerprint `data`, unless it was `given`.
+    Raises `OptionError` where it was trained on other data than the task's, unless it was `given`.
     """
     trained = run_of(checkpoint)
     if trained is None:
         return
-    if other := trained.other_data(data):
+    other = trained.other_data(module.task.fingerprint())
+    if other := other or module.other_preprocessing(states.read(checkpoint, tensors=False)):
         require(bool(given), "checkpoint", checkpoint, f"{other}; name it to test it anyway")
         note(f"{checkpoint} {other}")
     if conditions := trained.other_conditions(conditions_now(device)):

@@ -1,6 +1,7 @@
 """The one LightningModule: any backbone on any task."""
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from stu.backbone import Backbone, SequenceModel
-from stu.errors import require, require_length
+from stu.errors import OptionError, require, require_length
 from stu.rollout import batch_rollout
 from stu.task import Batch, Task
 from stu.training.optim import NamedParameters
@@ -110,7 +111,11 @@ class SequenceModule(L.LightningModule):
         self.evaluated = compute(self.eval_metrics) | compute(self.rollout_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the half-filled metrics of every device, and, in the place of the first one's, those of all together."""
+        """Keep what it takes to use the weights, and the half-filled metrics of every device.
+
+        In the place of the first device's metrics are those of all together.
+        """
+        checkpoint["trained"] = self._trained()
         if self.trainer.world_size == 1:
             return
         every: list[Any] = [None] * self.trainer.world_size
@@ -122,13 +127,33 @@ class SequenceModule(L.LightningModule):
             checkpoint["state_dict"] |= self.train_metrics.state_dict(prefix="train_metrics.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with this device's metrics; on another number of devices, the first one goes on with those of all."""
+        """Go on with this device's metrics; on another number of devices, the first one goes on with those of all.
+
+        Raises `OptionError` where the run was trained on inputs that were read in another way.
+        """
+        if other := self.other_preprocessing(checkpoint):
+            raise OptionError("name", self.trainer.default_root_dir, f"{other}; choose another name")
         every, rank = checkpoint.get("train_metrics", ()), self.trainer.global_rank
         if len(every) == self.trainer.world_size:
             mine = every[rank]
         else:
             mine = self.train_metrics.state_dict() if rank > 0 else {}
         checkpoint["state_dict"] |= {f"train_metrics.{name}": value for name, value in mine.items()}
+
+    def other_preprocessing(self, checkpoint: Mapping[str, Any]) -> str:
+        """In words, that a checkpoint has another preprocessing than the task; empty where not, or not known."""
+        before = checkpoint.get("trained", {}).get("preprocessing")
+        differ = before is not None and before != self._trained()["preprocessing"]
+        return "was trained on other data: their inputs or targets were read in another way" if differ else ""
+
+    def _trained(self) -> dict[str, Any]:
+        """How to build the model, how to read inputs, and facts of the task: plain data, see `stu.loading`."""
+        task = self.task
+        return {
+            "model": self.model.description,
+            "preprocessing": task.preprocessing and task.preprocessing.as_dict(),
+            "task": {"name": type(task).__name__, "seq_len": task.seq_len, "causal": task.causal},
+        }
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule, the schedule stepped with the optimiser."""

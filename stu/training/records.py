@@ -2,12 +2,12 @@
 
 import csv
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stu.files import unsealed
+from stu.files import mapping_in
 
 PRUNED = "pruned.json"  # in a run that a search has given up, until it is finished all the same
 SWEEP = "STU_SWEEP"  # in the environment: the sweep that this command is a job of
@@ -38,15 +38,6 @@ def flatten(config: Any, prefix: str = "", separator: str = ".") -> dict[str, An
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{separator}{key}" if prefix else str(key), separator)
     return flat
-
-
-def mapping_in(file: Path, parse: Callable[[str], Any] = unsealed) -> dict[str, Any] | None:
-    """The mapping in a file; None where the file is absent, empty or damaged, which the caller says."""
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except Exception:  # parsers raise anything, given anything
-        return None
-    return content if isinstance(content, dict) and content else None
 
 
 def summary_in(file: Path) -> dict[str, Any] | None:

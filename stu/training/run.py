@@ -20,12 +20,13 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from stu.description import MOVED
 from stu.errors import Busy, OptionError, require
-from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, write_atomically
+from stu.files import DELETED, is_written, kept_name, mapping_in, remove_folder, sealed, sync, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
 from stu.training.names import is_free, known_as, require_plain, run_name
-from stu.training.records import SWEEP, flatten, git_state, mapping_in, summary_in, version_of
+from stu.training.records import SWEEP, flatten, git_state, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
 SECONDS_TO_REPORT = 5.0  # that the first process of a run has to say how it ended, before another one does
@@ -37,13 +38,6 @@ TEST_KEYS = ("trainer.limit_test_batches",)
 DEVICE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Options that runs of earlier versions were made without, and may go on with any value of.
 LATER_KEYS = ("trainer.matmul_precision", "precondition._target_")
-# Modules that have moved: the names in configurations of earlier runs, and the names now.
-MOVED = {
-    **{f"data.lra_{name}": f"data.lra.{name}" for name in ("image", "listops", "pathfinder", "retrieval", "text")},
-    **{f"data.{name}": f"data.memory.{name}" for name in ("adding", "associative_recall", "copying")},
-    **{f"data.{name}": f"data.memory.{name}" for name in ("induction_heads", "mqar", "recall")},
-    **{f"data.{name}": f"data.systems.{name}" for name in ("dynamics", "forecast", "lds")},
-}
 
 
 class Run:

@@ -109,12 +109,14 @@ def count(rank: int, folder: str) -> None:
 
 def counting(rank: int, *, world_size: int) -> SequenceModule:
     """A module as one of several processes has it, with nothing but its metrics."""
-    return around(nn.Linear(1, 1), rank, world_size=world_size)
+    parts: Any = nn.Identity(), nn.Identity(), nn.Linear(1, 1)
+    return around(SequenceModel(*parts), rank, world_size=world_size)
 
 
 def around(model: nn.Module, rank: int, *, world_size: int) -> SequenceModule:
     """The module of a model in one of several processes."""
-    task = SimpleNamespace(monitor="loss", metrics=dict, rollout=None)
+    facts = {"preprocessing": None, "seq_len": 1, "causal": True}
+    task = SimpleNamespace(monitor="loss", metrics=dict, rollout=None, **facts)
     module = SequenceModule(model, task)  # type: ignore[arg-type]
     module._trainer = SimpleNamespace(world_size=world_size, global_rank=rank)  # type: ignore[assignment]
     return module

@@ -17,8 +17,8 @@ from experiments.compare.published import SECOND_HAND, published_of, reduced
 from experiments.compare.report import curves, figures
 from experiments.compare.runs import Row
 from experiments.compare.sweeps import importance, sweeps
-from stu.files import unsealed
-from stu.training.records import flatten, mapping_in
+from stu.files import mapping_in, unsealed
+from stu.training.records import flatten
 
 RESULTS = ("test/", "best/")  # of the log: single numbers, which the summary has, too
 MODELS = Path(__file__).resolve().parents[3] / "conf" / "model"

@@ -1,0 +1,269 @@
+"""A trained model, to be used: its weights, how inputs are read, and what its predictions mean.
+
+B batch, L length, O outputs, C channels
+
+Needs neither Hydra nor Lightning, nor the data or the task that it was trained on: a checkpoint holds the description
+of its model, and so does the folder that `stu.export` writes.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stu.backbone import SequenceModel
+from stu.checkpoints import NAMES, Damaged, Survey, read
+from stu.description import MOVED, TARGET, built
+from stu.errors import OptionError, brief, require
+from stu.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
+from stu.files import mapping_in
+from stu.preprocessing import Classes, Label, Numbers, Preprocessing
+from stu.preprocessing import Text as Texts
+from stu.task import pad
+
+MANIFEST, SUMMARY, CHECKPOINTS = "manifest.json", "summary.json", "checkpoints"  # of a run
+TASKS = ("data",)  # the package that has the tasks of earlier runs, whose checkpoints do not describe their models
+
+
+class Prediction(NamedTuple):
+    """What a model predicts for one input.
+
+    value: a label, a number or several, (O,) or for each step (L,) or (L, O); the tokens, or the text, predicted at all
+    steps. probabilities: of each label, where labels are predicted for the whole input.
+    """
+
+    value: Any
+    probabilities: dict[Label, float] | None = None
+
+
+class Trained:
+    """A trained `SequenceModel` in eval mode, with its preprocessing.
+
+    task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, as
+    names or patterns. about: what is known of its training: results on the test set,
+    baselines, versions. preprocessing: None where inputs are arrays as the model takes them, (L,) or (L, C), and
+    predictions real numbers.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        preprocessing: Preprocessing | None,
+        task: Mapping[str, Any],
+        about: Mapping[str, Any],
+    ) -> None:
+        self.model, self.preprocessing = model.eval(), preprocessing
+        self.task, self.about = dict(task), dict(about)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether inputs are texts; numbers otherwise."""
+        return self.preprocessing is not None and isinstance(self.preprocessing.inputs, Texts)
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The labels, where they are predicted."""
+        targets = self.preprocessing.targets if self.preprocessing else None
+        return targets.labels if isinstance(targets, Classes) else ()
+
+    def predict(self, inputs: Sequence[Any], *, batch_size: int = 32) -> list[Prediction]:
+        """A prediction for each input; inputs are as `preprocessing.inputs` takes them, of any lengths up to seq_len.
+
+        Padding changes no prediction. Raises `OptionError` for an input that is none, or too long, and says which.
+        """
+        require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
+        single = isinstance(inputs, str | bytes)
+        require(not single, "inputs", brief(inputs), "must be a list of inputs; of one input, a list of one")
+        arrays = []
+        for number, value in enumerate(inputs):
+            try:
+                arrays.append(self.encoded(value))
+            except OptionError as error:
+                raise OptionError(f"inputs[{number}]", error.value, error.allowed) from error
+        starts = range(0, len(arrays), batch_size)
+        return [one for start in starts for one in self.predict_encoded(arrays[start : start + batch_size])]
+
+    def encoded(self, value: Any) -> np.ndarray:
+        """One input as an array of the model, (L,) tokens or (L, C) numbers. Raises `OptionError` for what is none."""
+        array: np.ndarray = np.asarray(value) if self.preprocessing is None else self.preprocessing.inputs.encode(value)
+        require(array.dtype.kind in "biuf", "input", brief(value), "must be numbers")
+        if array.dtype.kind == "f" or array.ndim == 2:
+            array = array.astype(np.float32)
+        longest = self.task["seq_len"]
+        steps = len(array) if array.ndim else 0
+        require(1 <= steps <= longest, "input", f"{steps} steps", f"must have 1 to {longest}, as in training (seq_len)")
+        return array
+
+    def predict_encoded(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
+        """The predictions for inputs that are encoded already, in one batch."""
+        inputs, mask = pad(arrays)
+        with torch.no_grad():
+            outputs = self.model(inputs.to(self.device), None if mask is None else mask.to(self.device))
+        fits = len(outputs) == len(arrays)
+        allowed = "must be read in another way: this model predicts from several inputs at once; call .model itself"
+        require(fits, "inputs", len(arrays), allowed)
+        return [self._meant(output, len(array)) for output, array in zip(outputs.cpu(), arrays, strict=True)]
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write model, preprocessing and a card into a folder, which `stu.load` reads anywhere; see `stu.export`.
+
+        Raises `OptionError` where the folder is there already, unless it holds an exported model and is to be replaced.
+        """
+        kept = None if self.preprocessing is None else self.preprocessing.as_dict()
+        write_folder(Path(folder), self.model, kept, self.task, self.about, overwrite=overwrite)
+
+    def _meant(self, output: Tensor, length: int) -> Prediction:
+        """One output, (O,) or (L, O), as the user reads it."""
+        per_step = output.ndim == 2
+        values = (output[:length] if per_step else output).double().numpy()
+        targets = self.preprocessing.targets if self.preprocessing else None
+        if isinstance(targets, Classes):
+            shares = torch.from_numpy(values).softmax(-1).numpy()
+            labels = [targets.decode(int(one)) for one in np.atleast_1d(values.argmax(-1))]
+            if per_step:
+                return Prediction(labels)
+            return Prediction(labels[0], dict(zip(targets.labels, shares.tolist(), strict=True)))
+        if targets is None or isinstance(targets, Numbers):
+            if targets is not None:  # O is C, or C for each of several steps ahead
+                ahead = values.reshape(*values.shape[:-1], -1, targets.channels)
+                values = targets.decode(ahead).reshape(values.shape)
+            return Prediction(_unpacked(values, per_step))
+        return Prediction(targets.decode(np.atleast_1d(values.argmax(-1)).tolist()))
+
+
+def load(run_or_folder: str | Path, *, device: str = "cpu", trust: Sequence[str] = ()) -> Trained:
+    """The model of a run (its best weights), of one of its checkpoints, or of an exported folder, ready for use.
+
+    A folder that has exactly one run, such as a sweep of one, stands for it. trust: packages besides stu whose classes
+    may be called, for models with parts of one's own; exported folders of strangers can call nothing else. Raises
+    `OptionError` for what holds no model, or a damaged one.
+    """
+    path = Path(run_or_folder).expanduser()
+    require(path.exists(), "run", run_or_folder, "no such run or folder")
+    place = _device(device)
+    if path.is_file():
+        known = path.suffix in (".ckpt", ".safetensors")
+        require(known, "run", path, "must be a run directory, a checkpoint, or a folder that stu.export wrote")
+        path = path.parent if path.suffix == ".safetensors" else path
+    elif not (path / CONFIG).exists() and not _is_run(path):
+        path = _only_run(path)
+    loaded = _checkpoint(path, trust) if path.is_file() or _is_run(path) else _exported(path, trust)
+    loaded.model.to(place)
+    return loaded
+
+
+def _exported(folder: Path, trust: Sequence[str]) -> Trained:
+    found = (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
+    require(found, "run", folder, "holds no run, and no model that stu.export wrote")
+    return Trained(*read_folder(folder, trust))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or any((folder / CHECKPOINTS / name).is_file() for name in NAMES)
+
+
+def _only_run(folder: Path) -> Path:
+    """The one run somewhere below a folder, or the folder itself where there is none."""
+    found = {path.parent.relative_to(folder) for path in folder.rglob(MANIFEST)}
+    runs = sorted(run for run in found if not any(part.startswith(".") for part in run.parts))
+    shown = ", ".join(map(str, runs[:3])) + " …" * (len(runs) > 3)
+    require(len(runs) <= 1, "run", folder, f"holds {len(runs)} runs, name one of them: {shown}")
+    return folder / runs[0] if runs else folder
+
+
+def _checkpoint(path: Path, trust: Sequence[str]) -> Trained:
+    """The model of a run, or of one of its checkpoints."""
+    file = path if path.is_file() else _best(path)
+    run = file.parent.parent if path.is_file() else path
+    try:
+        checkpoint = read(file)
+    except (Damaged, OSError) as error:
+        raise OptionError("checkpoint", file, f"cannot be read: {error}") from error
+    weights, trained = checkpoint.get("state_dict"), checkpoint.get("trained")
+    require(isinstance(weights, Mapping), "checkpoint", file, "has no weights of a run")
+    assert isinstance(weights, Mapping)
+    model = {str(name)[len("model.") :]: x for name, x in weights.items() if str(name).startswith("model.")}
+    manifest, summary = mapping_in(run / MANIFEST) or {}, mapping_in(run / SUMMARY) or {}
+    about = _about(run, manifest, summary) if file.name == NAMES[1] else {}
+    if not isinstance(trained, Mapping) or isinstance(trained.get("model"), str):
+        reason = "" if not isinstance(trained, Mapping) else f" ({trained['model']})"
+        return Trained(*_of_settings(file, manifest.get("settings"), model, reason, trust), about)
+    loaded = Trained(*assembled(trained, model, str(file), trust), about)
+    settings = manifest.get("settings") or {}
+    if columns := (settings.get("task") or {}).get("inputs"):  # of a table of the user's
+        loaded.task["columns"] = [columns] if isinstance(columns, str) else columns
+    return loaded
+
+
+def _best(run: Path) -> Path:
+    """The best checkpoint of a run, or another whole file of the same weights."""
+    survey = Survey(run / CHECKPOINTS)
+    if survey.best is None:
+        reason = survey.damages or "no validation has chosen its best weights yet, or they are missing"
+        others = "".join(f"; its latest weights are in {state.path}" for state in survey.whole[:1])
+        raise OptionError("run", run, f"has no best checkpoint: {reason}{others}")
+    return survey.best.path
+
+
+def _about(run: Path, manifest: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of a finished run."""
+    start = (manifest.get("starts") or [{}])[-1]
+    known = {key: summary[key] for key in ("test", "best", "baselines", "steps", "parameters") if key in summary}
+    made = {key: start[key] for key in ("packages", "git", "python") if start.get(key)}
+    script, *words = shlex.split(start.get("command") or "train.py")
+    made["command"] = f"python {shlex.join([Path(script).name, *words])}"  # not where this machine has it
+    return {"run": "/".join(run.absolute().parts[-3:]), **known, **made}
+
+
+def _of_settings(
+    file: Path, settings: Any, weights: Mapping[str, Tensor], reason: str, trust: Sequence[str]
+) -> tuple[SequenceModel, Preprocessing | None, dict[str, Any]]:
+    """The model of a checkpoint that does not describe it, from the settings of its run and the task itself."""
+    known = isinstance(settings, dict) and all(isinstance(settings.get(key), dict) for key in ("task", "model"))
+    missing = f"does not describe its model{reason}, and {MANIFEST} of its run, which has the settings, is damaged"
+    require(known, "checkpoint", file, f"{missing} or absent")
+    trusted = (*TASKS, *trust)
+    task = built(_relocated(settings["task"]), trusted)
+    backbone = built({**_relocated(settings["model"]), "compile": False}, trusted)
+    model = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
+    load_weights(model, weights, str(file))
+    facts = {"name": type(task).__name__, "seq_len": task.seq_len, "causal": task.causal}
+    return model, task.preprocessing, facts
+
+
+def _relocated(node: Any) -> Any:
+    """A node of a configuration with the present names of modules."""
+    if isinstance(node, list):
+        return [_relocated(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    values = {key: _relocated(value) for key, value in node.items()}
+    if TARGET in values:
+        module, _, name = str(values[TARGET]).rpartition(".")
+        values[TARGET] = f"{MOVED.get(module, module)}.{name}"
+    return values
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError("device", name, f"is not available: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _unpacked(values: np.ndarray, per_step: bool) -> Any:
+    """Without the last axis where there is one output; a single number as such."""
+    if values.shape[-1] == 1:
+        values = values[..., 0]
+    return values if values.ndim else float(values)

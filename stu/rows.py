@@ -1,0 +1,187 @@
+"""Rows of tables, some at a time, in and out: files however large, standard input and output.
+
+Needs pyarrow, imported where a file is read or parquet is written.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from io import TextIOWrapper
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from stu.errors import OptionError, brief, require
+from stu.files import replacing
+
+TEXT = "text"  # the column of plain texts
+Row = dict[str, Any]
+Write = Callable[[Sequence[Row], Any], None]  # rows, and the schema of their source, if it has one
+
+
+class Source(NamedTuple):
+    """Rows, `size` of them at a time. place: where a row is, from its number. schema: of Arrow, where it is known."""
+
+    batches: Iterable[Sequence[Row]]
+    place: Callable[[int], str]
+    schema: Any = None
+
+
+# Rows in
+
+
+def of_texts(texts: Sequence[str], size: int) -> Source:
+    """Texts, each a row."""
+    return Source(_batched([{TEXT: text} for text in texts], size), lambda row: f"text {row + 1}")
+
+
+def of_standard_input(form: str, size: int) -> Source:
+    """What comes in line by line, in one of `FORMS`; bytes that are no UTF-8 are kept as they are, and printed so."""
+    lines = sys.stdin
+    if isinstance(lines, TextIOWrapper):
+        lines.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return Source(_batched(FORMS[form](lines), size), lambda row: f"-: row {row + 1}")
+
+
+def of_file(name: str, size: int) -> Source:
+    """A file or folder that `stu.tables` reads: parquet piece by piece, however large it is, others as a whole."""
+    from stu.tables import kind_of, place_of, read_table
+
+    path = Path(name).expanduser()
+    if path.is_file() and kind_of(path) == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            file = parquet.ParquetFile(path)
+        except (OSError, ArrowException) as error:
+            raise OptionError("INPUT", name, f"cannot be read: {brief(error)}") from error
+        batches, schema = file.iter_batches(batch_size=size), file.schema_arrow
+    else:
+        table = read_table(path)
+        batches, schema = iter(table.to_batches(max_chunksize=size)), table.schema
+    return Source((batch.to_pylist() for batch in batches), lambda row: f"{name}: {place_of(path, row)}", schema)
+
+
+def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _csv_lines(lines: IO[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(lines, restkey="", strict=True)
+    try:
+        for row in reader:
+            whole = "" not in row and None not in row.values()
+            require(whole, "INPUT", f"-: line {reader.line_num}", "has not as many values as the header")
+            yield row
+    except csv.Error as error:
+        raise OptionError("INPUT", f"-: line {reader.line_num}", str(error)) from error
+
+
+def _json_lines(lines: IO[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise OptionError("INPUT", f"-: line {number}", f"is no JSON: {error}") from error
+            require(isinstance(row, dict), "INPUT", f"-: line {number}", "must be an object, {column: value, …}")
+            yield row
+
+
+def _text_lines(lines: IO[str]) -> Iterator[Row]:
+    return ({TEXT: line.rstrip("\r\n")} for line in lines)
+
+
+FORMS: dict[str, Callable[[IO[str]], Iterator[Row]]] = {"csv": _csv_lines, "jsonl": _json_lines, "text": _text_lines}
+
+
+# Rows out
+
+
+@contextmanager
+def writing(output: Path | None) -> Iterator[Write]:
+    """What writes rows: csv to standard output, or a file of one of `WRITERS` that appears whole or not at all."""
+    try:
+        place = nullcontext() if output is None else replacing(output)
+        with place as partial, WRITERS[".csv" if output is None else output.suffix](partial) as write:
+            yield write
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OptionError("--output", output, f"cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[IO[str]]:
+    if path is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield file
+
+
+@contextmanager
+def _csv(path: Path | None) -> Iterator[Write]:
+    with _opened(path) as file:
+        writer: Any = csv.writer(file, lineterminator="\n")
+        header: list[str] = []
+
+        def write(rows: Sequence[Row], schema: Any) -> None:
+            if not header:
+                header.extend(rows[0])
+                writer.writerow(header)
+            writer.writerows([_cell(value) for value in row.values()] for row in rows)
+            file.flush()
+
+        yield write
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+@contextmanager
+def _jsonl(path: Path | None) -> Iterator[Write]:
+    with _opened(path) as file:
+
+        def write(rows: Sequence[Row], schema: Any) -> None:
+            file.writelines(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
+
+        yield write
+
+
+@contextmanager
+def _parquet(path: Path | None) -> Iterator[Write]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    writer: Any = None
+
+    def write(rows: Sequence[Row], schema: Any) -> None:
+        nonlocal writer
+        try:
+            if writer is None:
+                known = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
+                inferred = pa.Table.from_pylist(rows).schema
+                fields = [pa.field(field.name, known.get(field.name, field.type)) for field in inferred]
+                writer = parquet.ParquetWriter(path, pa.schema(fields))
+            writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
+        except (pa.ArrowException, UnicodeError) as error:
+            raise OptionError("--output", path, f"rows have different types, try .jsonl: {brief(error)}") from error
+
+    yield write
+    if writer is None:
+        parquet.write_table(pa.table({}), path)
+    else:
+        writer.close()
+
+
+WRITERS: dict[str, Callable[[Path | None], Any]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -1,0 +1,215 @@
+"""`python -m stu.predict`: every row of any table comes out again with its prediction, or one line says why not."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+import stu
+from stu.encoders import LinearEncoder, TokenEncoder
+from stu.exported import write_folder
+from stu.heads import PooledHead, StepHead
+from stu.mixers.lru import LRU
+from stu.predict import main
+from stu.preprocessing import Classes, Numbers, Preprocessing, Text, Tokens
+from tests.models import randomized
+
+pytest.importorskip("safetensors")
+KINDS = {
+    "words": (Preprocessing(Text("words", ("a", "b"), other=False), Classes(("yes", "no"))), PooledHead(8, d_output=2)),
+    "numbers": (Preprocessing(Numbers((1, 2), (1, 2)), Numbers((5,), (10,))), StepHead(8, d_output=1)),
+    "number": (Preprocessing(Numbers((0,), (1,))), PooledHead(8, d_output=1)),
+    "tokens": (Preprocessing(Tokens(7), Tokens(7)), StepHead(8, d_output=7)),
+}
+Written = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained models, one of each kind."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    for name, (preprocessing, head) in KINDS.items():
+        inputs = preprocessing.inputs
+        numbers = isinstance(inputs, Numbers)
+        encoder = (
+            LinearEncoder(8, d_input=inputs.channels) if numbers else TokenEncoder(8, vocab_size=inputs.vocab_size)
+        )
+        backbone = stu.Backbone(8, depth=1, mixer=partial(LRU, d_state=4), channel_mixer=None)
+        model = randomized(stu.SequenceModel(encoder, backbone, head)).eval()
+        task = {"name": name, "seq_len": 8, "causal": True}
+        write_folder(folder / name, model, preprocessing.as_dict(), task, {})
+    return folder
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    def write(name: str, content: str) -> Path:
+        (tmp_path / name).write_text(content)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The line with which a command is refused."""
+
+    def run(*arguments: object) -> str:
+        assert main(list(map(str, arguments))) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def printed(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def values(folder: Path, inputs: Sequence[Any]) -> list[Any]:
+    found = [prediction.value for prediction in stu.load(folder).predict(inputs)]
+    return [value.tolist() if isinstance(value, np.ndarray) else value for value in found]
+
+
+def test_texts_get_labels_and_probabilities(models: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(models / "words"), "--text", "a b", "b"]) == 0
+    out, err = capsys.readouterr()
+    rows = printed(out)
+    assert (list(rows[0]), err) == (["text", "prediction", "probability_yes", "probability_no"], "")
+    assert [row["text"] for row in rows] == ["a b", "b"]
+    expected = stu.load(models / "words").predict(["a b", "b"])
+    assert [row["prediction"] for row in rows] == [one.value for one in expected]
+    assert float(rows[1]["probability_no"]) == pytest.approx(expected[1].probabilities["no"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_files_in_and_out(models: Path, tmp_path: Path, ending: str):
+    """All columns and the order of the rows stay, in batches; predictions are those of the rows alone."""
+    table = pa.table({"id": ["x", "y", "z"], "at": [[[1, 2]], [[3, 4], [5, 6]], [[7, 8]] * 8], "n": [1, 2, 3]})
+    source, output = tmp_path / "in.parquet", tmp_path / f"out.{ending}"
+    parquet.write_table(table, source)
+    command = [str(models / "numbers"), str(source), "--column", "at", "--output", str(output), "--batch-size", "2"]
+    assert main(command) == 0
+    if ending == "parquet":
+        rows = parquet.read_table(output).to_pylist()
+        assert parquet.read_table(output).schema.field("at").type == table.schema.field("at").type
+    elif ending == "jsonl":
+        rows = list(map(json.loads, output.read_text().splitlines()))
+    else:
+        rows = [
+            {"id": row["id"], **{k: json.loads(v) for k, v in row.items() if k != "id"}}
+            for row in printed(output.read_text())
+        ]
+    found = [row.pop("prediction") for row in rows]
+    assert rows == table.to_pylist()
+    for one, inputs in zip(found, table["at"].to_pylist(), strict=True):
+        assert one == pytest.approx(values(models / "numbers", [inputs])[0], rel=1e-5)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "lines", "inputs"),
+    [
+        ("words", "text", "a b\nb\n", ["a b", "b"]),
+        ("tokens", "jsonl", '{"t": [1, 2, 3]}\n\n{"t": [4]}\n', [[1, 2, 3], [4]]),
+        ("tokens", "csv", 't\n1 2 3\n"[4]"\n', [[1, 2, 3], [4]]),
+        ("number", "csv", 'x\n"1.5, 2"\n3;4\n', [[1.5, 2], [3, 4]]),
+    ],
+)
+def test_standard_input(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, form: str,
+    lines: str, inputs: list,
+):  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main([str(models / kind), "-", "--format", form]) == 0
+    found = [row["prediction"] for row in printed(capsys.readouterr().out)]
+    expected = values(models / kind, inputs)
+    read = [one if kind == "words" else json.loads(one) for one in found]
+    assert read == (pytest.approx(expected, rel=1e-5) if kind == "number" else expected)
+
+
+def test_columns_are_channels_or_steps(models: Path, written: Written, capsys: pytest.CaptureFixture[str]):
+    channels = written("a.jsonl", '{"u": [1, 2, 3], "v": [4, 5, 6]}\n')
+    assert main([str(models / "numbers"), str(channels), "--column", "u", "--column", "v"]) == 0
+    [row] = printed(capsys.readouterr().out)
+    assert json.loads(row["prediction"]) == pytest.approx(values(models / "numbers", [[[1, 4], [2, 5], [3, 6]]])[0])
+    steps = written("b.csv", "first,second\n1,2.5\n")
+    for columns in (["--column", "first", "--column", "second"], ["--column", "*s*"]):
+        assert main([str(models / "number"), str(steps), *columns]) == 0
+        [row] = printed(capsys.readouterr().out)
+        assert float(row["prediction"]) == pytest.approx(values(models / "number", [[1, 2.5]])[0])
+
+
+def test_a_wrong_row_is_one_line_or_has_no_prediction(
+    models: Path, written: Written, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    source = written("in.csv", 'id,words\n1,a\n2,"a\nb"\n3,a c\n4,\n5,b\n')
+    output = tmp_path / "out.jsonl"
+    command = [models / "words", source, "--column", "words", "--output", output]
+    line = refused(*command)
+    assert line == f"error: {source}: line 5, column words=c: must be of the words ('a', 'b')"
+    assert not output.exists()
+    assert main([*map(str, command), "--skip-invalid", "--batch-size", "2"]) == 0
+    assert capsys.readouterr().err == "note: 2 of 5 rows have no prediction\n"
+    rows = list(map(json.loads, output.read_text().splitlines()))
+    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["prediction"] is None for row in rows] == [False, False, True, True, False]
+
+
+def test_what_cannot_be_is_one_line(models: Path, written: Written, refused: Callable[..., str], tmp_path: Path):
+    words, source = models / "words", written("in.csv", "x,y\na,b\n")
+    other, kept = written("other.csv", "x,z\na,b\n"), written("out.csv", "kept")
+    x = ("--column", "x")
+    for arguments, line in (
+        ((words, source), "--column=…: must name that of the inputs: x, y"),
+        ((words, source, "--column", "z"), "--column=z: no such column; there are x, y"),
+        ((words, source, other, *x), "INPUT=…/other.csv: line 2: must have the columns x, y, as before"),
+        ((words, source, *x, "--name", "y"), "--name=y: the input has a column y; choose another"),
+        ((words, source, *x, "--output", kept), "--output=…/out.csv: exists; --overwrite replaces it"),
+        ((words, source, *x, "--output", source, "--overwrite"), "--output=…/in.csv: is an input; choose another file"),
+        ((words, source, *x, "--output", "out.txt"), "--output=out.txt: must end in .csv, .jsonl, .parquet"),
+        ((words, source, *x, "--output", "no/out.csv"), "--output=no/out.csv: must be in a folder that exists"),
+        ((words, source, *x, "--batch-size", 0), "--batch-size=0: must be at least 1"),
+        ((words, source, *x, "--device", "tpu"), "device=tpu: is not available"),
+        ((words, "nothing.csv"), "INPUT=nothing.csv: no such file"),
+        ((words, "-", "-"), "INPUT=-: can be read once only"),
+        ((tmp_path / "nothing", source), "run=…/nothing: no such run or folder"),
+        ((models / "number", source, *x), "…/in.csv: line 2, column x=a: must be numbers"),
+        ((models / "tokens", written("t.csv", "t\n1 9\n")), "…/t.csv: line 2, column t=[9]: must be in 0 … 6"),
+    ):
+        found = refused(*arguments)
+        assert found.replace(f"{tmp_path}/", "…/").startswith(f"error: {line}"), found
+    assert kept.read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_nobody_reads_on(models: Path):
+    """As in `… | head -1`."""
+    code = "import sys; from stu.predict import main; sys.exit(main(sys.argv[1:]))"
+    words = ["a"] * 20_000  # more than a pipe holds
+    command = [sys.executable, "-c", code, str(models / "words"), "--text", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_help_imports_nothing_slow():
+    code = "import sys; from stu.predict import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "pyarrow"} & set(done.stdout.splitlines()[-1].split())
