@@ -146,7 +146,7 @@ def test_training_knows_no_mixer(path: Path):
 
 @pytest.mark.parametrize("path", [p for p in under("data") if p.id not in COMMANDS])
 def test_data_sees_what_a_task_is_made_of(path: Path):
-    parts = ("task", "encoders", "heads", "errors", "files", "locks", "resources")
+    parts = ("task", "encoders", "heads", "errors", "files", "locks", "preprocessing", "resources")
     allowed = [f"stu.{part}" for part in parts]
     assert {name for name in ours(path) if not within(name, *allowed)} == set()
     assert {name for name in imports(path) if within(name, "lightning", "conf", "train", *HYDRA)} == set()
