@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stu.backbone import BackboneState, SequenceModel
 from stu.errors import OptionError, require
@@ -84,7 +84,8 @@ def _generated(
         count = int(min(left, limit - len(tokens) + 1))
         logits, state = _read(model, start + tokens, count)
         for index in range(count):
-            token = draw(logits, sampling, alphabet, generator)
+            drawn = torch.multinomial(probabilities(logits, sampling, alphabet), 1, generator=generator)
+            token = int(drawn)
             yield token
             tokens.append(token)
             if index < count - 1:
@@ -92,24 +93,25 @@ def _generated(
         left -= count
 
 
-def draw(
-    logits: Tensor, sampling: Sampling, alphabet: range | None = None, generator: torch.Generator | None = None
-) -> int:
-    """One token by its logits (V,), in float64 on the CPU. Raises `OptionError` where none has a finite one."""
-    logits = logits.detach().to("cpu", copy=True).double()
+def probabilities(logits: Tensor, sampling: Sampling, alphabet: range | None = None) -> Tensor:
+    """Those by which the next token is drawn, (V,) → (V,), in float64 on the CPU; no others than of the alphabet.
+
+    Raises `OptionError` where no logit is finite.
+    """
+    logits = logits.detach().to("cpu", torch.float64, copy=True)
     if alphabet is not None:
         logits[: alphabet.start] = logits[alphabet.stop :] = -math.inf
     best = float(logits.max())
     require(math.isfinite(best), "model", best, "predicts no finite logit; its weights are damaged or have diverged")
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        return nn.functional.one_hot(logits.argmax(), len(logits)).double()
     if sampling.top_k is not None and sampling.top_k < len(logits):
         logits[logits < logits.topk(sampling.top_k).values[-1]] = -math.inf
-    probabilities = ((logits - best) / sampling.temperature).softmax(0)
+    shares = ((logits - best) / sampling.temperature).softmax(0)
     if sampling.top_p is not None:
-        ranked, order = probabilities.sort(descending=True, stable=True)
-        probabilities[order[ranked.cumsum(0) - ranked >= sampling.top_p]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        ranked, order = shares.sort(descending=True, stable=True)
+        shares[order[ranked.cumsum(0) - ranked >= sampling.top_p]] = 0
+    return shares / shares.sum()
 
 
 def _read(model: SequenceModel, tokens: list[int], steps: int) -> tuple[Tensor, BackboneState]:
