@@ -68,7 +68,6 @@ def generate(
     return _generated(model, list(tokens), [] if start is None else [start], sampling, alphabet, generator)
 
 
-@torch.no_grad()
 def _generated(
     model: SequenceModel,
     tokens: list[int],
@@ -114,6 +113,7 @@ def probabilities(logits: Tensor, sampling: Sampling, alphabet: range | None = N
     return shares / shares.sum()
 
 
+@torch.no_grad()
 def _read(model: SequenceModel, tokens: list[int], steps: int) -> tuple[Tensor, BackboneState]:
     """Logits (V,) after these tokens, and the state after them, with room for `steps` more."""
     inputs = torch.tensor([tokens], device=next(model.parameters()).device)
@@ -126,6 +126,7 @@ def _read(model: SequenceModel, tokens: list[int], steps: int) -> tuple[Tensor, 
     return model.head(features[:, -1:], None)[0, -1], model.backbone.reserve(state, steps)
 
 
+@torch.no_grad()
 def _step(model: SequenceModel, token: int, state: BackboneState) -> tuple[Tensor, BackboneState]:
     """Logits (V,) after one more token, and the state after it."""
     inputs = torch.tensor([[token]], device=state.positions.device)

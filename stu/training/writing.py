@@ -11,7 +11,7 @@ import torch
 from stu.backbone import SequenceModel
 from stu.errors import OptionError, require
 from stu.generation import Sampling, generate
-from stu.preprocessing import Numbers
+from stu.preprocessing import Numbers, Text, Tokens
 from stu.task import Task
 
 
@@ -25,8 +25,9 @@ class Continuation:
         allowed = "needs a task whose predictions are the next token, such as task=language"
         if task.next_token is None or task.preprocessing is None:
             raise OptionError("mode", "generate", allowed)
-        start, self.encoding = task.next_token.start, task.preprocessing.inputs
-        assert not isinstance(self.encoding, Numbers), "a token follows tokens"
+        start, encoding = task.next_token.start, task.preprocessing.inputs
+        assert not isinstance(encoding, Numbers), "a token follows tokens"
+        self.encoding: Text | Tokens = encoding
         try:
             self.prompt = self.encoding.encode(prompt).tolist()
         except OptionError as error:
