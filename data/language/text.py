@@ -231,6 +231,7 @@ class Bits(MeanMetric):
 class Language(Task):
     """The next byte, character or word at every step: cross-entropy, in bits, and accuracy."""
 
+    monitor = "bits_per_byte"
     mode = "min"
     trivial = ("uniform", "unigram", "bigram")
     next_token = NextToken(start=PADDING)
