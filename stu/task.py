@@ -113,6 +113,15 @@ class Rollout(NamedTuple):
     metrics: "Callable[[], dict[str, Metric]]"
 
 
+class NextToken(NamedTuple):
+    """Predictions are logits (B, L, V) of the next token at every step, so that a causal model continues a text.
+
+    start: the token that stands before the first one; None: there is none, and only what has begun is continued.
+    """
+
+    start: int | None
+
+
 class Task(ABC):
     """Data, encoder, head, loss and metrics of one problem. Names no model.
 
@@ -120,11 +129,11 @@ class Task(ABC):
     t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
     smaller or larger is better.
 
-    Five optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
+    Six optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
     a model has to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
     image_shape: rows and columns of the image that an input sequence is. preprocessing: from what a user has to inputs,
     and from predictions back; known once the data are prepared. preconditioner: whose combination of outputs models
-    predict, as `precondition` was told.
+    predict, as `precondition` was told. next_token: models generate, token by token.
     """
 
     monitor: str
@@ -134,6 +143,7 @@ class Task(ABC):
     image_shape: tuple[int, int] | None = None
     preprocessing: Preprocessing | None = None
     preconditioner: Preconditioner | None = None
+    next_token: NextToken | None = None
 
     def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
         same = data.seq_len is None or seq_len == data.seq_len

@@ -1,6 +1,5 @@
 """The one LightningModule: any backbone on any task."""
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol, cast
@@ -181,8 +180,7 @@ class SequenceModule(L.LightningModule):
 def model_for(task: Task, backbone: Backbone) -> SequenceModel:
     """A backbone between the encoder and the head of a task. Raises `OptionError` where they do not fit."""
     require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
-    longest = (getattr(block.mixer, "seq_len", math.inf) for block in backbone.blocks)
-    require_length(task.seq_len, min(backbone.longest, *longest))
+    require_length(task.seq_len, backbone.limit)
     return SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
 
 
