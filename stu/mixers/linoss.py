@@ -55,10 +55,10 @@ class LinOSS(Structured, Mixer):
     damping the eigenvalues of M are initialised uniformly on the ring of radii r_min and r_max, with phases from 0 to
     max_phase; without it A is uniform in 0 … 1, and these three have no effect.
 
-    A and G are kept at least 0, and with "imex" A also where M oscillates, as in D-LinOSS: beyond it is unstable, which
-    tk-rusch/linoss leaves to training. Complex parameters are real pairs (…, 2). Both parts of B are initialised
-    uniform up to 1/√D, those of C up to 1/√N; D normal of variance 1; Δt = sigmoid(logit_dt), and logit_dt is uniform
-    in 0 … 1, with damping normal of standard deviation ½.
+    A and G are kept at least 0, and with "imex" A also where M oscillates, as in D-LinOSS: smaller A are overdamped,
+    larger ones unstable, which tk-rusch/linoss leaves to training. Complex parameters are real pairs (…, 2). Both parts
+    of B are initialised uniform up to 1/√D, those of C up to 1/√N; D normal of variance 1; Δt = sigmoid(logit_dt), and
+    logit_dt is uniform in 0 … 1, with damping normal of standard deviation ½.
     """
 
     structure = ("discretization",)

@@ -59,8 +59,8 @@ def test_linoss_is_its_equations(variant, causal, prepare):
     u, weights = noise(2, 40, D), noise(2, 40, D)
     y, expected = layer(u), literal(layer, u)
     assert_close(y, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
-    for (name, parameter), one, other in zip(
-        layer.named_parameters(),
+    for name, one, other in zip(
+        dict(layer.named_parameters()),
         torch.autograd.grad((y * weights).sum(), [*layer.parameters()]),
         torch.autograd.grad((expected * weights).sum(), [*layer.parameters()]),
         strict=True,
@@ -70,7 +70,6 @@ def test_linoss_is_its_equations(variant, causal, prepare):
         assert_close(
             one, other, rtol=1e-8, atol=1e-8 * other.abs().max().item() + 1e-12, msg=lambda m, n=name: f"{n}: {m}"
         )
-        assert parameter.grad is None
 
 
 @variants
@@ -118,7 +117,7 @@ def test_small_steps_follow_the_oscillator(variant):
             _, state = layer.step(torch.zeros(1, 1).double(), state)
         errors.append((state.oscillators[0, :2, 1] - expected).abs().max())
     assert errors[1] < 5e-3
-    assert 1.8 < errors[0] / errors[1] < 2.2 or variant == "imex"
+    assert 0.9 < torch.log2(errors[0] / errors[1]) < 1.1
 
 
 @pytest.mark.parametrize(
