@@ -6,8 +6,10 @@ for the blocks of its own model, and neither `layers` nor `mixers` is left.
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
-from typing import Any
+from functools import partial
+from hashlib import sha256
+from itertools import groupby
+from typing import Any, ClassVar
 
 import hydra._internal.hydra
 import yaml
@@ -18,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from stu.cli.check import SPECIAL, Refused, missing
 from stu.cli.usage import CONF, options_of
 from stu.errors import brief
+from stu.training.names import LONGEST, SHOWN
 
 ALIASES = {"attention": "transformer"}  # what the mixer of a model is called in a list of layers
 OPTIONS = "model.mixers."  # what follows: the options of layers, by name
@@ -27,6 +30,8 @@ Model = Callable[[str], DictConfig]  # the configuration of a model's own file, 
 
 class Loader(ConfigLoaderImpl):
     """Hydra's loader, which also lays out layers: Hydra has no place for what is made of a whole configuration."""
+
+    _known: ClassVar[dict[tuple[str | None, str, str], DictConfig]] = {}
 
     def load_configuration(
         self,
@@ -38,13 +43,20 @@ class Loader(ConfigLoaderImpl):
     ) -> DictConfig:
         """The configuration of a command, or of the words of a sweep that are not swept."""
         opened = [f"++{word}" if word.startswith(OPTIONS) else word for word in overrides]
-        load = super().load_configuration
-        config = load(config_name, opened, run_mode, from_shell, validate_sweep_overrides)
+        config = super().load_configuration(config_name, opened, run_mode, from_shell, validate_sweep_overrides)
         if isinstance(config.get("model"), DictConfig):
-            model = cache(lambda name: load(config_name, [f"model={name}"], RunMode.RUN))
             with flag_override(config, ["struct", "readonly"], False):
-                lay_out(config, model)
+                if run_mode == RunMode.MULTIRUN and config.model.get("layers") is None:
+                    config.model.pop("mixers", None)  # of layers that may be swept
+                lay_out(config, partial(self._model, config_name))
         return config
+
+    def _model(self, config_name: str | None, name: str) -> DictConfig:
+        """The configuration with a model of its own file, loaded once, as it takes a quarter of a second."""
+        key = config_name, name, str(self.get_search_path())
+        if key not in self._known:
+            self._known[key] = super().load_configuration(config_name, [f"model={name}"], RunMode.RUN)
+        return self._known[key]
 
 
 def install() -> None:
@@ -79,6 +91,15 @@ def lay_out(config: DictConfig, model: Model) -> None:
     groups = _confined(layers, config.model.depth, own, given)
     if groups or current:
         config.optimizer.groups = groups
+    if layers != chosen.model.layers:
+        config.hydra.runtime.choices.model = name_of(config.hydra.runtime.choices.model, layers)
+
+
+def name_of(model: str, layers: Sequence[str]) -> str:
+    """What a model with other layers than its own is called, in folders and tables: stu-stux2+attention."""
+    counted = ((name, len(list(same))) for name, same in groupby(layers))
+    name = f"{model}-{'+'.join(name + f'x{count}' * (count > 1) for name, count in counted)}"
+    return name if len(name) <= LONGEST else f"{name[:SHOWN]}-{sha256(name.encode()).hexdigest()[:10]}"
 
 
 def _names(layers: Any) -> list[str]:

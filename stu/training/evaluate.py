@@ -161,7 +161,7 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
 
 def _best(run: Run) -> Path:
     """The run's best checkpoint, or another file of the same weights where that one is damaged or missing."""
-    if states.is_whole(run.best) or not run.trained:
+    if states.is_whole(run.best) or run.resumes_from is None:
         return run.best
     survey = states.Survey(run.checkpoints)
     damages = survey.damages or f"{run.best.name} is missing"

@@ -1,5 +1,6 @@
 """What a phase of a run is made of: data, module, callbacks and a Trainer, from the parts that were configured."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,7 @@ class Parts:
         log = MetricsLog(plan, batch_size=data.batch_size, every_n_steps=self.log_every)
         checkpoints = self.checkpoints(folder, plan, task.monitor, task.mode, log.every)
         trainer = make_trainer(
-            self.trainer,
+            copy.deepcopy(self.trainer),  # a strategy serves one Trainer
             callbacks=[*first, log, report.progress(plan, log), *callbacks, checkpoints],
             logger=list(loggers),
             default_root_dir=folder,

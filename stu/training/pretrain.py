@@ -91,6 +91,7 @@ class Phase:
         weights = self.run.weights(folder / states.BEST)
         own = {name.removeprefix("model."): x for name, x in weights.items() if name.startswith("model.")}
         self.task.model(self.model).load_state_dict(own)
+        del self.fitting  # a model, an optimiser, and examples on the device
 
     def _finish(self) -> None:
         checkpoints, trainer = self.fitting.checkpoints, self.fitting.trainer

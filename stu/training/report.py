@@ -201,7 +201,7 @@ def note(text: str) -> None:
 @rank_zero_only
 def stopped(run: Run, stop: Stopped) -> None:
     """What to do after a signal."""
-    saved = f"saved in {run.saved.partition(' (')[0]}" if run.trained else "nothing was trained yet"
+    saved = f"saved in {run.latest}" if run.trained else "nothing was trained yet"
     way_on = "The same command resumes the run."
     if run.deleted:
         way_on = "The same command without overwrite=true resumes the run; with it, it starts again."
@@ -215,7 +215,7 @@ def diverged(run: Run, error: Diverged) -> None:
     """What to do after a loss that is not finite."""
     last = "no checkpoint was saved yet"
     if run.trained:
-        last = f"the last good checkpoint is {run.saved}"
+        last = f"the last good checkpoint is {run.latest} (step {states.latest_step(run.latest.parent)})"
     advice = "Try a smaller optimizer.lr, a longer optimizer.warmup or trainer.gradient_clip_val=1.0"
     print(f"error: {error}; {last}. {advice}", file=sys.stderr)
 

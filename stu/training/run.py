@@ -244,11 +244,10 @@ class Run:
         return states.latest_step(self.checkpoints)
 
     @property
-    def saved(self) -> str:
-        """Where the latest state is, in words."""
-        if self.pretrains and not _has_checkpoints(self.checkpoints):
-            return f"{self.pretraining / states.LAST} (step {states.latest_step(self.pretraining)} of pretraining)"
-        return f"{self.last} (step {self.last_step})"
+    def latest(self) -> Path:
+        """The last checkpoint of the phase that the run is in."""
+        pretrains = self.pretrains and not _has_checkpoints(self.checkpoints)
+        return self.pretraining / states.LAST if pretrains else self.last
 
     def mend(self) -> list[str]:
         """Replace damaged checkpoints by whole ones, before they are read, and remark it; returns these remarks.

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from stu.cli.check import Refused, check
 from stu.cli.composition import build
+from stu.cli.layers import name_of
 from tests import runs
 from tests.models import composed, model_config, randomized
 
@@ -69,6 +70,14 @@ def test_groups_that_are_given_change_those_of_the_layers():
     assert shallow["optimizer"]["groups"] == {}  # there is no block of s4
 
 
+def test_a_model_with_other_layers_has_a_name_of_its_own():
+    assert name_of("s4", ["stu", "stu", "attention"]) == "s4-stux2+attention"
+    long = [name_of("s4", ["stu", "attention"] * count + ["lru"]) for count in (20, 21)]
+    assert long[0][:88] == long[1][:88]
+    assert long[0] != long[1]
+    assert max(map(len, long)) <= 100
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
@@ -112,7 +121,7 @@ def test_a_hybrid_streams_as_it_computes_all_at_once():
 def test_a_hybrid_is_trained_resumed_and_tested_by_its_plain_configuration(tmp_path):
     words = runs.small("task=lds", "model=stu", "model.layers=[stu,attention]", "model.depth=2", "name=x")
     assert runs.train(tmp_path, *words, "trainer.max_epochs=1").code == 0
-    run = runs.run_of(tmp_path, "lds", "stu", "x")
+    run = runs.run_of(tmp_path, "lds", "stu-stu+attention", "x")
     assert [node["_target_"] for node in run.settings["model"]["mixer"]] == [
         "stu.STU",
         "stu.mixers.attention.Attention",
