@@ -131,7 +131,7 @@ class Selective(Structured, Mixer):
         return self._output(y, gate), signals, hidden
 
     def _convolve(self, signals: Tensor) -> Tensor:
-        """silu of the convolution, in float32 at least: (B, d_conv − 1 + L, S) → (B, L, S)."""
+        """Silu of the convolution, in float32 at least: (B, d_conv − 1 + L, S) → (B, L, S)."""
         dtype = at_least_float32(signals)
         signals, weight = signals.to(dtype), self.conv.weight.to(dtype)
         bias = None if self.conv.bias is None else self.conv.bias.to(dtype)

@@ -30,6 +30,8 @@ LIMITS = {
     "s5": (60, 150),
     "lru": (60, 150),
     "mamba2": (60, 180),
+    "gated_deltanet": (90, 260),
+    "mega:chunk_size=256": (75, 200),
 }
 
 
