@@ -1,6 +1,7 @@
 r"""Gated DeltaNet: a memory of keys and values that forgets by a gate and corrects what it already holds.
 
-B batch, L length, D model width, H heads, N width of a key, P width of a value, E = H·P, S = 2·H·N + E convolved signals
+B batch, L length, D model width, H heads, N width of a key, P width of a value, E = H·P,
+S = 2·H·N + E convolved signals
 
     z, (q, k, v), b, a = one projection of the input;   q, k, v ← silu(a short causal convolution of each signal)
     q ← q / |q|,   k ← k / |k|,   β = σ(b),   α = exp(−exp(A_log) softplus(a + dt_bias))        in each head
@@ -109,12 +110,14 @@ class GatedDeltaNet(Selective):
         return *unit.unbind(-3), v.unflatten(-1, (self.num_heads, -1))
 
     def _recur(self, signals: Sequence[Tensor], controls: Sequence[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_delta_rule(*signals, *controls, hidden, chunk_size=self.chunk_size)
+        (q, k, v), (beta, log_decay) = signals, controls
+        return gated_delta_rule(q, k, v, beta, log_decay, hidden, chunk_size=self.chunk_size)
 
     def _recur_step(
         self, signals: Sequence[Tensor], controls: Sequence[Tensor], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return gated_delta_step(*signals, *controls, hidden)
+        (q, k, v), (beta, log_decay) = signals, controls
+        return gated_delta_step(q, k, v, beta, log_decay, hidden)
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """(…, H, P) and (…, E) → (…, D); the norm is over each head, before the gate."""

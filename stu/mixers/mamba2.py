@@ -101,14 +101,14 @@ class Mamba2(Selective):
         return x.unflatten(-1, (self.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _recur(self, signals: Sequence[Tensor], controls: Sequence[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        x, B, C = signals
-        return ssd(x, *controls, self._rates(), B, C, self.D, hidden, chunk_size=self.chunk_size)
+        (x, B, C), (dt,) = signals, controls
+        return ssd(x, dt, self._rates(), B, C, self.D, hidden, chunk_size=self.chunk_size)
 
     def _recur_step(
         self, signals: Sequence[Tensor], controls: Sequence[Tensor], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, B, C = signals
-        return ssd_step(x, *controls, self._rates(), B, C, self.D, hidden)
+        (x, B, C), (dt,) = signals, controls
+        return ssd_step(x, dt, self._rates(), B, C, self.D, hidden)
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """(…, H, P) and (…, E) → (…, D); the norm is over each group, as the official code has it."""

@@ -1,7 +1,7 @@
 r"""Mega: a damped moving average of the input, and gated attention of one head to what it has averaged.
 
-B batch, L length, D model width, N averages of each channel, Z width of queries and keys, E width of values, S slots of a
-cache, C length of a chunk
+B batch, L length, D model width, N averages of each channel, Z width of queries and keys, E width of values, S slots of
+a cache, C length of a chunk
 
     h_t = (1 − α ⊙ δ) ⊙ h_{t−1} + α ⊙ β x_t,   x̂_t = silu(ηᵀ h_t / √N + ω x_t)      in each channel, α and δ in 0 … 1
     z = silu(W_z x̂),   q = κ_q ⊙ z + μ_q,   k = κ_k ⊙ z + μ_k,   v = silu(W_v x)
@@ -201,8 +201,8 @@ class Mega(Structured, Mixer):
 
     def _average(self, x: Tensor, system: tuple[Tensor, Tensor, Tensor], free: Tensor | None = None) -> Tensor:
         """x̂ of (B, L, D); free: what the averages before the first step add to it, (B, L, D)."""
-        decay, *weights = system
-        kernels = ema_kernel(decay.log(), *weights, x.shape[1]).mT.to(at_least_float32(x))  # (directions, L, D)
+        decay, inputs, outputs = system
+        kernels = ema_kernel(decay.log(), inputs, outputs, x.shape[1]).mT.to(at_least_float32(x))  # (directions, L, D)
         if self.causal:
             y = long_convolution(x, kernels[0])
         else:  # both see the present
@@ -285,15 +285,14 @@ class Mega(Structured, Mixer):
         bias = None
         if self.bias is not None:
             bias = self.bias(1, keys.shape[1])[(place - slots).clamp_min(0)].unsqueeze(1)
-        options = {"seen": seen, "number": place.unsqueeze(-1) + 1}
-        cached = (cache.to(query.dtype) for cache in (keys, values))
-        y = attend(query.unsqueeze(1), *cached, bias, self.attention, **options).squeeze(1)
+        key, value, number = keys.to(query.dtype), values.to(query.dtype), place.unsqueeze(-1) + 1
+        y = attend(query.unsqueeze(1), key, value, bias, self.attention, seen=seen, number=number).squeeze(1)
         return self._output(x, y, gates), state._replace(averages=averages, keys=keys, values=values, system=system)
 
     def _continue(
         self, query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, state: MegaState
     ) -> tuple[Tensor, MegaState]:
-        """A piece, its `count` real positions (all where None) first → what it attends to (B, L, E), and the state without averages."""
+        """A piece, its `count` real positions (None: all) first → what it attends to (B, L, E), and keys and values."""
         length, slots, before = query.shape[1], state.keys.shape[1], state.lengths
         start = self._start(before)
         known = before - start  # steps of the current chunk that are cached, (B,)

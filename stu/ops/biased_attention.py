@@ -57,7 +57,10 @@ def biased_attention(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kind: Kind, *, seen: Tensor | None, number: Tensor
 ) -> Tensor:
-    """Query (B, T, Z), key (B, S, Z), value (B, S, E); bias, seen: (T, S) or (B, T, S); number: of keys seen, (…, T, 1)."""
+    """Query (B, T, Z), key (B, S, Z), value (B, S, E) → (B, T, E).
+
+    bias, seen: (T, S) or (B, T, S), or None; number: how many keys a query sees, (…, T, 1).
+    """
     if kind == "softmax":
         mask = seen
         if bias is not None:

@@ -2,10 +2,10 @@ r"""The gated delta rule: a memory of keys and values that forgets and corrects 
 
 B batch, L length, H heads, N width of a key, P width of a value, c chunks of Q steps
 
-    h_t = α_t (I − β_t k_t k_tᵀ) h_{t−1} + β_t k_t v_tᵀ,    y_t = h_tᵀ q_t       h (N, P), α_t = exp(g_t) and β_t scalars
+    h_t = α_t (I − β_t k_t k_tᵀ) h_{t−1} + β_t k_t v_tᵀ,    y_t = h_tᵀ q_t      h (N, P), α_t = exp(g_t), β_t scalars
 
-Written as h_t = α_t h_{t−1} + β_t k_t e_tᵀ, the errors e_t = v_t − α_t h_{t−1}ᵀ k_t of a chunk solve a triangular system.
-With a_t = exp Σ_{r≤t} g_r and D_ts = exp Σ_{s<r≤t} g_r, h before the chunk, and T below the diagonal of K Kᵀ ∘ D,
+Written as h_t = α_t h_{t−1} + β_t k_t e_tᵀ, the errors e_t = v_t − α_t h_{t−1}ᵀ k_t of a chunk solve a triangular
+system. With a_t = exp Σ_{r≤t} g_r and D_ts = exp Σ_{s<r≤t} g_r, h before the chunk, T below the diagonal of K Kᵀ ∘ D,
 
     (I + T β) [W_v, W_k] = [V, a K],   E = W_v − W_k h
     Y = a Q h + (Q Kᵀ ∘ D) β E,        h ← a_Q h + K̃ᵀ E = (a_Q I − K̃ᵀ W_k) h + K̃ᵀ W_v,   K̃_s = D_Qs β_s k_s
@@ -16,6 +16,7 @@ Source: Yang, Kautz, Hatamizadeh, "Gated delta networks", 2412.06464, section 3.
 Zhang, Shen, Kim, "Parallelizing linear transformers with the delta rule over sequence length", 2406.06484.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,10 +56,8 @@ def gated_delta_rule(
         initial = v.new_zeros(len(v), v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
     with no_autocast(v):
         inputs = [signal.to(dtype) for signal in (q, k, v, beta, log_decay, initial)]
-        if transformed(*inputs):
-            y, final, _ = _chunkwise(*inputs, chunk_size, "sequential")
-        else:
-            y, final, _ = _gated_delta_rule(*inputs, chunk_size, choose(algorithm, v, "sequential", "parallel"))
+        form: Callable[..., tuple[Tensor, Tensor, Tensor]] = _chunkwise if transformed(*inputs) else _gated_delta_rule
+        y, final, _ = form(*inputs, chunk_size, choose(algorithm, v, "sequential", "parallel"))
         return y.to(v.dtype), final
 
 
@@ -184,8 +183,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dentering: Ten
 
 def _outputs(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The plain form, without the states between chunks."""
-    *tensors, chunk_size, _ = inputs
-    y, final, _ = _chunkwise(*tensors, chunk_size, "sequential")
+    y, final, _ = _chunkwise(*inputs)
     return y, final
 
 
@@ -198,7 +196,8 @@ _gated_delta_rule.register_autograd(_backward, setup_context=_save)
 class _Parts(NamedTuple):
     """The chunks of all heads: k above q (B, H, c, 2Q, N), q, k, v (B, H, c, Q, …), β and what is like it (…, 1).
 
-    pairs, mixing: K Kᵀ ∘ D and Q Kᵀ ∘ D, (B, H, c, Q, Q), zero above the diagonal. from_start: a. to_end: D_Qs. decay: D.
+    pairs, mixing: K Kᵀ ∘ D and Q Kᵀ ∘ D, (B, H, c, Q, Q), zero above the diagonal. from_start: a. to_end: D_Qs.
+    decay: D.
     """
 
     both: Tensor

@@ -1,6 +1,7 @@
 r"""Gated DeltaNet: a matrix of values by keys, one step after the other.
 
-B batch, L length, D model width, H heads, N width of a key, P width of a value, E = H·P, S = 2·H·N + E convolved signals
+B batch, L length, D model width, H heads, N width of a key, P width of a value, E = H·P,
+S = 2·H·N + E convolved signals
 
     z, (q, k, v), b, a = W_in u;   q, k, v ← silu(a short causal convolution of each signal)
     q ← q / |q|,   k ← k / |k|,   β = σ(b),   α = exp(−exp(A_log) softplus(a + bias))
@@ -66,5 +67,5 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> 
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """A bᵀ of vectors, (…, P), (…, N) → (…, P, N)."""
+    """The product a bᵀ of vectors, (…, P), (…, N) → (…, P, N)."""
     return a.unsqueeze(-1) * b.unsqueeze(-2)

@@ -58,7 +58,7 @@ def mega(
 
 
 def moving_average(x: Tensor, alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor) -> Tensor:
-    """The multidimensional damped average of each channel (equations 7 and 8): (B, L, D), four of (D, N) → (B, L, D)."""
+    """The multidimensional damped average of each channel (equations 7, 8): (B, L, D), four of (D, N) → (B, L, D)."""
     h = torch.zeros_like(x[:, 0]).unsqueeze(-1) * alpha  # (B, D, N)
     outputs = []
     for t in range(x.shape[1]):

@@ -33,6 +33,8 @@ LIMITS = {
     "linoss": (75, 150),
     "linoss:discretization=imex,damping=true": (75, 170),
     "mamba2": (60, 180),
+    "gated_deltanet": (90, 260),
+    "mega:chunk_size=256": (75, 200),
 }
 
 
