@@ -128,6 +128,15 @@ def test_what_is_wrong_is_one_line_that_says_where(name: str, content: str, prob
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_bytes_that_are_no_text_are_found(name: str, tmp_path: Path):
+    path = written(tmp_path, name)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], lines[2] + b"\xff", *lines[3:]]))
+    with pytest.raises(OptionError, match="line 3: is no text in UTF-8"):
+        read_table(path)
+
+
 def test_what_is_no_single_table_is_refused(tmp_path: Path):
     DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "dict")
     np.savez(tmp_path / "ragged.npz", x=np.zeros(3), y=np.zeros(4))

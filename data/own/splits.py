@@ -17,6 +17,7 @@ from stu.errors import require
 from stu.task import Splits
 
 TRAIN, VAL, TEST = range(3)
+UNUSED = 3
 DRAWN = (TEST, VAL)  # the first does not depend on the size of the second
 
 
@@ -37,7 +38,7 @@ def missing(split: NDArray[np.int8]) -> list[int]:
 
 def divided(
     split: NDArray[np.int8],
-    sizes: Mapping[str, float],
+    sizes: Mapping[str, Any],
     *,
     seed: int,
     labels: Integers | None = None,
@@ -46,7 +47,8 @@ def divided(
 ) -> NDArray[np.int8]:
     """Every sequence in a split: val and test, where no file and no column says which they are, are divided off train.
 
-    sizes: val and test, as fractions of the sequences that are not in another split or, from 1 on, as their number.
+    sizes: of the splits, as fractions of the sequences that are not in another split or, from 1 on, as their number;
+    what train leaves is `UNUSED`, nothing where its size is None.
     groups: (n,), no group is in two splits. times: (n,), the last are the test set, those before it the validation
     set. Otherwise drawn at random, of each of the labels (n,) in about its overall proportion.
     """
@@ -70,10 +72,12 @@ def divided(
             require(stop < len(pool), name, sizes[name], "leaves no group for train")
         split[pool[unit[start:stop]]] = one
         start = stop
+    if sizes["train"] is not None:
+        split[pool[unit[start + _count("train", sizes["train"], len(pool)) :]]] = UNUSED
     return split
 
 
-def cuts(lengths: Integers, sizes: Mapping[str, float], wanted: list[int]) -> tuple[Integers, NDArray[np.int8]]:
+def cuts(lengths: Integers, sizes: Mapping[str, Any], wanted: list[int]) -> tuple[Integers, NDArray[np.int8]]:
     """Lengths (n, parts) of the parts of every series, and their splits: the last is the test set, if it is wanted."""
     taken = {
         one: np.array([_count(Splits._fields[one], sizes[Splits._fields[one]], length) for length in lengths])

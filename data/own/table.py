@@ -54,6 +54,7 @@ class TableData(StoredData["TableExamples"]):
     split: str | None = None
     group: str | None = None
     divide: Literal["auto", "random", "time"] = "auto"
+    train: float | None = None
     val: float = 0.1
     test: float = 0.1
     seed: int = 0
@@ -65,14 +66,10 @@ class TableData(StoredData["TableExamples"]):
                 self.require_least(name, least)
         if self.vocabulary is not None:
             self.require_memory(8 * self.vocabulary, "vocabulary")
-        for name in ("val", "test"):
+        for name in Splits._fields:
             size = getattr(self, name)
-            require(
-                0 < size < 1 or (1 <= size < 2**40 and size == int(size)),
-                name,
-                size,
-                "must be a fraction between 0 and 1, or a number",
-            )
+            fits = size is None or 0 < size < 1 or (1 <= size < 2**40 and size == int(size))
+            require(fits, name, size, "must be a fraction between 0 and 1, or a number")
         if self.divide == "time" and self.group is not None:
             raise OptionError("group", self.group, "must be null where divide=time")
 
@@ -142,13 +139,14 @@ class TableData(StoredData["TableExamples"]):
         targets = sequences.read_targets(rows, target, self.kind, of)
         split = rows.split[of.first]
         wanted = splits.missing(split)
-        sizes = {"val": self.val, "test": self.test}
+        sizes = {name: getattr(self, name) for name in Splits._fields}
         every_step = targets.kind in ("steps", "forecast", "token")
         few = len(of) < FEW_SERIES and bool(wanted)
         if every_step and wanted and (self.divide == "time" or (self.divide == "auto" and few and self.group is None)):
             require(self.group is None, "group", self.group, "must be null where every series is cut")
             pool = (split == UNDECIDED) | (split == splits.TRAIN)
             require(bool(pool.all()), "divide", self.divide, "must be random where a file or a column says a split")
+            require(self.train is None, "train", self.train, "must be null where every series is cut")
             pieces, split = splits.cuts(of.lengths, sizes, wanted)
             return of.cut(pieces), targets, split
         groups = (
@@ -199,7 +197,8 @@ class TableData(StoredData["TableExamples"]):
             return targets, encoding
         if targets.kind == "class":
             present = np.unique(targets.values[train])
-            if (bad := np.flatnonzero(~np.isin(targets.values, present))).size:
+            unknown = ~np.isin(targets.values, present) & (split != splits.UNUSED)
+            if (bad := np.flatnonzero(unknown)).size:
                 place, where = int(bad[0]), Splits._fields[split[bad[0]]]
                 problem = f"the class {targets.labels[targets.values[place]]!r} is in {where}, not in train"
                 rows.refuse(int(of.first[place]), targets.columns[0], problem)
