@@ -3,12 +3,12 @@
 n examples, L length, C channels, V vocabulary
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.own.table import TableExamples
+from stu.task import Examples
 
 STEPS = 2**20  # that the baselines of steps are fitted to, and tested on
 PEAK = 0.3  # of the autocorrelation, from which a series is called seasonal
@@ -16,28 +16,23 @@ PEAK = 0.3  # of the autocorrelation, from which a series is called seasonal
 Reals = NDArray[np.float64]
 
 
-def majority(train: TableExamples, test: TableExamples) -> dict[str, float]:
-    """Test accuracy of the most frequent class of the training split."""
-    assert train.targets is not None
-    assert test.targets is not None
-    return {"majority": float((test.targets == np.bincount(train.targets).argmax()).mean())}
+def majority(train: NDArray[np.integer], test: NDArray[np.integer]) -> dict[str, float]:
+    """Test accuracy of the most frequent class of the training split; classes (n,) each."""
+    return {"majority": float((test == np.bincount(train).argmax()).mean())}
 
 
-def mean(test: TableExamples) -> dict[str, float]:
+def mean(test: Examples) -> dict[str, float]:
     """Test error of the training mean, which is 0, in variances of the training split."""
     return {"mean": _mean_square([targets for _, targets in _some(test)])}
 
 
-def forecasts(
-    train: TableExamples, test: TableExamples, season: int | None, rollout: tuple[int, int] | None
-) -> dict[str, float]:
+def forecasts(test: Examples, season: int | None, rollout: tuple[int, int] | None) -> dict[str, float]:
     """Test errors of the mean, the last value and the value a season ago, at the next step and in rollouts.
 
-    season: in steps; None: found by `season_of`. rollout: context and horizon.
+    season: in steps; None: there is none. rollout: context and horizon.
     """
-    found = season if season is not None else season_of(train)
     examples = _some(test)
-    lags = {"last value": 1, **({} if found is None else {"seasonal": found})}
+    lags = {"last value": 1, **({} if season is None else {"seasonal": season})}
     errors = {"mean": _mean_square([targets for _, targets in examples])}
     for name, lag in lags.items():  # x_{t+1} from x_{t+1−lag}
         late = [
@@ -56,7 +51,7 @@ def forecasts(
     return errors
 
 
-def tokens(train: TableExamples, test: TableExamples, vocab_size: int) -> dict[str, float]:
+def tokens(train: Examples, test: Examples, vocab_size: int) -> dict[str, float]:
     """Test accuracies of the most frequent token, and of what most often follows the token before."""
     inputs, targets = map(np.concatenate, zip(*_some(train), strict=True))
     frequent = int(np.bincount(targets).argmax())
@@ -68,14 +63,16 @@ def tokens(train: TableExamples, test: TableExamples, vocab_size: int) -> dict[s
     return {"most frequent": float((targets == frequent).mean()), "bigram": float((targets == follows[inputs]).mean())}
 
 
-def season_of(train: TableExamples) -> int | None:
+def season_of(series: Sequence[np.ndarray]) -> int | None:
     """The lag of the first peak of the autocorrelation that is above `PEAK` and nearly the highest; None without one.
 
-    The mean is taken over sequences and channels, of as many steps as the shortest has, up to half of them as lags.
+    The mean is taken over channels and those series (L, C) that are at least half as long as the longest, of as many
+    steps as all of them have, up to half of them as lags.
     """
-    examples = _some(train)
-    length = min(len(inputs) for inputs, _ in examples)
-    values = np.stack([inputs[:length] for inputs, _ in examples]).astype(np.float64)  # (n, L, C)
+    longest = max(map(len, series))
+    chosen = [one for one in series if 2 * len(one) >= longest]
+    length = min(map(len, chosen))
+    values = np.stack([one[:length] for one in chosen[: 1 + STEPS // length]]).astype(np.float64)  # (n, L, C)
     values -= values.mean(1, keepdims=True)
     power = np.abs(np.fft.rfft(values, 2 * length, axis=1)) ** 2
     correlation = np.fft.irfft(power, axis=1)[:, : length // 2 + 1].mean((0, 2))  # by lag
@@ -90,18 +87,19 @@ def season_of(train: TableExamples) -> int | None:
     return int(peaks[correlation[peaks] >= 0.9 * correlation[peaks].max()][0])
 
 
-def _some(examples: TableExamples) -> list[tuple[np.ndarray, np.ndarray]]:
+def _some(examples: Examples) -> list[tuple[np.ndarray, np.ndarray]]:
     """The first examples, of so many steps in sum, one of them at least."""
     return list(_first(examples))
 
 
-def _first(examples: TableExamples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _first(examples: Examples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     steps = 0
     for index in range(len(examples)):
         if steps >= STEPS:
             return
-        yield examples[index]
-        steps += int(examples.sizes[index])
+        inputs, targets = examples[index]
+        yield inputs, targets
+        steps += len(inputs)
 
 
 def _repeated(season: np.ndarray, horizon: int) -> np.ndarray:

@@ -154,7 +154,7 @@ def rows_are(
     return "sequences"
 
 
-def read_as(rows: Rows, inputs: Sequence[str], given: Read) -> Read:
+def read_as(rows: Rows, inputs: Sequence[str], given: Read, are: RowsAre) -> Read:
     """What the inputs are read as, where the options leave it open."""
     kind = columns.kind(rows, inputs[0])
     if given != "auto":
@@ -163,7 +163,7 @@ def read_as(rows: Rows, inputs: Sequence[str], given: Read) -> Read:
         columns.require_unmixed(rows, inputs[0], "read=bytes")
         return "bytes"
     whole = columns.is_list(kind) and pa.types.is_integer(kind.value_type)
-    return "tokens" if whole and len(inputs) == 1 else "numbers"
+    return "tokens" if whole and len(inputs) == 1 and are == "sequences" else "numbers"
 
 
 def read_inputs(
@@ -177,17 +177,11 @@ def read_inputs(
         require(len(inputs) == 1, "inputs", several, f"must be one column of text where read={read}")
         texts = columns.texts(rows, inputs[0])
         return Sequences(read, tuple(inputs), texts, np.array([len(text) for text in texts]), first, None)
-    order = None
-    if columns.is_list(columns.kind(rows, inputs[0])):
-        require(
-            series_of is None,
-            "inputs",
-            several,
-            "has lists, each of which is a sequence: set rows=sequences, sequence=null",
-        )
+    order, lists = None, columns.is_list(columns.kind(rows, inputs[0]))
+    if lists and series_of is None:
         values, lengths = _stacked(rows, inputs)
     else:
-        matrix = np.stack([columns.numbers(rows, name) for name in inputs], 1)  # (rows, columns)
+        matrix = _channels(rows, inputs[0]) if lists else _columns(rows, inputs)  # (rows, numbers)
         if series_of is None:
             values, lengths = matrix.reshape(-1, 1), np.full(len(matrix), matrix.shape[1])
         else:
@@ -195,6 +189,19 @@ def read_inputs(
             values, first = matrix[order], order[np.cumsum(lengths) - lengths]
     found = Sequences(read, tuple(inputs), values, lengths, first, order)
     return replace(found, values=_tokens(rows, found)) if read == "tokens" else found
+
+
+def _columns(rows: Rows, names: Sequence[str]) -> Reals:
+    return np.stack([columns.numbers(rows, name) for name in names], 1)
+
+
+def _channels(rows: Rows, column: str) -> Reals:
+    """A column of equally long lists as (rows, C), where a row is a step."""
+    values, lengths = columns.nested(rows, column)
+    if (bad := np.flatnonzero(lengths != lengths[0])).size or values.ndim > 1:
+        row = int(bad[0]) if bad.size else 0
+        rows.refuse(row, column, f"must be {lengths[0]} numbers, one per channel, where a row is a step")
+    return values.reshape(len(lengths), -1)
 
 
 def _stacked(rows: Rows, inputs: Sequence[str]) -> tuple[Reals, Integers]:
@@ -238,7 +245,7 @@ def read_targets(rows: Rows, target: Sequence[str] | None, kind: Kind, of: Seque
         if of.order is not None:
             codes = one_value(rows, target[0], codes, of.order, of.lengths)
         return Targets("class", tuple(target), codes, tuple(labels))
-    values = np.stack([columns.numbers(rows, name) for name in target], 1)  # (rows, O)
+    values = _columns(rows, target)  # (rows, O)
     if of.order is None:
         return Targets("number", tuple(target), values)
     steps = values[of.order]

@@ -27,7 +27,7 @@ WORDS = {  # of the names of files, folders and splits, in lower case
 UNDECIDED = -1  # the split of a row that is yet to be divided off
 DEPTH = 3  # folders below the source that are searched
 HUB = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
-ALLOWED = "must be a file, a folder, or a data set of https://huggingface.co: owner/name, owner/name:config or owner/name@revision"
+ALLOWED = "must be a file, a folder, or owner/name, owner/name:config or owner/name@revision of https://huggingface.co"
 
 
 @final

@@ -13,12 +13,13 @@ from typing import Any, Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
-from data.own import columns, sequences, splits
+from data.own import baselines, columns, sequences, splits
 from data.own.columns import Integers, Names, Reals
 from data.own.sequences import NEXT, Kind, Read, RowsAre, Sequences, Target, Targets
 from data.own.sources import UNDECIDED, Part, Rows, identity, loaded, parts_of
 from data.store.arrow import read_arrays, write_arrays
 from data.store.cache import say
+from data.store.sources import note_repeats
 from data.store.stored import StoredData
 from stu.errors import OptionError, brief, require
 from stu.files import write_atomically
@@ -96,10 +97,15 @@ class TableData(StoredData["TableExamples"]):
         encoding = self.fitted(rows, of, split)
         of = _encoded(encoding, of)
         targets, decoding = self.decoded(rows, of, targets, split, encoding)
-        sizes = []
-        for number, name in enumerate(Splits._fields):
-            sizes.append(self.write(folder, name, rows, of, targets, split == number))
-        facts = {"kind": targets.kind, "preprocessing": Preprocessing(encoding, decoding).as_dict()}
+        sizes = [
+            self.write(folder, name, rows, of, targets, split == number) for number, name in enumerate(Splits._fields)
+        ]
+        _note_repeats(of, split)
+        season = None
+        if targets.kind == "forecast":
+            parts = np.split(of.values, np.cumsum(of.lengths)[:-1])
+            season = baselines.season_of([one for one, at in zip(parts, split, strict=True) if at == splits.TRAIN])
+        facts = {"season": season, "kind": targets.kind, "preprocessing": Preprocessing(encoding, decoding).as_dict()}
         write_atomically(folder / "facts.json", json.dumps(facts) + "\n")
         say(f"{rows.name}: {_described(of, targets, encoding)}; {' / '.join(f'{size:,}' for size in sizes)} sequences")
 
@@ -135,7 +141,7 @@ class TableData(StoredData["TableExamples"]):
             are == "steps" or self.sequence is None, "rows", are, "must be steps where there is a column `sequence`"
         )
         series = sequences.series(rows, self.sequence, self.time) if are == "steps" else None
-        of = sequences.read_inputs(rows, inputs, sequences.read_as(rows, inputs, self.read), series)
+        of = sequences.read_inputs(rows, inputs, sequences.read_as(rows, inputs, self.read, are), series)
         targets = sequences.read_targets(rows, target, self.kind, of)
         split = rows.split[of.first]
         wanted = splits.missing(split)
@@ -256,8 +262,12 @@ class TableData(StoredData["TableExamples"]):
 
     def facts(self, folder: Path | None = None) -> tuple[Target, Preprocessing]:
         """What is predicted, and the encodings of inputs and targets."""
-        found = json.loads(((folder or self.prepare()) / "facts.json").read_text(encoding="utf-8"))
+        found = _facts(folder or self.prepare())
         return found["kind"], Preprocessing.read(found["preprocessing"])
+
+    def season(self) -> int | None:
+        """In steps, of the training split; None where there is none."""
+        return _facts(self.prepare())["season"]
 
     def probe(self, folder: Path) -> None:
         """Open all that is read of `folder`."""
@@ -294,6 +304,10 @@ class TableExamples:
         return inputs, self.targets[start:stop].copy() if self.kind == "steps" else self.targets[index].copy()
 
 
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+
+
 def _vocabulary(texts: list[str], units: str, most: int | None) -> tuple[str, ...]:
     """The most frequent words or characters of texts, in their order."""
     counts = Counter(unit for text in texts for unit in (text.split() if units == "words" else text))
@@ -327,6 +341,15 @@ def _encoded(encoding: Inputs, of: Sequences) -> Sequences:
     texts = [encoding.encode(text) for text in of.values]
     lengths = np.array([len(text) for text in texts])
     return Sequences(of.read, of.columns, _smallest(np.concatenate(texts)), lengths, of.first, None)
+
+
+def _note_repeats(of: Sequences, split: NDArray[np.int8]) -> None:
+    """Say how many sequences of val and test are in train, too."""
+    digests = [hash(one.tobytes()) for one in np.split(of.values, np.cumsum(of.lengths)[:-1])]
+    by_split = [[digest for digest, one in zip(digests, split, strict=True) if one == number] for number in range(3)]
+    known = set(by_split[splits.TRAIN])
+    for number in (splits.VAL, splits.TEST):
+        note_repeats(Splits._fields[number], sum(digest in known for digest in by_split[number]), len(by_split[number]))
 
 
 def _smallest(values: NDArray[Any]) -> NDArray[Any]:

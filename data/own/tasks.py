@@ -85,7 +85,10 @@ class TableClassification(TableTask, Classification):
 
     def baselines(self) -> dict[str, float]:
         """Test accuracy of the most frequent class."""
-        return baselines.majority(self.data.examples("train"), self.data.examples("test"))
+        train, test = self.data.examples("train").targets, self.data.examples("test").targets
+        assert train is not None
+        assert test is not None
+        return baselines.majority(train, test)
 
 
 @final
@@ -149,8 +152,8 @@ class TableForecast(TableTask, Regression):
 
     def baselines(self) -> dict[str, float]:
         """Test errors of the mean, the last value and the value a season ago, at the next step and in rollouts."""
-        train, test = self.data.examples("train"), self.data.examples("test")
-        return baselines.forecasts(train, test, self.season, self.rollout and self.rollout[:2])
+        season = self.data.season() if self.season is None else self.season
+        return baselines.forecasts(self.data.examples("test"), season, self.rollout and self.rollout[:2])
 
     def metrics(self) -> dict[str, Metric]:
         """The error, in variances of the training split and relative to the power of the targets, and R²."""
