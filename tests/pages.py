@@ -102,12 +102,14 @@ def task_facts(name: str, _: Sequence[str]) -> list[list[str]]:
     task, steps = task_class(name), count(values["task.seq_len"])
     if isinstance(task, type):
         scored = f"{task.monitor}, {'larger' if task.mode == 'max' else 'smaller'} is better"
-    else:
-        scored = "metric and baselines are those of what is predicted"
-    shown = baselines(name, getattr(task, "trivial", None))
+        shown = f"{sizes} training, validation and test sequences of up to {steps} steps; {scored}. "
+        shown, told = shown + baselines(name, task.trivial), ""
+    else:  # which the data decide
+        shown = f"Sequences of up to {steps} steps; metric and trivial baselines are those of what is predicted."
+        told = " task.data.source=FILE task.inputs=COLUMN task.target=COLUMN"
     return [
-        [f"{sizes} training, validation and test sequences of up to {steps} steps; {scored}. {shown}"],
-        ["```bash", f"python -m data.prepare task={name}", f"python train.py model=stu task={name}", "```"],
+        [shown],
+        ["```bash", f"python -m data.prepare task={name}{told}", f"python train.py model=stu task={name}{told}", "```"],
         [f"Presets: {presets('task', name)}."] if presets("task", name) else [],
     ]
 
