@@ -126,6 +126,14 @@ def require_unmixed(rows: Rows, column: str, option: str) -> None:
         rows.refuse(row, column, f"{brief(repr(cell))} is no number, as most of the column are; or set {option}")
 
 
+def require_no_lists(rows: Rows, column: str) -> None:
+    """Refuse a column of texts all of which are lists, as some programs write them: they are no text."""
+    written = pc.match_substring_regex(rows.table[column], r"^\s*\[[-+0-9.,eE\s\[\]]*\]\s*$")
+    problem = "is a list written as text: keep lists in jsonl, parquet or arrow, or set read=bytes"
+    if pc.all(written).as_py():
+        rows.refuse(0, column, problem)
+
+
 def nested(rows: Rows, column: str) -> Nested:
     """A column of lists of numbers, or of lists of equally long lists, all finite."""
     cells = require_whole(rows, column)

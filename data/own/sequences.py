@@ -134,12 +134,10 @@ def one_value(rows: Rows, column: str, values: np.ndarray, order: Integers, leng
 
 
 def rows_are(
-    rows: Rows, inputs: Sequence[str], target: object, sequence: str | None, time: str | None, given: RowsAre
+    rows: Rows, inputs: Sequence[str], target: object, sequence: str | None, time: str | None, read: Read
 ) -> RowsAre:
-    """Whether a row is a sequence or a step, where the options leave it open."""
-    if given != "auto":
-        return given
-    scalar = columns.is_number(columns.kind(rows, inputs[0]))
+    """Whether a row is a sequence or a step, where no option says so."""
+    scalar = read not in TEXT and columns.is_number(columns.kind(rows, inputs[0]))
     if sequence is not None or (scalar and target == NEXT and (time is not None or len(inputs) == 1)):
         return "steps"
     unclear = scalar and target == NEXT
@@ -161,6 +159,7 @@ def read_as(rows: Rows, inputs: Sequence[str], given: Read, are: RowsAre) -> Rea
         return given
     if columns.is_text(kind) and len(inputs) == 1:
         columns.require_unmixed(rows, inputs[0], "read=bytes")
+        columns.require_no_lists(rows, inputs[0])
         return "bytes"
     whole = columns.is_list(kind) and pa.types.is_integer(kind.value_type)
     return "tokens" if whole and len(inputs) == 1 and are == "sequences" else "numbers"

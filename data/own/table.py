@@ -123,6 +123,7 @@ class TableData(StoredData["TableExamples"]):
             )
             target = None if self.target == NEXT else columns.found(names, "target", self.target)
             chosen.update(target=target, inputs=columns.found(names, "inputs", self.inputs, [*others, *(target or [])]))
+            _require_apart(self, [*chosen["inputs"], *(target or [])])
             return list(dict.fromkeys([*chosen["inputs"], *(target or []), *others]))
 
         rows = loaded(self.parts, choose)
@@ -136,7 +137,9 @@ class TableData(StoredData["TableExamples"]):
         self, rows: Rows, inputs: list[str], target: list[str] | None
     ) -> tuple[Sequences, Targets, NDArray[np.int8]]:
         """The sequences, their targets and their splits."""
-        are = sequences.rows_are(rows, inputs, self.target, self.sequence, self.time, self.rows)
+        are = self.rows
+        if are == "auto":
+            are = sequences.rows_are(rows, inputs, self.target, self.sequence, self.time, self.read)
         require(
             are == "steps" or self.sequence is None, "rows", are, "must be steps where there is a column `sequence`"
         )
@@ -302,6 +305,13 @@ class TableExamples:
             return inputs, self.values[start + 1 : stop + 1].copy()
         assert self.targets is not None
         return inputs, self.targets[start:stop].copy() if self.kind == "steps" else self.targets[index].copy()
+
+
+def _require_apart(of: TableData, names: list[str]) -> None:
+    """Refuse columns that say which rows belong together as inputs or targets."""
+    for key in ("sequence", "split", "group"):
+        name = getattr(of, key)
+        require(name is None or name not in names, key, name, "is an input or a target, too, must be another column")
 
 
 def _facts(folder: Path) -> dict[str, Any]:

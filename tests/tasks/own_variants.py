@@ -82,7 +82,7 @@ def uniform(values: list[Any]) -> list[Any]:
 
 
 def cell(value: Any) -> str:
-    return "" if value is None else f'"{value}"' if isinstance(value, str) and " " in value else str(value)
+    return "" if value is None else f'"{value}"' if isinstance(value, str) and set(" ,") & set(value) else str(value)
 
 
 def attempt(folder: Path, source: str | Path, **options: Any) -> Task:

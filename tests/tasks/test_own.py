@@ -143,6 +143,30 @@ class TestInputs:
             assert task.preprocessing.targets == Classes(tuple(sorted(values)))
             assert {type(label) for label in task.preprocessing.targets.labels} == {type(values[0])}
 
+    def test_numbers_may_be_read_as_text(self, tmp_path: Path):
+        columns = table() | {"text": list(range(1000, 1030))}
+        task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="text", target="label", read="bytes")
+        assert everything(task) == [str(number) for number in range(1000, 1030)]
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            ({"inputs": "listed"}, "line 2, column listed: is a list written as text"),
+            ({"inputs": "text", "target": "y", "group": "y"}, "group=y: is an input or a target, too"),
+            ({"inputs": "x*", "divide": "time"}, "divide=time: needs a column: set time"),
+            ({"inputs": "x*", "target": "next"}, "rows=auto: must be steps .* or sequences"),
+            ({"inputs": "x0"}, "inputs=x0: has one number a row, which is no sequence"),
+            ({"inputs": "x*", "horizon": 3}, "horizon=3: is of forecasts of numbers"),
+            ({"inputs": "x*", "split": "label"}, "split=label: is an input or a target, too"),
+            ({"inputs": "text", "vocabulary": 5}, "vocabulary=5: must be null: bytes have none"),
+        ],
+    )
+    def test_options_that_do_not_fit_are_refused(self, options: dict[str, Any], problem: str, tmp_path: Path):
+        columns = table() | {"listed": [f"[{row}, 0.5, -1e3]" for row in range(30)]}
+        path = write(tmp_path / "t.csv", columns)
+        with pytest.raises(OptionError, match=problem):
+            attempt(tmp_path, path, **{"target": "label", **options})
+
     def test_integers_are_classes_where_they_are_few(self, tmp_path: Path):
         columns = table() | {"few": [row % 4 for row in range(30)], "many": list(range(30))}
         path = write(tmp_path / "t.csv", columns)
