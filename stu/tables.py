@@ -98,6 +98,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OptionError:
         raise
+    except UnicodeDecodeError as error:
+        raise OptionError("source", str(path), f"line {_undecodable(path)}: is no text in UTF-8") from error
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, csv.Error, RecursionError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise OptionError("source", str(path), f"cannot be read, or not to its end: {reason}") from error
@@ -107,12 +109,18 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _text(path: Path) -> Iterator[TextIOWrapper]:
+def _text(path: Path, errors: str = "strict") -> Iterator[TextIOWrapper]:
     """The characters of a file, uncompressed, without the mark that some programs begin with."""
     import pyarrow as pa
 
     with pa.input_stream(str(path), compression="detect") as file:
-        yield TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        yield TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
+
+
+def _undecodable(path: Path) -> int:
+    """The first line that is not in UTF-8."""
+    with _text(path, "replace") as text:
+        return next((line for line, content in enumerate(text, 1) if "\ufffd" in content), 1)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -124,7 +132,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             for row in reader:
                 yield start, row
                 start = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise OptionError("source", str(path), f"line {start}: {error}") from error
 
 

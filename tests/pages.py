@@ -6,7 +6,7 @@ section for what has none yet, also in docs/api/data.md.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -100,11 +100,16 @@ def task_facts(name: str, _: Sequence[str]) -> list[list[str]]:
     values = {option.key: option.value for option in options("task", name)}
     sizes = " / ".join(count(values.get(f"task.data.{split}", "all")) for split in ("train", "val", "test"))
     task, steps = task_class(name), count(values["task.seq_len"])
-    scored = f"{task.monitor}, {'larger' if task.mode == 'max' else 'smaller'} is better"
-    shown = baselines(name, task.trivial)
+    if isinstance(task, type):
+        scored = f"{task.monitor}, {'larger' if task.mode == 'max' else 'smaller'} is better"
+        shown = f"{sizes} training, validation and test sequences of up to {steps} steps; {scored}. "
+        shown, told = shown + baselines(name, task.trivial), ""
+    else:  # which the data decide
+        shown = f"Sequences of up to {steps} steps; metric and trivial baselines are those of what is predicted."
+        told = " task.data.source=FILE task.inputs=COLUMN task.target=COLUMN"
     return [
-        [f"{sizes} training, validation and test sequences of up to {steps} steps; {scored}. {shown}"],
-        ["```bash", f"python -m data.prepare task={name}", f"python train.py model=stu task={name}", "```"],
+        [shown],
+        ["```bash", f"python -m data.prepare task={name}{told}", f"python train.py model=stu task={name}{told}", "```"],
         [f"Presets: {presets('task', name)}."] if presets("task", name) else [],
     ]
 
@@ -146,11 +151,11 @@ def baselines(name: str, trivial: Sequence[str] | None) -> str:
     return f"Baselines: {found[1]}; trivial are {', '.join(f'*{one}*' for one in trivial)}."
 
 
-def task_class(name: str) -> type[Task]:
-    """What a file of conf/task makes."""
+def task_class(name: str) -> type[Task] | Callable[..., Task]:
+    """What a file of conf/task calls."""
     target = re.search(r"^_target_: (\S+)\.(\w+)$", file("task", name).read_text(encoding="utf-8"), re.MULTILINE)
     assert target is not None, name
-    made: type[Task] = getattr(import_module(target[1]), target[2])
+    made: type[Task] | Callable[..., Task] = getattr(import_module(target[1]), target[2])
     return made
 
 

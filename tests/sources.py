@@ -81,13 +81,25 @@ def aan(folder: Path, train: int = 40, val: int = 10, test: int = 10) -> Path:
     return folder
 
 
+def table(folder: Path, rows: int = 60) -> Path:
+    """A table of a user, one sequence of numbers a row: the class is whether they rise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series = np.random.default_rng(0).standard_normal((rows, 16)).cumsum(1)
+    lines = [f"{','.join(f'{x:.4f}' for x in one)},{'rises' if one[-1] > one[0] else 'falls'}" for one in series]
+    header = ",".join([*(f"x{step}" for step in range(16)), "label"])
+    (folder / "series.csv").write_text("\n".join([header, *lines, ""]))
+    return folder
+
+
 # Tasks that read such data, enough for 40 training, 10 validation and 10 test examples.
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "lra_text": imdb,
     "lra_retrieval": aan,
     "lra_image": cifar10,
     "cifar_color": cifar10,
+    "own": table,
 }
+COLUMNS = {"own": ["task.inputs=x*", "task.target=label"]}  # of tasks that have to be told
 
 
 def overrides(task: str, folder: Path) -> list[str]:
@@ -96,4 +108,4 @@ def overrides(task: str, folder: Path) -> list[str]:
         return []
     if not (place := folder / "sources" / task).exists():
         WRITERS[task](place)
-    return [f"task.data.source={place}"]
+    return [f"task.data.source={place}", *COLUMNS.get(task, ())]

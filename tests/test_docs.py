@@ -131,7 +131,7 @@ def test_a_module_takes_its_arguments(command: Command, monkeypatch):
         request = Request.parse(words)
         assert {*request.names} <= {None, *options_of("task")}
         if request.overrides:
-            check(composed(request.overrides))
+            check(composed([*(f"task={name}" for name in request.names[:1] if name), *request.overrides]))
     elif module == "experiments.sweep.wandb_yaml" and words:
         assert wandb_yaml.configuration(words[0], words[1:])["parameters"]
     elif module.startswith("tests.") or not words:

@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
+from stu import tables
 from stu.errors import OptionError
 from stu.tables import place_of, read_table
 
@@ -75,9 +76,12 @@ def test_an_array_is_the_column_values(tmp_path: Path):
         ("NA NA", ["NA", "NA"]),
     ],
 )
-def test_types_are_those_of_all_rows_of_a_csv(cells: str, values: list[Any], tmp_path: Path):
+def test_types_are_those_of_all_rows_of_a_csv(
+    cells: str, values: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     first, last = cells.split()
-    many = 200_000  # more than are parsed at once
+    many = 100
+    monkeypatch.setattr(tables, "BLOCKS", (64, 1 << 20))  # so that they are not parsed at once
     (tmp_path / "t.csv").write_text("x\n" + f"{first}\n" * many + f"{last}\n")
     column = read_table(tmp_path / "t.csv")["x"]
     found = [column[0].as_py(), column[many].as_py()]
@@ -126,6 +130,15 @@ def test_what_is_wrong_is_one_line_that_says_where(name: str, content: str, prob
         read_table(tmp_path / name)
     assert str(error.value).startswith(f"source={tmp_path / name}: {problem}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_bytes_that_are_no_text_are_found(name: str, tmp_path: Path):
+    path = written(tmp_path, name)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], lines[2] + b"\xff", *lines[3:]]))
+    with pytest.raises(OptionError, match="line 3: is no text in UTF-8"):
+        read_table(path)
 
 
 def test_what_is_no_single_table_is_refused(tmp_path: Path):

@@ -40,6 +40,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
@@ -142,14 +143,16 @@ def composed(name: str | None, overrides: Sequence[str]) -> tuple[str, DictConfi
 
 def prepare(config: DictConfig, *, name: str, request: Request, cards: list[Card]) -> None:
     """Build, check and show the data of one task; append its card to `cards`."""
-    task: Task = composition.build(config.task)
     try:
+        task: Task = composition.build(config.task)
         task.prepare()
-    except OptionError as error:
-        missing = error.name == "source" and error.value is None
+    except (OptionError, InstantiationException) as error:
+        refused = error if isinstance(error, OptionError) else error.__cause__
+        missing = isinstance(refused, OptionError) and refused.name == "source" and refused.value is None
         if not (missing and request.task == "all"):  # where all are asked for, missing downloads are skipped
             raise
-        print(f"{name} is not here: {SOURCE}={error.value}: {error.allowed}", file=sys.stderr, flush=True)
+        assert isinstance(refused, OptionError)
+        print(f"{name} is not here: {SOURCE}={refused.value}: {refused.allowed}", file=sys.stderr, flush=True)
         return
     try:
         card = card_of(name, task, composition.build(config.task))

@@ -79,7 +79,7 @@ def test_every_option_has_a_meaning(group: str):
     ],
 )
 def test_baselines_are_those_of_the_cards(task: str, shown: str):
-    assert pages.baselines(task, pages.task_class(task).trivial).endswith(shown)
+    assert pages.baselines(task, getattr(pages.task_class(task), "trivial", None)).endswith(shown)
 
 
 @GROUPS
