@@ -37,8 +37,8 @@ QUICK: Settings = {**SMALL, "sectors": [1 / 8, 1], "d_states": [4], "counts": [2
 
 def cells(settings: Settings) -> list[Cell]:
     """The least errors of every kind of filters, and everything trained."""
-    kept = ("seq_len", "delta", "spectrum")
-    varied: dict[str, Any] = {"sector": settings["sectors"], "d_state": settings["d_states"], "filters": FILTERS}
+    kept: tuple[str, ...] = ("seq_len", "delta", "spectrum")
+    varied = {"sector": settings["sectors"], "d_state": settings["d_states"], "filters": FILTERS}
     found = cross(settings, (*kept, "counts"), trained=[False], **varied)
     kept = (*kept, "num_filters", "samples", "evaluated")
     varied = {"sector": settings["sectors"], "d_state": settings["d_states"][:1], "filters": TRAINED}
