@@ -49,7 +49,7 @@ def main(config: DictConfig) -> float | None:
             run.check(settings)
         if built:
             train(config, run, settings, choices, loggers, *built)
-        training.report.result(run)
+        training.report.result(run, config.task.test_lengths)
         return float(run.read_summary()["best"]["value"])
 
 
@@ -100,6 +100,7 @@ def train(
         logger=[metrics, *loggers.values()],
         default_root_dir=run.checkpoints,
     )
+    others = training.lengths.at_lengths(data, model)
     data.require_enough(trainer.world_size)
     data.require_batches(config.trainer, trainer.world_size, "val", "test")
     facts = training.report.facts(module, plan)
@@ -114,7 +115,7 @@ def train(
         logger.log_hyperparams(settings)
     training.report.start(run, data, module, recipe.groups, device=device, precision=config.trainer.precision)
     trainer.fit(module, data, ckpt_path=run.resumes_from, weights_only=True)
-    training.evaluate.finish(run, trainer, module, data, checkpoints, baselines)
+    training.evaluate.finish(run, trainer, module, data, checkpoints, baselines, others)
 
 
 def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
@@ -123,14 +124,15 @@ def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> Non
     module = training.SequenceModule(model, task, seed=config.seed)
     checkpoint = training.evaluate.restore(module, run, config.checkpoint, settings)
     data = load_data(config, task)
+    others = training.lengths.at_lengths(data, model)
     make, callbacks = build(config.trainer, _partial_=True), [training.report.evaluation_progress()]
     trainer = training.make_trainer(make, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
     data.require_batches(config.trainer, trainer.world_size, "test")
     device = training.describe_device(trainer.strategy.root_device)
     training.evaluate.compare_conditions(checkpoint, config.checkpoint, task.fingerprint(), device)
-    trainer.test(module, data, verbose=False)
+    tested = training.lengths.test(trainer, module, data, others)
     training.part(trainer)
-    training.report.tested(checkpoint, module.evaluated, task)
+    training.report.tested(checkpoint, tested, task)
 
 
 if __name__ == "__main__":

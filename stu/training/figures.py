@@ -69,7 +69,8 @@ class Figures(Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the best weights."""
-        if self.when != "never":
+        assert isinstance(pl_module, SequenceModule)
+        if self.when != "never" and not pl_module.resized:
             assert isinstance(trainer.checkpoint_callback, Checkpoints)
             self._draw(trainer, pl_module, "test", trainer.checkpoint_callback.best_step)
 
