@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.discretize import Discretization, discretize, is_current
+from stu.ops.discretize import Discretization, at_rate, discretize, is_current, require_rate
 from stu.ops.forms import on_cpu
 from stu.ops.hippo import DiagonalInit, diagonal_init
 from stu.ops.kernels import diagonal_kernel, diagonal_state
@@ -43,6 +43,7 @@ class S4D(Structured, Mixer):
     causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
     init: "legs", the diagonal part of HiPPO-LegS, or one of the closed forms "inv" and "lin". n_ssm: independent
     copies of Λ and B, which the channels share in turn. dt_min, dt_max: dt is initialised log-uniform between them.
+    rate: a factor of dt, for inputs sampled at another rate than in training: 2 for half as many samples.
 
     Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
@@ -60,6 +61,7 @@ class S4D(Structured, Mixer):
         n_ssm: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -68,8 +70,9 @@ class S4D(Structured, Mixer):
         require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
         require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
+        require_rate(rate)
         self.d_model, self.causal, self.init, self.discretization = d_model, causal, init, discretization
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_min, self.dt_max, self.rate = dt_min, dt_max, rate
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
         self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
@@ -94,7 +97,7 @@ class S4D(Structured, Mixer):
         if self.discretization == "zoh" and not on_cpu(self.C):
             B, C, *rest = all_to_float64(self.B, self.C, self.log_dt, self.log_A_real, self.A_imag, self.D)
             log_dt, log_rate, frequency, D = rest
-            return zoh_kernel(log_dt, log_rate, frequency, B, C, D, length, dtype)
+            return zoh_kernel(at_rate(log_dt, self.rate), log_rate, frequency, B, C, D, length, dtype)
         kernel = diagonal_kernel(*self._system(), length)
         kernel[0, 0] += self.D
         return kernel.to(dtype)
@@ -128,7 +131,7 @@ class S4D(Structured, Mixer):
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ā and B̄ of every channel, complex (D, N/2), and C (directions, D, N/2)."""
-        dt = to_float64(self.log_dt).exp().unsqueeze(-1)
+        dt = at_rate(to_float64(self.log_dt), self.rate).exp().unsqueeze(-1)
         A = torch.complex(-to_float64(self.log_A_real).exp(), to_float64(self.A_imag))
         copies = self.d_model // len(A)
         a, gain = discretize(A.repeat(copies, 1), dt, self.discretization)

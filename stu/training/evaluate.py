@@ -135,7 +135,8 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     """Load the weights of the checkpoint `given`, or else of the run's best, and return its path.
 
     Raises `OptionError` where there is no such checkpoint, or none whole, where its weights do not fit, or where the
-    task or the model of the run had other settings. Other settings of a checkpoint named by the user are only noted.
+    task or the model of the run had other settings. Other settings of a checkpoint named by the user are only noted, as
+    are those that concern the test alone, such as the rate of the inputs.
     """
     checkpoint = Path(given) if given else _best(run)
     require(os.path.isfile(checkpoint), "checkpoint", checkpoint, "no such file; train first, or name one")
@@ -144,7 +145,7 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     if trained and trained.trained and not trained.settings:
         changes = ["unknown, as config.yaml and manifest.json are absent or damaged"]
     difference = f"was trained with other settings: {', '.join(changes)}"
-    same = not changes or bool(given)
+    same = not any(map(Run.concerns_training, changes)) or bool(given)
     require(same, "checkpoint", checkpoint, f"{difference}; name it to test it anyway")
     try:
         module.load_state_dict(run.weights(checkpoint))

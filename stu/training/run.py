@@ -33,6 +33,8 @@ NO_MATTER = ("hydra-core", "wandb")  # of these, for what is computed
 # Keys that only checks depend on, and the test at the end: they may differ, the latter until the run has its result.
 UNTRAINED_KEYS = ("trainer.num_sanity_val_steps", "trainer.detect_anomaly")
 TEST_KEYS = ("trainer.limit_test_batches",)
+# Options of models that may have other values in a test than in training: it says so.
+TESTED_WITH = ("rate", "extension")
 # How many devices compute the same, and how they share it: where that changes, a start says so.
 DEVICE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Options that runs of earlier versions were made without, and may go on with any value of.
@@ -44,6 +46,10 @@ MOVED = {
     **{f"data.{name}": f"data.memory.{name}" for name in ("induction_heads", "mqar", "recall")},
     **{f"data.{name}": f"data.systems.{name}" for name in ("dynamics", "forecast", "lds")},
 }
+
+
+# Options that have another name now.
+RENAMED = {"step_rescale": "rate"}
 
 
 class Run:
@@ -217,6 +223,12 @@ class Run:
             and (not within or key.split(".")[0] in within)
             and (key in before or not is_default(now, key))
         ]
+
+    @staticmethod
+    def concerns_training(change: str) -> bool:
+        """Whether one of `changes` makes another model or task, and not only another test."""
+        key = change.partition(" ")[0]
+        return not (key.startswith("model.") and key.rpartition(".")[2] in TESTED_WITH)
 
     @property
     def id(self) -> str:
@@ -403,13 +415,17 @@ def is_default(flat: Mapping[str, Any], key: str) -> bool:
 
 
 def relocated(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The same flat configuration, `_target_`s by the present names of their modules."""
+    """The same flat configuration, `_target_`s and options of models by their present names."""
 
     def present(target: str) -> str:
         module, _, name = target.rpartition(".")
         return f"{MOVED.get(module, module)}.{name}"
 
-    return {key: present(value) if key.endswith("_target_") else value for key, value in flat.items()}
+    def named(key: str) -> str:
+        node, dot, option = key.rpartition(".")
+        return f"{node}{dot}{RENAMED.get(option, option)}"
+
+    return {named(key): present(value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
 def describe_device(device: torch.device) -> str:
