@@ -35,7 +35,8 @@ def main(config: DictConfig) -> float | None:
     training.check_trainer(config.trainer, build(config.trainer, _partial_=True), sweeping=errors.sweeping())
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     folder = Path(config.paths.runs, choices["task"], choices["model"])
-    run = training.Run.named(folder, config.name, HydraConfig.get().overrides.task)
+    overrides = HydraConfig.get().overrides.task
+    run = training.Run.named(folder, config.name, overrides, testing=config.mode == "test")
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if config.mode == "test":
         with training.report.losses(run):

@@ -24,7 +24,7 @@ from stu.errors import Busy, OptionError, require
 from stu.files import DELETED, is_written, kept_name, remove_folder, sealed, sync, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
-from stu.training.names import is_free, known_as, require_plain, run_name
+from stu.training.names import is_free, key_of, known_as, require_plain, run_name
 from stu.training.records import SWEEP, flatten, git_state, mapping_in, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
@@ -69,14 +69,20 @@ class Run:
     _overwritten: ClassVar[set[Path]] = set()  # by this process, whose later jobs must not delete them again
 
     @classmethod
-    def named(cls, parent: Path, name: object, overrides: Sequence[str] = ()) -> "Run":
+    def named(cls, parent: Path, name: object, overrides: Sequence[str] = (), *, testing: bool = False) -> "Run":
         """The run `name` in the folder `parent`, None: what the overrides of its command make of it.
+
+        testing: where that was not trained, without the overrides that may concern the test alone.
 
         Raises `OptionError` unless the name is that of a plain folder.
         """
-        name = known_as(parent, run_name(overrides)) if name is None else str(name)
-        require_plain(name)
-        return cls(parent / name)
+        chosen = known_as(parent, run_name(overrides)) if name is None else str(name)
+        require_plain(chosen)
+        run = cls(parent / chosen)
+        if name is None and testing and not run.trained:
+            trained = cls.named(parent, None, [one for one in overrides if cls.concerns_training(key_of(one))])
+            return trained if trained.trained else run
+        return run
 
     def __init__(self, path: Path) -> None:
         self.path = path

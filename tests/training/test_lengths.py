@@ -93,13 +93,14 @@ def test_trees_of_another_length_have_their_share_of_tokens(tmp_path: Path):
 @pytest.mark.e2e
 def test_a_run_is_tested_at_all_lengths_and_mode_test_at_any(tmp_path: Path):
     words = runs.small("task=selective_copying", "model=stu_t", "task.seq_len=32", "task.data.num_symbols=2")
-    first = runs.train(tmp_path, *words, "task.test_lengths=[16,64]", "name=a")
+    first = runs.train(tmp_path, *words, "task.test_lengths=[16,64]", "name=a", "figures.when=end")
     assert first.code == 0, first.err
     assert "at 64 steps" in first.out
     run = runs.run_of(tmp_path, "selective_copying", "stu_t", "a")
     tested = run.read_summary()["test"]
     assert {"accuracy", "accuracy@16", "accuracy@64", "loss@64", "sequence_accuracy@16"} <= tested.keys()
     assert "test/accuracy@64" in run.metrics.read_text()
+    assert [file.stem.split("-step")[0] for file in sorted(run.figures.iterdir())] == ["filters", "lengths"]
 
     again = runs.train(tmp_path, *words, "task.test_lengths=[128]", "name=a")
     assert again.code == 0
