@@ -169,8 +169,8 @@ def _tests(values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """Rows of the metrics of a test, and a row for each other length."""
     at_lengths: dict[int, list[str]] = {}
     for name, value in sorted(values.items()):
-        metric, at, length = name.partition(AT)
-        if at:
+        metric, _, length = name.rpartition(AT)
+        if metric in values and length.isdecimal():  # else the metric itself is called so: recall@10
             at_lengths.setdefault(int(length), []).append(f"{metric} {value:.4g}")
         else:
             yield f"test {name}", f"{value:.4g}"

@@ -15,7 +15,7 @@ from stu.cli.composition import build
 from stu.cli.usage import options_of
 from stu.errors import OptionError
 from stu.task import Task
-from stu.training import SequenceData, StepPlan
+from stu.training import SequenceData, StepPlan, report
 from tests import runs
 from tests.models import composed
 
@@ -124,6 +124,17 @@ def test_what_cannot_be_tested_is_refused_before_anything_is_trained(tmp_path: P
         "task.test_lengths=[16, 64]: cannot have 64: positions=learned: there are none beyond 32 steps"
     )
     assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_metrics_may_be_called_as_if_they_were_of_a_length():
+    values = {"recall@10": 0.5, "recall@10@64": 0.25, "recall@k": 0.125, "loss": 1.0, "loss@1024": 3.0, "loss@64": 2.0}
+    assert list(report._tests(values)) == [
+        ("test loss", "1"),
+        ("test recall@10", "0.5"),
+        ("test recall@k", "0.125"),
+        ("  at 64 steps", "loss 2, recall@10 0.25"),
+        ("  at 1,024 steps", "loss 3"),
+    ]
 
 
 def test_batches_of_longer_sequences_have_fewer():
