@@ -35,7 +35,8 @@ def main(config: DictConfig) -> float | None:
     training.check_trainer(config.trainer, build(config.trainer, _partial_=True), sweeping=errors.sweeping())
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     folder = Path(config.paths.runs, choices["task"], choices["model"])
-    run = training.Run.named(folder, config.name, HydraConfig.get().overrides.task)
+    overrides = HydraConfig.get().overrides.task
+    run = training.Run.named(folder, config.name, overrides, testing=config.mode == "test")
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if config.mode != "train":
         with training.report.losses(run):
@@ -49,7 +50,7 @@ def main(config: DictConfig) -> float | None:
             run.check(settings)
         if built:
             train(config, run, settings, choices, loggers, *built)
-        training.report.result(run)
+        training.report.result(run, config.task.test_lengths)
         return float(run.read_summary()["best"]["value"])
 
 
@@ -100,13 +101,14 @@ def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> Non
     task.prepare()
     parts, callbacks = parts_of(config), [training.report.evaluation_progress()]
     data = parts.data(task)
+    others = training.lengths.at_lengths(data, model)
     trainer = training.make_trainer(parts.trainer, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
     data.require_batches(config.trainer, trainer.world_size, "test")
     device = training.describe_device(trainer.strategy.root_device)
     training.evaluate.compare_conditions(module, checkpoint, config.checkpoint, device)
-    trainer.test(module, data, verbose=False)
+    tested = training.lengths.test(trainer, module, data, others)
     training.part(trainer)
-    training.report.tested(checkpoint, module.evaluated, task)
+    training.report.tested(checkpoint, tested, task)
 
 
 def generate(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ B batch, L length, D model width
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -192,6 +193,16 @@ class Backbone(Structured):
             run = partial(compiled, block) if compile_blocks else block
             x = recomputed(run, block, x, mask) if recompute else run(x, mask)
         return self.norm(x, mask)
+
+    @contextmanager
+    def resized(self, seq_len: int) -> Iterator[None]:
+        """Inside, inputs may have up to `seq_len` steps, as `Mixer.resized` says. Raises `OptionError` where not."""
+        learned = f"there are none beyond {self.longest} steps"
+        require(seq_len <= self.longest, "positions", self.position_kind, learned)
+        with ExitStack() as resized:
+            for block in self.blocks:
+                resized.enter_context(block.mixer.resized(seq_len))
+            yield
 
     def initial_state(self, batch_size: int) -> BackboneState:
         """The state before the first step."""

@@ -6,14 +6,16 @@ B batch, L length, D model width, K filters
 import copy
 import functools
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stu.errors import OptionError, require
+from stu.errors import OptionError, require, require_length
 
 State = Any  # each mixer's own NamedTuple; opaque to everything else, but see `map_state`
 
@@ -64,6 +66,14 @@ class Mixer(nn.Module, ABC):
         mask: (B, L); the real positions of a sequence stand side by side, and its state is that after the last of them,
         as if it had been alone. state: that before the first of them; None at the start of a sequence.
         """
+
+    def resized(self, seq_len: int) -> AbstractContextManager[None]:
+        """Inside, inputs may have up to `seq_len` steps, with the same parameters: to evaluate at other lengths.
+
+        Raises `OptionError` where the mixer has a `seq_len` of its own and does not say how it goes on.
+        """
+        require_length(seq_len, getattr(self, "seq_len", math.inf))
+        return nullcontext()
 
     def step_(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """`step` in place: the new state's tensors, but for its `system`, are those of `state`. Without gradients.

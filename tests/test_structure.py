@@ -173,9 +173,7 @@ def test_what_may_differ_is_no_structure():
     states = stu().state_dict()
     partial(stu, algorithm="features", streaming="window")().load_state_dict(states)
     partial(attention, dropout=0.5)().load_state_dict(attention().state_dict())
-    partial(S5, D, d_state=4, num_blocks=2, step_rescale=2.0)().load_state_dict(
-        S5(D, d_state=4, num_blocks=1).state_dict()
-    )
+    partial(S5, D, d_state=4, num_blocks=2, rate=2.0)().load_state_dict(S5(D, d_state=4, num_blocks=1).state_dict())
     partial(LRU, D, d_state=4, r_min=0.5)().load_state_dict(LRU(D, d_state=4).state_dict())
 
 

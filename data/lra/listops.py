@@ -7,7 +7,7 @@ Sources: Nangia and Bowman, "ListOps" (1804.06028); Tay et al., "Long Range Aren
 import gzip
 import zlib
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -135,6 +135,15 @@ class ListOpsData(TokenData[TokenExamples]):
         if self.source is None:
             size, options = self.min_length * sum(self.sizes.values()), {**self.sizes, "min_length": self.min_length}
             require_disk(size, options, self.dir, free=free)
+
+    def at_length(self, seq_len: int) -> "ListOpsData":
+        """Trees of fewer than seq_len tokens, and more than the same share of it as before; none to train on.
+
+        Raises `OptionError` for the official files, whose trees have lengths of their own.
+        """
+        require(self.source is None, "source", self.source, "the trees of files have lengths of their own")
+        shortest = round(seq_len * self.min_length / self.max_length)
+        return replace(self, min_length=shortest, max_length=seq_len, train=1, val=1)
 
     @property
     def bounds(self) -> Bounds:

@@ -17,7 +17,7 @@ forecasting of complex spatiotemporal dynamics" (1910.05266), section 3.3, for t
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import final
@@ -99,6 +99,15 @@ class TrajectoryData(StoredData["Windows"]):
         require_memory(block * self.length, {"windows": self.windows, "seq_len": self.seq_len, **sizes})
         for split in Splits._fields:
             self.require_memory(sample * self.seq_len * getattr(self, split), split, "seq_len")
+
+    def at_length(self, seq_len: int) -> "TrajectoryData":
+        """Other sequences, cut from the same trajectories where they fit end to end, or else from as many new ones.
+
+        So the units stay those of the training split, but for sampling errors where trajectories are new.
+        """
+        windows = max(1, self.windows * self.seq_len // seq_len)
+        sizes = {split: math.ceil(getattr(self, split) / self.windows) * windows for split in Splits._fields}
+        return replace(self, seq_len=seq_len, windows=windows, **sizes)
 
     @property
     def channels(self) -> int:

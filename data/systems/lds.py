@@ -7,7 +7,7 @@ Source: Agarwal et al., "Spectral State Space Models" (2312.06837), section 3.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import final, get_args
 
@@ -38,7 +38,8 @@ class LDSData(OnDemandData):
     B, C and the diagonal D are unit Gaussian, and so are the inputs, white or coloured. conf/task/lds.yaml explains the
     options; the defaults are the paper's as far as its section 3 states them, except for `normalize`: the outputs grow
     like √t, so that raw targets need a different learning rate for every length, seed and spectrum. Divided by their
-    RMS, they give a trivial error of 1 everywhere, and the paper's loss is `scale`² times ours.
+    RMS, they give a trivial error of 1 everywhere, and the paper's loss is `scale`² times ours. unit_len: the steps
+    over which that RMS is taken; None: those of a sequence.
     """
 
     d_state: int = 4
@@ -52,6 +53,7 @@ class LDSData(OnDemandData):
     process_noise: float = 0.0
     observation_noise: float = 0.0
     normalize: bool = True
+    unit_len: int | None = None
     train: int = 10_000
     val: int = 500
     test: int = 500
@@ -72,11 +74,16 @@ class LDSData(OnDemandData):
         require(1 <= self.condition <= 1e6, "condition", self.condition, "must be 1 to 1e6")
         require(-1 < self.correlation < 1, "correlation", self.correlation, "must be above -1 and below 1")
         self.require_least("seed", 0)
+        require(self.unit_len is None or self.unit_len >= 1, "unit_len", self.unit_len, "must be at least 1, or null")
         # modes and basis; one sequence, and the response to each input, or state where there is process noise
         driving = max(self.d_input, self.d_state if self.process_noise else 0)
         system = 3 * self.d_state**2 + self.d_state * (self.d_input + self.d_output)
         steps = 2 * (self.d_state + self.d_input + self.d_output) + 2 * self.normalize * self.d_output * driving
         self.require_room(8 * (system + self.seq_len * steps))
+
+    def at_length(self, seq_len: int) -> "LDSData":
+        """Sequences of the same system, in the same unit."""
+        return replace(self, seq_len=seq_len, unit_len=self.unit_len or self.seq_len)
 
     def stream(self, *key: int) -> np.random.Generator:
         """An independent random stream: (0,) draws the system, (1 + split, index) a sequence."""
@@ -96,11 +103,12 @@ class LDSData(OnDemandData):
 
     @cached_property
     def scale(self) -> float:
-        """What the outputs are divided by: their expected RMS over all steps and outputs, or 1."""
+        """What the outputs are divided by: their expected RMS over all outputs and `unit_len` steps, or 1."""
         if not self.normalize:
             return 1.0
-        driven = self.process_noise**2 * self.system.driven_by_noise().power(self.seq_len)
-        return math.sqrt(self.system.power(self.seq_len, self.correlation) + driven + self.observation_noise**2)
+        steps = self.unit_len or self.seq_len
+        driven = self.process_noise**2 * self.system.driven_by_noise().power(steps)
+        return math.sqrt(self.system.power(steps, self.correlation) + driven + self.observation_noise**2)
 
     def sequence(self, split: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (L, C) and targets (L, O), float32."""
@@ -121,7 +129,8 @@ class LDSData(OnDemandData):
 
     def fingerprint(self) -> str:
         """SHA-256 of the options and the version."""
-        return fingerprint({"version": VERSION, **asdict(self)}, digits=64)
+        options = {name: value for name, value in asdict(self).items() if name != "unit_len" or value is not None}
+        return fingerprint({"version": VERSION, **options}, digits=64)
 
 
 @final

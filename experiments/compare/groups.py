@@ -81,11 +81,7 @@ class Group(Measured):
     @property
     def std(self) -> float | None:
         """Their sample standard deviation; None of fewer than two."""
-        finite = all(map(math.isfinite, self.tests))
-        try:
-            return statistics.stdev(self.tests) if self.n > 1 and finite else None
-        except OverflowError:
-            return math.inf
+        return std_of(self.tests)
 
     @property
     def best(self) -> float | None:
@@ -126,6 +122,14 @@ def mean_of(values: Sequence[float]) -> float:
         return statistics.fmean(values)
     except (OverflowError, ValueError):
         return sum(value / len(values) for value in values)
+
+
+def std_of(values: Sequence[float]) -> float | None:
+    """The sample standard deviation; None of fewer than two, or of what is not finite."""
+    try:
+        return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    except OverflowError:
+        return math.inf
 
 
 def grouped(rows: Iterable[Row]) -> list[Group]:

@@ -7,11 +7,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from experiments.compare.groups import Group, chosen, mean_of
+from experiments.compare.groups import Group, chosen, mean_of, std_of
 from experiments.compare.published import SECOND_HAND, Published, published, published_of, reduced
 from experiments.compare.rounding import UNKNOWN, beside, duration, mean_and_std, number
 from experiments.compare.runs import Row, is_share, printable, rank
-from experiments.compare.select import ABSENT, value
+from experiments.compare.select import ABSENT, TEST, value
+from stu.training.records import AT
 
 LISTED = 20  # runs that have not finished
 TEXTS = ("model", "settings")  # columns of texts, which are on the left; all others hold numbers
@@ -80,8 +81,10 @@ def scaled(percent: bool, *values: float | None) -> list[float | None]:
 
 
 def several(group: Group, key: str) -> str:
-    """What the runs of a group have under a key: a value, or several."""
+    """What the runs of a group have under a key: a value, or several; of a metric, the mean and standard deviation."""
     found = [content for row in group.rows if (content := value(row, key)) is not ABSENT]
+    if found and key.startswith(TEST):
+        return mean_and_std(*scaled(is_share(key.partition(AT)[0]), mean_of(found), std_of(found)))
     return ", ".join(dict.fromkeys(written(content) for content in found)) or UNKNOWN
 
 

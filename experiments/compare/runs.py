@@ -64,6 +64,7 @@ class Row:
     reason: str = ""  # why it failed
     best_step: int | None = None
     best_epoch: float | None = None
+    tests: Mapping[str, float] = field(default_factory=dict)  # all metrics of the test; at other lengths NAME@LENGTH
     baselines: Mapping[str, float] = field(default_factory=dict)  # the metric of predictors without learning, on test
     trivial_names: tuple[str, ...] | None = None  # those of the baselines that a model has to beat; None: all
     config: Mapping[str, Any] = field(default_factory=dict)  # all options, nested
@@ -149,7 +150,7 @@ def read(path: Path) -> Row:
     last = _number(_at(summary, "peak_memory"))
     starts = [start for start in _list(_at(manifest, "starts")) if isinstance(start, dict)] or [{}]
     command = _text(starts[-1].get("command"))
-    baselines = {printable(str(name)): _number(value) for name, value in _mapping(_at(summary, "baselines")).items()}
+    baselines, tests = (_numbers(_at(summary, name)) for name in ("baselines", "test"))
     return Row(
         task=printable(path.parent.parent.name) or "-",  # of one that was moved to the root of a disk
         model=printable(path.parent.name) or "-",
@@ -178,7 +179,8 @@ def read(path: Path) -> Row:
         reason="" if finished else _text(starts[-1].get("failed")) or "",
         best_step=_whole(_at(summary, "best", "step")),
         best_epoch=_number(_at(summary, "best", "epoch")),
-        baselines={name: value for name, value in baselines.items() if value is not None},
+        tests=_known(tests),
+        baselines=_known(baselines),
         trivial_names=_trivial(summary, baselines),
         config=_mapping(_at(manifest, "settings")) or config,  # the manifest has a checksum
     )
@@ -303,6 +305,15 @@ def _number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
+
+
+def _numbers(content: Any) -> dict[str, float | None]:
+    """A mapping of names to numbers; None for what is none."""
+    return {printable(str(name)): _number(value) for name, value in _mapping(content).items()}
+
+
+def _known(numbers: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _whole(*values: Any) -> int | None:

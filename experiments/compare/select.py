@@ -23,12 +23,18 @@ ORDERS: Mapping[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 ABSENT = object()
+TEST = "test/"
 
 
 def value(row: Row, key: str) -> Any:
-    """What a run has under a key: a field of `Row`, or an option as on the command line; `ABSENT` where it has none."""
+    """What a run has under a key; `ABSENT` where it has none.
+
+    A key is a field of `Row`, an option as on the command line, or a metric of the test, such as test/accuracy@512.
+    """
     if key in FIELDS:
         return getattr(row, key)
+    if key.startswith(TEST):
+        return row.tests.get(key.removeprefix(TEST), ABSENT)
     content: Any = {**row.config, "baselines": row.baselines}
     for part in key.split("."):
         if isinstance(content, list) and part.isdecimal() and int(part) < len(content):
@@ -62,7 +68,7 @@ def require_key(rows: Sequence[Row], option: str, key: str) -> None:
     """Raise `OptionError` unless one of the runs has this key; without runs every key is right."""
     if not rows or any(value(row, key) is not ABSENT for row in rows):
         return
-    known = {*FIELDS, *(name for row in rows for name in flatten(row.config))}
+    known = {*FIELDS, *(name for row in rows for name in (*flatten(row.config), *(TEST + name for name in row.tests)))}
     close = sorted(name for name in known if name.endswith(f".{key}")) or get_close_matches(key, known, cutoff=0.7)
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"a run has {', '.join(FIELDS[:4])}, …"
     require(False, option, key, f"no run has such a key; {hint}")

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments.shared.fit import fit
+from experiments.shared.fit import Curve, fit
 from experiments.shared.grid import Cell, Row, Settings, cross
 from experiments.shared.plots import markdown, provenance
 from experiments.shared.statistics import distinct, from_json, median, select
@@ -85,7 +85,15 @@ def best_attempt(cell: Cell, length: int) -> Attempt:
 
 
 def attempt(cell: Cell, length: int, lr: float) -> Attempt:
-    """Train a new model on sequences of this length, none of which is used twice."""
+    """Train a new model, and test it."""
+    task, model, curve = trained(cell, length, lr)
+    with torch.no_grad():
+        test_error = error_on(task, "test", model.eval())
+    return Attempt(curve.errors[-1], test_error, lr, curve.samples[-1], sum(p.numel() for p in model.parameters()))
+
+
+def trained(cell: Cell, length: int, lr: float) -> tuple[Task, SequenceModel, Curve]:
+    """A new model, trained on sequences of this length, none of which is used twice."""
     size = cell["batch_size"]
     task, model = build(cell["task"], cell["model"], length, train=cell["steps"] * size, seed=cell["seed"])
     curve = fit(
@@ -98,9 +106,7 @@ def attempt(cell: Cell, length: int, lr: float) -> Attempt:
         decay=DECAY,
         enough=ENOUGH,
     )
-    with torch.no_grad():
-        test_error = error_on(task, "test", model.eval())
-    return Attempt(curve.errors[-1], test_error, lr, curve.samples[-1], sum(p.numel() for p in model.parameters()))
+    return task, model, curve
 
 
 def build(task: str, model: str, length: int, *, train: int, seed: int) -> tuple[Task, SequenceModel]:

@@ -60,6 +60,7 @@ READ_BY = {"checkpoint": ("test", "generate"), "overwrite": ("train",), "prompt"
 PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
 RENAMED = {  # earlier keys, and their names now
     "pictures": "figures",
+    "model.mixer.step_rescale": "model.mixer.rate",
     **{
         f"logger.{key}": f"logger.wandb.{key}"
         for key in ("mode", "project", "entity", "tags", "group", "job_type", "init_timeout", "finish_timeout")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.discretize import is_current
+from stu.ops.discretize import is_current, require_rate
 from stu.ops.padding import masked
 from stu.ops.precision import to_complex128, to_float64
 from stu.ops.scan import diagonal_ssm, diagonal_step, padded_ssm
@@ -38,6 +38,11 @@ class LRU(Mixer):
     3.2). normalize: the input is scaled by the learned exp(γ^log), initialised as √(1 − |λ|²) (section 3.4). causal: if
     false, a second state with the same λ, γ^log and B runs from the end, and has a C of its own.
 
+    rate: the time between two inputs, in those of training: 2 for half as many samples. λ then becomes λ^rate, of the
+    angle in (−π, π], and the input is scaled by (1 − λ^rate)/(1 − λ) besides: the state after an input that was held
+    for so long, exactly where rate is an integer. √(1 − |λ|^{2 rate}) would keep the variance of white inputs instead,
+    and change the response to slow ones.
+
     Complex parameters are real pairs (…, 2), initialised normal: B_ij of variance 1/D, C_ij of 2/N, D of 1.
     """
 
@@ -53,6 +58,7 @@ class LRU(Mixer):
         r_min: float = 0.9,
         r_max: float = 0.999,
         max_phase: float = 2 * math.pi,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -60,7 +66,8 @@ class LRU(Mixer):
         require(0 <= r_min < r_max, "r_min", r_min, f"must be at least 0 and below r_max ({r_max})")
         require(r_max <= 1, "r_max", r_max, "must be at most 1")
         require(0 < max_phase <= 2 * math.pi, "max_phase", max_phase, "must be above 0 and at most 2π")
-        self.d_model, self.causal = d_model, causal
+        require_rate(rate)
+        self.d_model, self.causal, self.rate = d_model, causal, rate
         self.r_min, self.r_max, self.max_phase = (r_min, r_max, max_phase) if ring else (0.0, 1.0, 2 * math.pi)
         self.nu_log = nn.Parameter(torch.empty(d_state)) if exponential else None
         self.theta_log = nn.Parameter(torch.empty(d_state)) if exponential else None
@@ -112,17 +119,29 @@ class LRU(Mixer):
         return y + (self.D * x).to(x.dtype), LRUState(after, system)
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """λ (N,), exp(γ^log) B (N, D), C (directions, D, N)."""
-        B = to_complex128(self.B)
+        """λ (N,), exp(γ^log) B (N, D), C (directions, D, N), at the rate of the inputs."""
+        B, decay = to_complex128(self.B), self._decay()
         if self.gamma_log is not None:
             B = to_float64(self.gamma_log).exp().unsqueeze(-1) * B
-        return self._decay(), B, to_complex128(self.C)
+        if self.rate != 1:
+            decay, gain = held(decay, self.rate)
+            B = gain.unsqueeze(-1) * B
+        return decay, B, to_complex128(self.C)
 
     def _decay(self) -> Tensor:
         if self.nu_log is None or self.theta_log is None:
             assert self.eigenvalues is not None
             return to_complex128(self.eigenvalues)
         return torch.polar((-to_float64(self.nu_log).exp()).exp(), to_float64(self.theta_log).exp())
+
+
+def held(decay: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """λ^rate, and Σ_{j<rate} λ^j as (1 − λ^rate)/(1 − λ): what an input held for `rate` steps does to a state."""
+    zero = decay == 0
+    log = decay.masked_fill(zero, 1).log()
+    one = log == 0
+    gain = (torch.expm1(rate * log) / torch.expm1(log).masked_fill(one, 1)).masked_fill(one, rate)
+    return (rate * log).exp().masked_fill(zero, 0), gain.masked_fill(zero, 1)
 
 
 def ring_eigenvalues(

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from stu.errors import require
 from stu.mixer import Mixer
 from stu.ops.dense_bilinear import dense_bilinear
-from stu.ops.discretize import Discretization, discretize, is_current
+from stu.ops.discretize import Discretization, at_rate, discretize, is_current, require_rate
 from stu.ops.forms import on_cpu
 from stu.ops.hippo import clipped_input, nplr_legs
 from stu.ops.kernels import conjugate, dense_kernel, dense_state, diagonal_responses
@@ -111,7 +111,7 @@ class S4(Structured, Mixer):
     rank: R; HiPPO-LegS has one column P, further ones are initialised as noise of standard deviation 0.01.
     discretization: "bilinear", as in the paper, or "zoh", the zero-order hold, by a matrix exponential. n_ssm:
     independent copies of Λ, P and B, which the channels share in turn. dt_min, dt_max: dt is initialised log-uniform
-    between them.
+    between them. rate: a factor of dt, for inputs sampled at another rate than in training: 2 for half as many samples.
 
     Complex parameters are real pairs (…, 2). C and D are initialised normal of variance 1.
     """
@@ -129,6 +129,7 @@ class S4(Structured, Mixer):
         n_ssm: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -138,8 +139,9 @@ class S4(Structured, Mixer):
         require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
         require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
+        require_rate(rate)
         self.d_model, self.causal, self.discretization = d_model, causal, discretization
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_min, self.dt_max, self.rate = dt_min, dt_max, rate
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
         self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
@@ -216,6 +218,7 @@ class S4(Structured, Mixer):
         C, B, P, log_dt, log_rate, frequency, D = all_to_float64(
             self.C, self.B, self.P, self.log_dt, self.log_A_real, self.A_imag, self.D
         )
+        log_dt = at_rate(log_dt, self.rate)
         readout = _to_parts(conjugate(torch.view_as_complex(C)))  # 2 Re C x, up to a factor
         if self.discretization == "zoh":
             return power_kernel(*self._zoh(), readout, D, length, 2.0, dtype)
@@ -241,7 +244,7 @@ class S4(Structured, Mixer):
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per channel: dt (D, 1), Λ (D, N/2), P (R, D, N/2) and B (D, N/2)."""
-        dt = to_float64(self.log_dt).exp().unsqueeze(-1)
+        dt = at_rate(to_float64(self.log_dt), self.rate).exp().unsqueeze(-1)
         A = torch.complex(-to_float64(self.log_A_real).exp(), to_float64(self.A_imag))
         copies = self.d_model // len(A)
         P, B = to_complex128(self.P), to_complex128(self.B)

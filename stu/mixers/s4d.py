@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stu.errors import require
 from stu.mixer import Mixer
-from stu.ops.discretize import Discretization, discretize, is_current
+from stu.ops.discretize import Discretization, at_rate, discretize, is_current, require_rate
 from stu.ops.forms import on_cpu
 from stu.ops.hippo import DiagonalInit, diagonal_init
 from stu.ops.kernels import diagonal_kernel, diagonal_state
@@ -44,7 +44,8 @@ class S4D(Structured, Mixer):
     causal: if false, a second kernel with a C of its own looks ahead, from the next step on. d_state: N, even.
     init: "legs", the diagonal part of HiPPO-LegS, one of the closed forms "inv" and "lin", or "dfout", see below.
     n_ssm: independent copies of Λ and B, which the channels share in turn. dt_min, dt_max: dt is initialised
-    log-uniform between them.
+    log-uniform between them. rate: a factor of dt, for inputs sampled at another rate than in training: 2 for half as
+    many samples.
 
     With init="dfout" (2508.20441, section 4.2) the discrete system itself is initialised: its poles Ā are e^{−ξ/2 + iΩ}
     with Ω on a uniform grid of the circle, which all copies together fill once (n_ssm = D: as in the paper). From then
@@ -68,6 +69,7 @@ class S4D(Structured, Mixer):
         n_ssm: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -78,8 +80,9 @@ class S4D(Structured, Mixer):
         require(n_ssm >= 1 and d_model % n_ssm == 0, "n_ssm", n_ssm, f"must divide d_model ({d_model})")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
         require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
+        require_rate(rate)
         self.d_model, self.causal, self.init, self.discretization = d_model, causal, init, discretization
-        self.dt_min, self.dt_max, self.in_steps = dt_min, dt_max, init == "dfout"
+        self.dt_min, self.dt_max, self.in_steps, self.rate = dt_min, dt_max, init == "dfout", rate
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.log_A_real = nn.Parameter(torch.empty(n_ssm, d_state // 2))  # log(−Re Λ): every mode decays
         self.A_imag = nn.Parameter(torch.empty(n_ssm, d_state // 2))
@@ -104,7 +107,7 @@ class S4D(Structured, Mixer):
         if self.discretization == "zoh" and not on_cpu(self.C):
             C, D, *rest = all_to_float64(self.C, self.D, self.log_dt, self.log_A_real, self.A_imag, self.B)
             log_dt, log_rate, frequency, B = _in_steps(*rest) if self.in_steps else rest
-            return zoh_kernel(log_dt, log_rate, frequency, B, C, D, length, dtype)
+            return zoh_kernel(at_rate(log_dt, self.rate), log_rate, frequency, B, C, D, length, dtype)
         kernel = diagonal_kernel(*self._system(), length)
         kernel[0, 0] += self.D
         return kernel.to(dtype)
@@ -141,7 +144,7 @@ class S4D(Structured, Mixer):
         parts = [to_float64(part) for part in (self.log_dt, self.log_A_real, self.A_imag, self.B)]
         log_dt, log_rate, frequency, B = _in_steps(*parts) if self.in_steps else parts
         A, copies = torch.complex(-log_rate.exp(), frequency), self.d_model // len(log_rate)
-        a, gain = discretize(A.repeat(copies, 1), log_dt.exp().unsqueeze(-1), self.discretization)
+        a, gain = discretize(A.repeat(copies, 1), at_rate(log_dt, self.rate).exp().unsqueeze(-1), self.discretization)
         return a, gain * to_complex128(B).repeat(copies, 1), to_complex128(self.C)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stu.errors import OptionError, require
 from stu.mixer import Mixer
-from stu.ops.discretize import Discretization, discretize, is_current
+from stu.ops.discretize import Discretization, discretize, is_current, require_rate
 from stu.ops.hippo import nplr_legs
 from stu.ops.irregular import ContinuousSystem, irregular_ssm
 from stu.ops.padding import between_real, masked
@@ -45,10 +45,10 @@ class S5(Structured, Mixer):
     of size N/J. conj_sym: keep one mode of each conjugate pair, y = 2 Re C x. C_init: in the basis of HiPPO both parts
     of C are normal, truncated at two standard deviations, of variance 1/N (trunc_standard_normal) or 1/(N·D)
     (lecun_normal); complex_normal draws C in the basis of the modes, of variance 1. clip_eigs: Re Λ is clipped to at
-    most −1e−4, so that the system is stable. dt_min, dt_max: dt is initialised log-uniform between them. step_rescale:
-    a factor of dt, for inputs sampled at another rate than in training.
+    most −1e−4, so that the system is stable. dt_min, dt_max: dt is initialised log-uniform between them. rate: a factor
+    of dt, for inputs sampled at another rate than in training: 2 for half as many samples.
 
-    Every call takes a further `step_rescale`, which multiplies it: a number, or the factors of all steps (B, L), for
+    Every call takes a further factor, `step_rescale`: a number, or those of all steps (B, L), for
     sequences sampled irregularly, like the pendulum of the paper. Factor t is that of the interval which ends at sample
     t, in both directions: over it the state goes from x_{t−1} to x_t, and from the end from z_{t+1} to z_t. Padding
     before the first and after the last real position takes no time. Factors in a tensor should be positive; their
@@ -73,7 +73,7 @@ class S5(Structured, Mixer):
         clip_eigs: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        step_rescale: float = 1.0,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -86,10 +86,10 @@ class S5(Structured, Mixer):
         require(C_init in get_args(OutputInit), "C_init", C_init, f"must be one of {', '.join(get_args(OutputInit))}")
         require(0 < dt_min <= dt_max, "dt_min", dt_min, f"must be above 0 and at most dt_max ({dt_max})")
         require(dt_max <= 1e6, "dt_max", dt_max, "must be at most 1e6")
-        require(0 < step_rescale < math.inf, "step_rescale", step_rescale, "must be above 0 and finite")
+        require_rate(rate)
         self.d_model, self.causal, self.num_blocks, self.conj_sym = d_model, causal, num_blocks, conj_sym
         self.discretization, self.C_init, self.clip_eigs = discretization, C_init, clip_eigs
-        self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
+        self.dt_min, self.dt_max, self.rate = dt_min, dt_max, rate
         modes = d_state // 2 if conj_sym else d_state
         self.Lambda = nn.Parameter(torch.empty(modes, 2))
         self.log_dt = nn.Parameter(torch.empty(modes))
@@ -177,7 +177,7 @@ class S5(Structured, Mixer):
         real, imaginary = to_float64(self.Lambda).unbind(-1)
         if self.clip_eigs:
             real = real.clamp(max=LARGEST_REAL_PART)
-        dt = self.step_rescale * to_float64(self.log_dt).exp()
+        dt = self.rate * to_float64(self.log_dt).exp()
         B, C = to_complex128(self.B), to_complex128(self.C)
         return ContinuousSystem(
             torch.complex(real, imaginary), dt, B, 2 * C if self.conj_sym else C, self.discretization

@@ -14,14 +14,15 @@ Source: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", 2312.06837, se
 """
 
 import copy
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer, reverse_twin
-from stu.ops.bank import extended_bank, require_filters, require_lag, spectral_bank
+from stu.ops.bank import EXTENSIONS, Extension, extended_bank, lengthened, require_filters, require_lag, spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel
 from stu.ops.padding import at_end, at_front, longest, masked, put_back
@@ -61,6 +62,9 @@ class STU(Structured, Mixer):
     algorithm: how `stu.ops.convolution` computes; "auto" is the fastest one.
     streaming: what `step` keeps: a "window" of all inputs, O(seq_len) per step, or the "states" of the filters'
     exponentials (`stu.ops.realization`), O(1) per step. "auto": states where they are faster and as exact.
+    extension: how `resized` makes the filters longer than seq_len: "recomputed" for that length, "continued" as their
+    exponentials, or "truncated", zero past their length. The first changes all outputs, the others leave the first
+    seq_len as they are; experiments/length_generalization compares them.
 
     Initialised as in the official code: M^φ and M^y zero, M^u normal of standard deviation D^{−1/2}, truncated at twice
     that. Without M^u the layer would start as zero, so M^φ is then normal of variance 1/(K·D).
@@ -84,6 +88,7 @@ class STU(Structured, Mixer):
         delay: int = 2,
         algorithm: Algorithm = "auto",
         streaming: Streaming = "auto",
+        extension: Extension = "recomputed",
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -92,11 +97,12 @@ class STU(Structured, Mixer):
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
         require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
         require_filters(hankel, two_sided=two_sided, streaming=streaming)
+        require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
-        self.algorithm, self.streaming = algorithm, streaming
+        self.algorithm, self.streaming, self.extension = algorithm, streaming, extension
         learned = k_y if recurrence == "learned" else 0
         # not a buffer: the filters must stay exact in a model of half precision
-        lags = {"delay": delay, "k_u": k_u, "recurrence": k_y - learned}
+        lags: dict[str, Any] = {"delay": delay, "k_u": k_u, "recurrence": k_y - learned}
         self.bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, bandwidth=bandwidth, **lags)
         self.m_phi = nn.Parameter(torch.empty(num_filters * (1 + two_sided), d_model, d_model))  # [filter, in, out]
         self.m_u = nn.Parameter(torch.empty(k_u, d_model, d_model)) if k_u else None  # [lag, in, out]
@@ -123,6 +129,13 @@ class STU(Structured, Mixer):
     def filters(self) -> Tensor:
         """(L, K) every impulse response that the matrices mix."""
         return self.bank.filters
+
+    def resized(self, seq_len: int) -> AbstractContextManager[None]:
+        """Inside, inputs may have up to seq_len steps; longer filters are made as `extension` says."""
+        if seq_len <= self.seq_len:
+            return super().resized(seq_len)
+        units = [unit for unit in (self, self.reverse) if unit is not None]
+        return lengthened(units, seq_len, extended_bank(self.bank, seq_len, self.extension))
 
     def extended(self, seq_len: int) -> "STU":
         """A copy with the same parameters for sequences of up to `seq_len` steps, no fewer than now.

@@ -13,6 +13,7 @@ code (hazan-lab/flash-stu-2).
 """
 
 import copy
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer
-from stu.ops.bank import FilterBank, extended_bank, require_filters, require_lag, spectral_bank
+from stu.ops.bank import (
+    EXTENSIONS,
+    Extension,
+    FilterBank,
+    extended_bank,
+    lengthened,
+    require_filters,
+    require_lag,
+    spectral_bank,
+)
 from stu.ops.filters import Hankel
 from stu.ops.long_convolution import long_convolution
 from stu.ops.padding import at_front, longest, masked, put_back
@@ -51,7 +61,7 @@ class STUT(Structured, Mixer):
     branch. bandwidth: of hankel="slepian", as in the STU. delay: steps by which the filters lag (Flash STU: 0).
     shared_branches: one set of weights for both branches, as in the published code; odd lags then cancel, so it is
     there for comparison only.
-    streaming: what `step` keeps, as in the STU.
+    streaming: what `step` keeps; extension: how `resized` makes the filters longer; as in the STU.
 
     Initialised as in that code: normal, of variance 2 / (rows + columns) for M and for the weights of each branch.
     """
@@ -71,6 +81,7 @@ class STUT(Structured, Mixer):
         delay: int = 0,
         shared_branches: bool = False,
         streaming: Streaming = "auto",
+        extension: Extension = "recomputed",
     ) -> None:
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
@@ -78,7 +89,9 @@ class STUT(Structured, Mixer):
         require_filters(hankel, two_sided=two_sided, streaming=streaming)
         require(two_sided or not shared_branches, "shared_branches", shared_branches, "needs two_sided=true")
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
+        require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
         self.num_filters, self.shared_branches, self.streaming = num_filters, shared_branches, streaming
+        self.extension = extension
         # not a buffer: the filters must stay exact in a model of half precision
         bank = spectral_bank(seq_len, num_filters, hankel, two_sided=two_sided, delay=delay, bandwidth=bandwidth)
         self.bank = _shared(bank) if shared_branches else bank
@@ -101,10 +114,16 @@ class STUT(Structured, Mixer):
         """(L, K) every filter that the kernels mix."""
         return self.bank.filters
 
+    def resized(self, seq_len: int) -> AbstractContextManager[None]:
+        """Inside, inputs may have up to seq_len steps; longer filters are made as `extension` says."""
+        if seq_len <= self.seq_len:
+            return super().resized(seq_len)
+        return lengthened([self], seq_len, self._extended_bank(seq_len, self.extension))
+
     def extended(self, seq_len: int) -> "STUT":
         """A copy with the same parameters for sequences of up to `seq_len` steps; see `STU.extended`."""
-        bank, longer = extended_bank(self.bank, seq_len), copy.deepcopy(self)
-        longer.seq_len, longer.bank = seq_len, _shared(bank) if self.shared_branches else bank
+        bank, longer = self._extended_bank(seq_len, "continued"), copy.deepcopy(self)
+        longer.seq_len, longer.bank = seq_len, bank
         return longer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -142,6 +161,10 @@ class STUT(Structured, Mixer):
                 y = put_back(self._resumed(at_front(v, mask), past), mask)
         with no_autocast(v):
             return y, STUTState(memory.after(v, mask, past), self._readout(), position)
+
+    def _extended_bank(self, seq_len: int, extension: Extension) -> FilterBank:
+        bank = extended_bank(self.bank, seq_len, extension)
+        return _shared(bank) if self.shared_branches else bank
 
     def _resumed(self, v: Tensor, past: Past) -> Tensor:
         """What follows a past, (B, L, D) → (B, L, D)."""

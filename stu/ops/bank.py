@@ -16,9 +16,10 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ FEW_LAGS = 16
 CACHED_LENGTHS, CACHED_BYTES = 64, 1 << 28  # of spectra that a bank keeps; those of the last FFT length in any case
 
 Made = TypeVar("Made", bound="list[Band] | Spectra")
+Extension = Literal["recomputed", "continued", "truncated"]
+EXTENSIONS: tuple[Extension, ...] = get_args(Extension)
 
 
 def require_lag(name: str, lag: int, seq_len: int) -> None:
@@ -75,7 +78,7 @@ class SpectralFilters(NamedTuple):
     """Which spectral filters the columns of a bank are; see `spectral_bank`.
 
     built_for: the L of the Hankel matrix, where the filters go on past it (`stu.ops.realization.continued_filters`);
-    0 where that is seq_len. bandwidth: of hankel=slepian.
+    0 where that is seq_len. bandwidth: of hankel=slepian. truncated: past built_for they are zero instead.
     """
 
     seq_len: int
@@ -87,6 +90,7 @@ class SpectralFilters(NamedTuple):
     recurrence: int
     built_for: int = 0
     bandwidth: float | None = None
+    truncated: bool = False
 
 
 class FilterBank:
@@ -118,7 +122,7 @@ class FilterBank:
         if self.spectral is None:
             return {}
         found = self.spectral._asdict()
-        built_for = found.pop("built_for")
+        built_for, _ = found.pop("built_for"), found.pop("truncated")
         return found | {"seq_len": built_for or self.spectral.seq_len}
 
     @classmethod
@@ -243,32 +247,65 @@ def spectral_bank(
     recurrence: int = 0,
     built_for: int = 0,
     bandwidth: float | None = None,
+    truncated: bool = False,
 ) -> FilterBank:
     """The `filter_bank` of the `num_filters` spectral filters of a Hankel matrix, seq_len × seq_len: (L, K) columns.
 
-    built_for: the size of the matrix if it is smaller; the filters then go on as `continued_filters`. Layers with the
-    same options share a bank. Raises `OptionError` for more filters than float64 can tell apart.
+    built_for: the size of the matrix if it is smaller; the filters then go on as `continued_filters`, or are zero where
+    `truncated`. Layers with the same options share a bank. Raises `OptionError` for more filters than float64 can tell
+    apart.
     """
-    found = SpectralFilters(seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence, built_for, bandwidth)
+    found = SpectralFilters(
+        seq_len, num_filters, hankel, two_sided, delay, k_u, recurrence, built_for, bandwidth, truncated
+    )
     name = json.dumps(found, default=int)
     with FilterBank._making:  # threads, too, share one: all but one of several would be found under no name
         if (bank := FilterBank._living.get(name)) is None:
             with outside():
-                scaled = continued_filters(seq_len, num_filters, hankel, built_for or seq_len, bandwidth)
+                length = built_for or seq_len
+                stop = length if truncated else seq_len
+                scaled = continued_filters(stop, num_filters, hankel, length, bandwidth)
+                scaled = torch.cat((scaled, scaled.new_zeros(seq_len - stop, scaled.shape[1])))
                 columns = filter_bank(scaled, two_sided=two_sided, delay=delay, k_u=k_u, recurrence=recurrence)
                 bank = FilterBank(columns, found, name)
     return bank
 
 
-def extended_bank(bank: FilterBank, seq_len: int) -> FilterBank:
-    """The `spectral_bank` of the same filters, which go on up to seq_len; raises `OptionError` for other banks."""
+def extended_bank(bank: FilterBank, seq_len: int, extension: Extension = "continued") -> FilterBank:
+    """The `spectral_bank` of the same filters up to seq_len; raises `OptionError` for other banks.
+
+    extension: "continued" as `continued_filters`, "truncated": zero past their length, or "recomputed": those of the
+    longer Hankel matrix instead.
+    """
     filters = bank.spectral
     if filters is None:
         raise OptionError("seq_len", seq_len, "needs spectral filters; others end where they end")
+    require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
     require(seq_len >= filters.seq_len, "seq_len", seq_len, f"must be at least {filters.seq_len}, that of the layer")
     if seq_len > filters.seq_len:
-        filters = filters._replace(seq_len=seq_len, built_for=filters.built_for or filters.seq_len)
+        built_for = 0 if extension == "recomputed" else filters.built_for or filters.seq_len
+        filters = filters._replace(seq_len=seq_len, built_for=built_for, truncated=extension == "truncated")
     return spectral_bank(**filters._asdict())
+
+
+class Filtering(Protocol):
+    """A layer of fixed filters, for inputs of up to seq_len steps."""
+
+    seq_len: int
+    bank: FilterBank
+
+
+@contextmanager
+def lengthened(layers: Sequence[Filtering], seq_len: int, bank: FilterBank) -> Iterator[None]:
+    """Inside, the layers have this bank, for inputs of up to seq_len steps."""
+    before = [(layer.seq_len, layer.bank) for layer in layers]
+    try:
+        for layer in layers:
+            layer.seq_len, layer.bank = seq_len, bank
+        yield
+    finally:
+        for layer, (length, kept) in zip(layers, before, strict=True):
+            layer.seq_len, layer.bank = length, kept
 
 
 @lru_cache(maxsize=32)

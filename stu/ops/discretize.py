@@ -1,5 +1,6 @@
 """Discretisation of diagonal continuous systems, x'(t) = A x(t) + B u(t), with steps dt."""
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -23,6 +24,16 @@ def discretize(A: Tensor, dt: Tensor, method: Discretization) -> tuple[Tensor, T
     require(method == "bilinear", "discretization", method, "must be zoh or bilinear")
     gain = dt / (1 - dt * A / 2)
     return 1 + gain * A, gain
+
+
+def require_rate(rate: float) -> None:
+    """Raise `OptionError` unless a factor of all time steps is above 0 and finite."""
+    require(0 < rate < math.inf, "rate", rate, "must be above 0 and finite")
+
+
+def at_rate(log_dt: Tensor, rate: float) -> Tensor:
+    """The logarithm of rate · dt."""
+    return log_dt if rate == 1 else log_dt + math.log(rate)
 
 
 def is_current(system: Iterable[Tensor], parameters: Iterable[Tensor]) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stu.errors import require
 from stu.ops.bank import FilterBank, SpectralFilters, spectral_bank
 from stu.ops.convolution import Algorithm, filter_convolution
 from stu.ops.forms import budget, chunks
@@ -207,7 +208,9 @@ def _make(bank: str, streaming: Streaming, device: torch.device, dtype: torch.dt
 
 def _build(bank: FilterBank, streaming: Streaming, device: torch.device, dtype: torch.dtype) -> Memory:
     filters = bank.spectral
-    if filters is not None:
+    if filters is not None and filters.truncated:
+        require(streaming != "states", "streaming", streaming, "cannot end filters: extension=truncated needs a window")
+    elif filters is not None:
         realization = realize_for_streaming(
             filters.seq_len, filters.num_filters, filters.hankel, streaming, device, filters.built_for
         )

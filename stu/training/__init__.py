@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stu.lazy import attributes
 
 if TYPE_CHECKING:
-    from stu.training import evaluate, names, report
+    from stu.training import evaluate, lengths, names, report
     from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
     from stu.training.cluster import part
     from stu.training.data import SequenceData
@@ -72,5 +72,5 @@ __all__ += [
     "make_trainer",
 ]
 __all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
-__all__ += ["Continuation", "model_for", "names", "part", "report", "seed_everything", "within_memory"]
+__all__ += ["Continuation", "lengths", "model_for", "names", "part", "report", "seed_everything", "within_memory"]
 __all__ += ["Fitting", "Masked", "Next", "Parts", "Phase", "Pretraining", "train"]

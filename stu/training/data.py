@@ -64,6 +64,12 @@ class SequenceData(L.LightningDataModule):
         self.device_resident = device_resident
         self._resident: dict[str, Resident | None] = {}
 
+    def of(self, task: Task) -> "SequenceData":
+        """The same loaders of the prepared data of another task, whose batches have about as many steps."""
+        batch_size = max(1, self.batch_size * self.task.seq_len // max(task.seq_len, self.task.seq_len))
+        options: dict[str, Any] = {"num_workers": self.num_workers, "bucket": self.bucket}
+        return SequenceData(task, task.datasets(), self.plan, self.seed, batch_size=batch_size, **options)
+
     def require_enough(self, world_size: int) -> None:
         """Raise `OptionError` unless every device gets the same share of each micro-batch, and has examples."""
         require_divisible(self.batch_size, self.plan, world_size)

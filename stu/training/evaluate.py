@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from stu.errors import OptionError, require
-from stu.training import states
+from stu.training import lengths, states
 from stu.training.callbacks import Checkpoints, Diverged, highest_peak
 from stu.training.cluster import part
 from stu.training.data import SequenceData
@@ -30,8 +30,9 @@ def finish(
     data: SequenceData,
     checkpoints: Checkpoints,
     baselines: Mapping[str, float],
+    others: Mapping[int, SequenceData],
 ) -> None:
-    """Read the test set once, with the best weights: those of the file that says so.
+    """Read the test set once, with the best weights: those of the file that says so, and those of `others` by length.
 
     Raises `Diverged` if no validation gave a finite value, `OptionError` if no file has the best weights any more.
     """
@@ -49,10 +50,10 @@ def finish(
     load_weights(module, run.weights(run.best))
     trainer.validate(module, data, verbose=False)
     validation = module.evaluated
-    trainer.test(module, data, verbose=False)
+    tested = lengths.test(trainer, module, data, others)
     best = {"metric": f"val/{task.monitor}", "value": checkpoints.best_value, "step": checkpoints.best_step}
     summary: dict[str, Any] = {
-        "test": module.evaluated,
+        "test": tested,
         "best": {**best, "epoch": plan.epoch(checkpoints.best_step), "val": validation},
         "baselines": dict(baselines),
         **({} if task.trivial is None else {"trivial": [name for name in task.trivial if name in baselines]}),
@@ -64,7 +65,7 @@ def finish(
     }
     if steps < plan.total_steps:
         summary["stopped_early"] = getattr(trainer.early_stopping_callback, "why", "") or "a callback has asked for it"
-    last = {f"test/{name}": value for name, value in module.evaluated.items()}
+    last = {f"test/{name}": value for name, value in tested.items()}
     last[f"best/val/{task.monitor}"] = checkpoints.best_value
     for logger in trainer.loggers:
         logger.log_metrics({"epoch": plan.epoch(steps), **last}, step=steps)
@@ -137,7 +138,7 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
 
     Raises `OptionError` where there is no such checkpoint, or none whole, where its weights do not fit, or where the
     task, the preconditioner or the model of the run had other settings. Those of a checkpoint that the user names are
-    only noted.
+    only noted, as are those that concern the test alone, such as the rate of the inputs.
     """
     checkpoint = Path(given) if given else _best(run)
     require(os.path.isfile(checkpoint), "checkpoint", checkpoint, "no such file; train first, or name one")
@@ -147,7 +148,7 @@ def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[
     if trained and trained.trained and not trained.settings:
         changes = ["unknown, as config.yaml and manifest.json are absent or damaged"]
     difference = f"was trained with other settings: {', '.join(changes)}"
-    same = not changes or bool(given)
+    same = not any(map(Run.concerns_training, changes)) or bool(given)
     require(same, "checkpoint", checkpoint, f"{difference}; name it to test it anyway")
     try:
         module.load_state_dict(run.weights(checkpoint))

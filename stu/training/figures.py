@@ -46,7 +46,8 @@ class Figures(Callback):
     sequences: for how many of them predictions are drawn.
 
     predictions: of tasks with real targets at every step. rollout: of tasks that have one. impulse-response: of tasks
-    that know the true one. filters: of mixers with fixed filters. A figure that fails costs one line, never the run.
+    that know the true one. filters: of mixers with fixed filters. lengths: of `task.test_lengths`. A figure that fails
+    costs one line, never the run.
     """
 
     def __init__(self, directory: Path, *, when: When = "end", sequences: int = 3) -> None:
@@ -69,23 +70,34 @@ class Figures(Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the best weights."""
-        if self.when != "never":
+        assert isinstance(pl_module, SequenceModule)
+        if self.when != "never" and not pl_module.resized:
             assert isinstance(trainer.checkpoint_callback, Checkpoints)
             self._draw(trainer, pl_module, "test", trainer.checkpoint_callback.best_step)
+
+    def draw_lengths(self, trainer: L.Trainer, metric: str, values: Mapping[int, float], trained: int) -> None:
+        """Draw a metric of the test against the length of the sequences, where there are several."""
+        if self.when != "never" and len(values) > 1:
+            assert isinstance(trainer.checkpoint_callback, Checkpoints)
+            step = trainer.checkpoint_callback.best_step
+            self._save(trainer, "lengths", lambda: plots.lengths(metric, values, trained), step)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, split: str, step: int) -> None:
         assert isinstance(module, SequenceModule)
         with failing_softly("any kind", step), gathered(module.model):
             for name, plot in self._plots(trainer, module, split).items():
-                with failing_softly(name, step):
-                    with torch.no_grad(), trainer.precision_plugin.forward_context():
-                        figure = plot()
-                    if trainer.is_global_zero:
-                        figure.suptitle(f"{name}, step {step:,}", fontsize="medium")
-                        file = self.directory / f"{name}-step{step:07d}.png"
-                        save(figure, file)
-                        for logger in trainer.loggers:
-                            log_figure(logger, f"figures/{name}", file, step)
+                self._save(trainer, name, plot, step)
+
+    def _save(self, trainer: L.Trainer, name: str, plot: "Callable[[], Figure]", step: int) -> None:
+        with failing_softly(name, step):
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                figure = plot()
+            if trainer.is_global_zero:
+                figure.suptitle(f"{name}, step {step:,}", fontsize="medium")
+                file = self.directory / f"{name}-step{step:07d}.png"
+                save(figure, file)
+                for logger in trainer.loggers:
+                    log_figure(logger, f"figures/{name}", file, step)
 
     def _plots(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Mapping[str, "Callable[[], Figure]"]:
         """Name → how it is drawn, for everything that this task and this model have."""

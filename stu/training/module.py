@@ -1,7 +1,7 @@
 """The one LightningModule: any backbone on any task."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
 
 import lightning as L
@@ -45,8 +45,19 @@ class SequenceModule(L.LightningModule):
             task.monitor in self.eval_metrics, "monitor", task.monitor, f"must be one of {', '.join(self.eval_metrics)}"
         )
         self.evaluated: dict[str, float] = {}  # results of the last evaluation
+        self.resized = False  # whether it is tested at another length now
         self.first_bad_batch: Tensor | None = None  # the batch whose loss was not finite; stays on the device
         self._evaluation = ExitStack()
+
+    @contextmanager
+    def at(self, task: Task) -> Iterator[None]:
+        """Inside, evaluate on a task of another length, which the model may have to be resized for."""
+        before, self.task, self.resized = self.task, task, True
+        try:
+            with self.model.backbone.resized(task.seq_len):
+                yield
+        finally:
+            self.task, self.resized = before, False
 
     def configure_model(self) -> None:
         """Under `FullyShard`, divide each block over the devices, and what is around the blocks."""

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "figures",
     "pictures",  # what earlier runs call figures
     "task.data.dir",
+    "task.test_lengths",
     "model.compile",
 )
 FOLDERS = ("model", "task")  # choices that name the folders above a run

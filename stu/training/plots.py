@@ -5,7 +5,7 @@ L length, C inputs, O outputs, K filters
 What a figure shows, and so what it costs, does not grow with the task.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,17 @@ def filters(banks: Sequence[Tensor]) -> "Figure":
         for axis in (left, right):
             _over_lags(axis)
             axis.set_xlabel("lag + 1")
+    return figure
+
+
+def lengths(metric: str, values: Mapping[int, float], trained: int) -> "Figure":
+    """A metric of the test against the length of the sequences, and a line at that of training."""
+    figure, axes = _axes(1, 1, width=5.5)
+    axis = axes[0, 0]
+    axis.plot(*zip(*sorted(values.items()), strict=True), marker="o", markersize=4)
+    axis.axvline(trained, linewidth=0.7, color="black", linestyle="--")
+    _over_lags(axis)
+    axis.set(xlabel="length (dashed: of training)", ylabel=f"test {metric}")
     return figure
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from stu.files import mapping_in
 
 PRUNED = "pruned.json"  # in a run that a search has given up, until it is finished all the same
+AT = "@"  # between the name of a test metric and the length of the sequences, where it is not that of training
 SWEEP = "STU_SWEEP"  # in the environment: the sweep that this command is a job of
 
 Row = tuple[int, float, str, float]  # of a metrics.csv, a value at an optimiser step: step, epoch, metric, value

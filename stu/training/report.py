@@ -31,6 +31,7 @@ from stu.training.data import SequenceData
 from stu.training.module import SequenceModule
 from stu.training.optim import ParameterGroup
 from stu.training.plan import StepPlan
+from stu.training.records import AT
 from stu.training.run import Run, rank
 from stu.training.signals import Handlers, leaving, signal_behind
 from stu.training.trackers import close_trackers
@@ -150,12 +151,15 @@ def phase(plan: StepPlan, task: Task, baselines: Mapping[str, float], resumed: i
 
 
 @rank_zero_only
-def result(run: Run) -> None:
-    """The table at the end of a run, or of a run that had already finished."""
+def result(run: Run, lengths: Sequence[int] = ()) -> None:
+    """The table at the end of a run, or of a run that had already finished.
+
+    lengths: those that the command asks for, which a run that had finished may not have.
+    """
     summary = run.read_summary()
     best = summary["best"]
     metric = best["metric"].removeprefix("val/")
-    rows = [(f"test {name}", f"{value:.4g}") for name, value in sorted(summary["test"].items())]
+    rows = [*_tests(summary["test"])]
     rows += [(f"  {name}", f"{value:.4g} {metric}") for name, value in summary["baselines"].items()]
     if before := summary.get("pretrain"):
         rows.append(("pretraining", f"val/loss {before['loss']:.4g} at step {before['step']:,} of {before['steps']:,}"))
@@ -173,6 +177,22 @@ def result(run: Run) -> None:
         rows.append(("view", f"wandb leet {run.path / 'wandb'}"))
     rows.append(("next", "the same command shows this table again; mode=test tests again; seed=1 is another run"))
     show_table("Result", rows)
+    if missing := [length for length in lengths if f"{metric}{AT}{length}" not in summary["test"]]:
+        shown = ",".join(map(str, missing))
+        note(f"{run.path} was not tested at task.test_lengths=[{shown}]; the same command with mode=test does so")
+
+
+def _tests(values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Rows of the metrics of a test, and a row for each other length."""
+    at_lengths: dict[int, list[str]] = {}
+    for name, value in sorted(values.items()):
+        metric, _, length = name.rpartition(AT)
+        if metric in values and length.isdecimal():  # else the metric itself is called so: recall@10
+            at_lengths.setdefault(int(length), []).append(f"{metric} {value:.4g}")
+        else:
+            yield f"test {name}", f"{value:.4g}"
+    for number, metrics in sorted(at_lengths.items()):
+        yield f"  at {number:,} steps", ", ".join(metrics)
 
 
 def _measured(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -187,7 +207,7 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[str]:
 def tested(checkpoint: Path, values: Mapping[str, float], task: Task) -> None:
     """The result of mode=test."""
     rows = [("checkpoint", str(checkpoint))]
-    rows += [(f"test {name}", f"{value:.4g}") for name, value in sorted(values.items())]
+    rows += _tests(values)
     rows += [(f"  {name}", f"{value:.4g} {task.monitor}") for name, value in task.references().items()]
     show_table("Test", rows)
 

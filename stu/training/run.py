@@ -25,7 +25,7 @@ from stu.errors import Busy, OptionError, require
 from stu.files import DELETED, is_written, kept_name, mapping_in, remove_folder, sealed, sync, write_atomically
 from stu.training import states
 from stu.training.lock import RunLock
-from stu.training.names import is_free, known_as, require_plain, run_name
+from stu.training.names import is_free, key_of, known_as, require_plain, run_name
 from stu.training.records import SWEEP, flatten, git_state, summary_in, version_of
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "datasets", "numpy", "scipy", "wandb")
@@ -34,10 +34,16 @@ NO_MATTER = ("hydra-core", "wandb")  # of these, for what is computed
 # Keys that only checks depend on, and the test at the end: they may differ, the latter until the run has its result.
 UNTRAINED_KEYS = ("trainer.num_sanity_val_steps", "trainer.detect_anomaly")
 TEST_KEYS = ("trainer.limit_test_batches",)
+# Options of models that may have other values in a test than in training: it says so.
+TESTED_WITH = ("rate", "extension")
 # How many devices compute the same, and how they share it: where that changes, a start says so.
 DEVICE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Options that runs of earlier versions were made without, and may go on with any value of.
 LATER_KEYS = ("trainer.matmul_precision", "precondition._target_")
+
+
+# Options that have another name now.
+RENAMED = {"step_rescale": "rate"}
 
 
 class Run:
@@ -59,14 +65,20 @@ class Run:
     _overwritten: ClassVar[set[Path]] = set()  # by this process, whose later jobs must not delete them again
 
     @classmethod
-    def named(cls, parent: Path, name: object, overrides: Sequence[str] = ()) -> "Run":
+    def named(cls, parent: Path, name: object, overrides: Sequence[str] = (), *, testing: bool = False) -> "Run":
         """The run `name` in the folder `parent`, None: what the overrides of its command make of it.
+
+        testing: where that was not trained, without the overrides that may concern the test alone.
 
         Raises `OptionError` unless the name is that of a plain folder.
         """
-        name = known_as(parent, run_name(overrides)) if name is None else str(name)
-        require_plain(name)
-        return cls(parent / name)
+        chosen = known_as(parent, run_name(overrides)) if name is None else str(name)
+        require_plain(chosen)
+        run = cls(parent / chosen)
+        if name is None and testing and not run.trained:
+            trained = cls.named(parent, None, [one for one in overrides if cls.concerns_training(key_of(one))])
+            return trained if trained.trained else run
+        return run
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -225,6 +237,12 @@ class Run:
             and (not within or key.split(".")[0] in within)
             and (key in before or not is_default(now, key))
         ]
+
+    @staticmethod
+    def concerns_training(change: str) -> bool:
+        """Whether one of `changes` makes another model or task, and not only another test."""
+        key = change.partition(" ")[0]
+        return not (key.startswith("model.") and key.rpartition(".")[2] in TESTED_WITH)
 
     @property
     def id(self) -> str:
@@ -422,13 +440,17 @@ def is_default(flat: Mapping[str, Any], key: str) -> bool:
 
 
 def relocated(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The same flat configuration, `_target_`s by the present names of their modules."""
+    """The same flat configuration, `_target_`s and options of models by their present names."""
 
     def present(target: str) -> str:
         module, _, name = target.rpartition(".")
         return f"{MOVED.get(module, module)}.{name}"
 
-    return {key: present(value) if key.endswith("_target_") else value for key, value in flat.items()}
+    def named(key: str) -> str:
+        node, dot, option = key.rpartition(".")
+        return f"{node}{dot}{RENAMED.get(option, option)}"
+
+    return {named(key): present(value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
 def describe_device(device: torch.device) -> str:

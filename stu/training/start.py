@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stu.training import evaluate, report
+from stu.training import evaluate, lengths, report
 from stu.training.fitting import Fitting
 from stu.training.loggers import MetricsCSV
 from stu.training.pretrain import Phase
@@ -25,6 +25,7 @@ def train(
     option of each group.
     """
     data, module, trainer = fitting.data, fitting.module, fitting.trainer
+    others = lengths.at_lengths(data, module.model)
     baselines = {name: float(value) for name, value in module.task.references().items()}  # not after hours
     facts = report.facts(module, data.plan)
     run.open(
@@ -43,4 +44,4 @@ def train(
     if phase:
         phase.fit()
     fitting.fit(run.resumes_from)
-    evaluate.finish(run, trainer, module, data, fitting.checkpoints, baselines)
+    evaluate.finish(run, trainer, module, data, fitting.checkpoints, baselines, others)

@@ -99,7 +99,8 @@ class TestARow:
             task="lds", model="stu", name="a", seed=5, metric="mse", mode="min", test=0.25, best_val=0.5,
             parameters=1234, sequences_per_second=30.0, tokens_per_second=None, peak_memory=None, seconds=3725.4,
             status="finished", step=36, total_steps=36, unreadable=(), path=str(run.path), device="cpu",
-            started=row.started, command=row.command, best_step=12, best_epoch=1.0, config=row.config,
+            started=row.started, command=row.command, best_step=12, best_epoch=1.0, tests={"loss": 9.0, "mse": 0.25},
+            config=row.config,
         )  # fmt: skip
         assert row.config["trainer"] == {"max_epochs": 3, "max_steps": -1}
         assert (row.started or "").startswith("20")

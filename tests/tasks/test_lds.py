@@ -461,12 +461,13 @@ def test_fingerprint_covers_every_option_and_the_version(monkeypatch):
     assert task_of(small()).fingerprint() == fingerprints[0]
     for name, value in asdict(small()).items():
         other = {
-            "spectrum": "complex", "radius": 0.5, "structure": "general", "correlation": 0.5, "normalize": False
+            "spectrum": "complex", "radius": 0.5, "structure": "general", "correlation": 0.5, "normalize": False,
+            "unit_len": 9
         }.get(name)  # fmt: skip
         fingerprints.append(task_of(small(**{name: value + 2 if other is None else other})).fingerprint())
     monkeypatch.setattr(lds, "VERSION", 0)
     fingerprints.append(task_of(small()).fingerprint())
-    assert len(set(fingerprints)) == len(fingerprints) == 18
+    assert len(set(fingerprints)) == len(fingerprints) == 19
 
 
 def test_configuration_is_the_defaults_with_every_key_explained():

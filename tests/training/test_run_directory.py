@@ -597,11 +597,13 @@ class TestEarlierRuns:
             "task._target_": "data.lds.LDS",
             "task.data._target_": "data.lds.LDSData",
             "task.data.note": "data.lds.X",
+            "model.mixer.step_rescale": 1.0,
         }
         assert relocated(flat) == {
             "task._target_": "data.systems.lds.LDS",
             "task.data._target_": "data.systems.lds.LDSData",
             "task.data.note": "data.lds.X",  # a text, not a target
+            "model.mixer.rate": 1.0,
         }
         assert relocated(relocated(flat)) == relocated(flat)
 
