@@ -117,7 +117,7 @@ def generate(config: DictConfig, run: training.Run, settings: dict[str, Any]) ->
     task, model = task_and_model(config)
     trainer = training.make_trainer(make, logger=False, default_root_dir=run.checkpoints)
     model = model.to(trainer.strategy.root_device).eval()
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = output.read() if config.prompt == "-" else config.prompt
     text = training.Continuation(task, model, prompt, sampling)
     training.evaluate.restore(training.SequenceModule(model, task), run, config.checkpoint, settings)
     if trainer.is_global_zero and output.stream(text):

@@ -78,8 +78,8 @@ class Windows:
     @property
     def lengths(self) -> NDArray[np.int64] | None:
         """The last window may be shorter."""
-        rest = len(self.stored) - (len(self) - 1) * self.seq_len
-        return None if rest == self.seq_len else np.array([self.seq_len] * (len(self) - 1) + [rest])
+        rest = len(self.stored) % self.seq_len
+        return np.array([self.seq_len] * (len(self) - 1) + [rest]) if rest else None
 
     def tokens(self, part: slice = slice(None)) -> NDArray[np.int64]:
         """Those of a part of the text."""

@@ -1,4 +1,4 @@
-"""What a process prints can get lost, but never ends it; imports nothing slow, as it comes first."""
+"""What a process prints can get lost, but never ends it, and what it reads; imports nothing slow, as it comes first."""
 
 import codecs
 import io
@@ -46,6 +46,12 @@ def stream(pieces: Iterable[str]) -> bool:
     if sys.stdout.isatty():
         print(flush=True)
     return True
+
+
+def read() -> str:
+    """All of the standard input: UTF-8, other bytes as Python keeps those of a file's name."""
+    with open(0, encoding="utf-8", errors="surrogateescape", newline="", closefd=False) as file:
+        return file.read()
 
 
 def _guarded(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:

@@ -35,7 +35,7 @@ EXAMPLES = """\
   python train.py experiment=lra/listops/s5                        a model with the settings of its authors
   python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
   python train.py task=lds figures.when=validations                figures during training, not only at the end
-  python train.py task=language mode=generate prompt="The "         a trained model continues a text
+  python train.py task=language mode=generate prompt="The "        a trained model continues a text
   python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination
   python train.py -m sweep=stu task=lds                            a search of the best settings"""
 

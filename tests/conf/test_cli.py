@@ -38,7 +38,7 @@ EARLY: Refused = [
     (("model.depht=3",), ("model.depht=3: no such key", "did you mean depth?", "d_model, depth, dropout")),
     (("optimiser=adamw",), ("optimiser=adamw: no such key", "did you mean optimizer?", "checkpoints")),
     # it does not fit the constructors
-    (("+foo=1",), ("foo=1: no such key", "checkpoints, experiment, figures, loader")),
+    (("+foo=1",), ("foo=1: no such key", "checkpoints, experiment, figures, generate, loader")),
     (("+model.foo=1",), ("model.foo=1: no such key", "d_model, depth, dropout")),
     (("model.depth=abc",), ("model.depth=abc: must be an integer",)),
     (("model.depth=1.5",), ("model.depth=1.5: must be an integer",)),
@@ -80,7 +80,7 @@ EARLY: Refused = [
     (("optimizer.lr=${oc.env:STU_NOPE}",), ("lr=${oc.env:STU_NOPE}: Environment variable 'STU_NOPE' not found",)),
     (("trainer.val_check_interval=abc",), ("trainer.val_check_interval=abc: must be an integer or a number",)),
     # a key that nobody reads
-    (("checkpoint=x",), ("checkpoint=x: is read with mode=test alone",)),
+    (("checkpoint=x",), ("checkpoint=x: is read with mode=test or generate alone",)),
     (("mode=test", "overwrite=true"), ("overwrite=True: is read with mode=train alone",)),
     (("+paths.cache=x",), ("paths.cache=x: no such key",)),
     (
