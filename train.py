@@ -1,4 +1,4 @@
-"""Train a model on a task, or test a trained one: python train.py model=stu task=lra_listops. See --help."""
+"""Train a model on a task, test it, let it write: python train.py model=stu task=lra_listops. See --help."""
 
 # ruff: noqa: E402
 from __future__ import annotations  # which name what is imported only when it trains
@@ -37,9 +37,9 @@ def main(config: DictConfig) -> float | None:
     folder = Path(config.paths.runs, choices["task"], choices["model"])
     run = training.Run.named(folder, config.name, HydraConfig.get().overrides.task)
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    if config.mode == "test":
+    if config.mode != "train":
         with training.report.losses(run):
-            test(config, run, settings)
+            (test if config.mode == "test" else generate)(config, run, settings)
         return None
     run.overwrites = config.overwrite
     with training.report.exit_codes(run):
@@ -131,6 +131,20 @@ def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> Non
     trainer.test(module, data, verbose=False)
     training.part(trainer)
     training.report.tested(checkpoint, module.evaluated, task)
+
+
+def generate(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
+    """Continue a text by a checkpoint, on the standard output as it comes; how fast, on the standard error."""
+    task, model = task_and_model(config)
+    training.evaluate.restore(training.SequenceModule(model, task), run, config.checkpoint, settings)
+    trainer = training.make_trainer(
+        build(config.trainer, _partial_=True), logger=False, default_root_dir=run.checkpoints
+    )
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    model = model.to(trainer.strategy.root_device).eval()
+    text = training.Continuation(task, model, prompt, build(config.generate))
+    if trainer.is_global_zero and output.stream(text):
+        print(text.rate, file=sys.stderr)
 
 
 if __name__ == "__main__":

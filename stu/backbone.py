@@ -165,6 +165,11 @@ class Backbone(Structured):
         """Whether output t depends on inputs 1 … t alone."""
         return all(block.mixer.causal for block in self.blocks)
 
+    @property
+    def limit(self) -> float:
+        """The most steps that it takes: of learned positions, and of mixers that are built for a length."""
+        return min(self.longest, *(getattr(block.mixer, "seq_len", math.inf) for block in self.blocks))
+
     def forward(
         self,
         x: Tensor,

@@ -5,7 +5,8 @@ L length, C channels, V vocabulary
 All of it is plain data: what was fitted to the training split goes into checkpoints and exported folders as JSON.
 """
 
-from collections.abc import Mapping, Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, final
 
@@ -53,6 +54,11 @@ class Text:
         """V."""
         return 257 if self.units == "bytes" else self._first + len(self.vocabulary)
 
+    @property
+    def alphabet(self) -> range:
+        """The tokens that texts are made of: all but padding."""
+        return range(PADDING + 1, self.vocab_size)
+
     def encode(self, value: Any) -> NDArray[np.int64]:
         """A text as tokens (L,)."""
         require(isinstance(value, str), "input", brief(value), "must be a text")
@@ -72,6 +78,19 @@ class Text:
         units = (*["\ufffd"] * self.other, *self.vocabulary)
         return (" " if self.units == "words" else "").join(units[token - OTHER] for token in real)
 
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """`decode` of tokens as they come, which together give the same text: a character waits for its last byte."""
+        decoder, space = codecs.getincrementaldecoder("utf-8")("replace"), ""
+        for token in tokens:
+            if token == PADDING:
+                yield ""
+            elif self.units == "bytes":
+                yield decoder.decode(bytes([token - 1]))
+            else:
+                yield space + self.decode([token])
+                space = " " if self.units == "words" else ""
+        yield decoder.decode(b"", final=True)
+
 
 @final
 @dataclass(frozen=True)
@@ -83,9 +102,14 @@ class Tokens:
     def __post_init__(self) -> None:
         require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "must be at least 1")
 
+    @property
+    def alphabet(self) -> range:
+        """All tokens."""
+        return range(self.vocab_size)
+
     def encode(self, value: Any) -> NDArray[np.int64]:
-        """Integers (L,) as tokens (L,)."""
-        tokens = np.asarray(value)
+        """Integers (L,), or a text of them with spaces between, as tokens (L,)."""
+        tokens = np.asarray(_integers(value) if isinstance(value, str) else value)
         whole = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
         require(whole, "input", brief(value), "must be a list of integers")
         inside = (tokens >= 0) & (tokens < self.vocab_size)
@@ -96,6 +120,13 @@ class Tokens:
     def decode(self, tokens: Sequence[int]) -> list[int]:
         """The integers themselves."""
         return [int(token) for token in tokens]
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Tokens as they come, as a text with spaces between."""
+        space = ""
+        for token in tokens:
+            yield f"{space}{int(token)}"
+            space = " "
 
 
 @final
@@ -202,6 +233,13 @@ def _read(name: str, values: Any) -> Any:
         return KINDS[values["kind"]](**options)
     except (TypeError, ValueError) as error:
         raise OptionError(f"preprocessing.{name}", brief(values), f"is damaged: {error}") from error
+
+
+def _integers(text: str) -> NDArray[np.int64]:
+    try:
+        return np.array([int(word) for word in text.split()], np.int64)
+    except (ValueError, OverflowError) as error:
+        raise OptionError("input", brief(text), "must be integers, with spaces between") from error
 
 
 def _key(label: Any) -> tuple[str, Any]:

@@ -112,6 +112,15 @@ class Rollout(NamedTuple):
     metrics: "Callable[[], dict[str, Metric]]"
 
 
+class NextToken(NamedTuple):
+    """Predictions are logits (B, L, V) of the next token at every step, so that a causal model continues a text.
+
+    start: the token that stands before the first one; None: there is none, and only what has begun is continued.
+    """
+
+    start: int | None
+
+
 class Task(ABC):
     """Data, encoder, head, loss and metrics of one problem. Names no model.
 
@@ -119,10 +128,10 @@ class Task(ABC):
     t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
     smaller or larger is better.
 
-    Four optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
+    Five optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
     a model has to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
     image_shape: rows and columns of the image that an input sequence is. preprocessing: from what a user has to inputs,
-    and from predictions back; known once the data are prepared.
+    and from predictions back; known once the data are prepared. next_token: models generate, token by token.
     """
 
     monitor: str
@@ -131,12 +140,18 @@ class Task(ABC):
     rollout: Rollout | None = None
     image_shape: tuple[int, int] | None = None
     preprocessing: Preprocessing | None = None
+    next_token: NextToken | None = None
 
     def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
         same = data.seq_len is None or seq_len == data.seq_len
         require(same, "seq_len", seq_len, f"must be the data's, {data.seq_len}")
         require_memory(8 * seq_len, {"seq_len": seq_len})  # of one channel, in one batch of one sequence
         self.seq_len, self.causal, self.data = seq_len, causal, data
+
+    def facts(self) -> dict[str, Any]:
+        """What there is to know of the task where its model is used without it, as plain data."""
+        facts = {"name": type(self).__name__, "seq_len": self.seq_len, "causal": self.causal}
+        return facts | ({} if self.next_token is None else {"next_token": self.next_token._asdict()})
 
     def prepare(self) -> None:
         """Build or check the data in the cache; called in one process before any `datasets()`."""

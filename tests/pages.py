@@ -129,8 +129,10 @@ def published() -> str:
 
 
 def count(value: str) -> str:
-    """A number with its thousands apart; another value as it is."""
-    return f"{int(value):,}" if value.isdecimal() else value
+    """A number with its thousands apart, a share in percent, null for all others; another value as it is."""
+    if re.fullmatch(r"0\.\d+", value):
+        return f"{float(value):.0%}".replace("%", " %")
+    return f"{int(value):,}" if value.isdecimal() else {"null": "all other"}.get(value, value)
 
 
 def baselines(name: str, trivial: Sequence[str] | None) -> str:

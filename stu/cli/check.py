@@ -25,6 +25,7 @@ NODES = {  # what the nodes of the root make; the code gives the optimizer argum
     "loader": "stu.training.SequenceData",
     "checkpoints": "stu.training.Checkpoints",
     "figures": "stu.training.figures.Figures",
+    "generate": "stu.generation.Sampling",
     "trainer": "lightning.Trainer",
 }
 HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
@@ -38,11 +39,12 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "optimizer": Callable[..., Any],
     "callbacks": Mapping,
     "logger": Mapping,
-    "mode": Literal["train", "test"],
+    "mode": Literal["train", "test", "generate"],
     "name": str | int | None,
     "seed": range(2**32),
     "overwrite": bool,
     "checkpoint": str | None,
+    "prompt": str,
     "log_every": int,
     "paths": Mapping,
     "paths.runs": str,
@@ -51,7 +53,8 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
 NAMED = {"callbacks": "lightning.Callback", "logger": "lightning.pytorch.loggers.Logger"}  # what their entries make
 CALLS = {"trainer.strategy": ("stu.training.FullyShard", "trainer=fsdp")}  # also allowed, by these options
 SPECIAL = ("_target_", "_partial_")  # keys of a call that are no arguments
-READ_BY = {"checkpoint": "test", "overwrite": "train"}  # the only mode in which a key is read
+# The only modes in which a key is read.
+READ_BY = {"checkpoint": ("test", "generate"), "overwrite": ("train",), "prompt": ("generate",)}
 # How many of their leading arguments these nodes get from the code.
 PASSED = {"checkpoints": 5, "figures": 1, "loader": 4, "optimizer": 2, "mixer": 1, "channel_mixer": 1}
 RENAMED = {  # earlier keys, and their names now
@@ -92,11 +95,15 @@ def check(config: DictConfig) -> None:
     for name, value in plain["paths"].items():
         if f"paths.{name}" not in HINTS:
             raise Refused(f"paths.{name}", brief(value), missing(f"paths.{name}", plain["paths"]))
-    for key, mode in READ_BY.items():
-        if plain[key] and plain["mode"] != mode:
-            raise Refused(key, plain[key], f"is read with mode={mode} alone")
+    for key, modes in READ_BY.items():
+        if plain[key] and plain["mode"] not in modes:
+            raise Refused(key, brief(plain[key]), f"is read with mode={' or '.join(modes)} alone")
     for key, node in calls(plain):
         check_call(key, node)
+    for name, parameter in inspect.signature(resolve_name(NODES["generate"])).parameters.items():
+        value = plain["generate"].get(name, parameter.default)
+        if value != parameter.default and plain["mode"] != "generate":
+            raise Refused(f"generate.{name}", brief(value), "is read with mode=generate alone")
 
 
 def root_keys() -> set[str]:

@@ -6,6 +6,7 @@ import os
 import select
 import sys
 import unicodedata
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -35,6 +36,18 @@ def guard() -> None:
                 setattr(sys, f"__{name}__", guarded)
 
 
+def stream(pieces: Iterable[str]) -> bool:
+    """Print pieces of a text at once; ends early, and returns False, where nobody reads it any more."""
+    for piece in pieces:
+        if piece:
+            print(piece, end="", flush=True)
+        if getattr(getattr(sys.stdout, "buffer", None), "lost", False):
+            return False
+    if sys.stdout.isatty():
+        print(flush=True)
+    return True
+
+
 def _guarded(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
     if stream is None:  # closed when Python started
         return io.TextIOWrapper(_Lossy(os.devnull, "w"), "utf-8", PLAIN)
@@ -46,18 +59,21 @@ def _guarded(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
 class _Lossy(io.FileIO):
     """Writes all of what it is given, or drops the rest of it."""
 
+    lost = False  # whether something was dropped
     replaced: object = None  # the stream before, which may close the file when nobody holds it any more
 
     def write(self, data: Any, /) -> int:
         """Write all, also where the reader is slow and the file does not wait for it."""
         rest = whole = memoryview(data).cast("B")
-        with suppress(OSError):
+        try:
             while rest:
                 written = super().write(rest)
                 if written is None:
                     select.select([], [self], [])
                 else:
                     rest = rest[written:]
+        except OSError:
+            self.lost = True
         return len(whole)
 
 

@@ -9,6 +9,8 @@ from textwrap import fill
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
+TEXTS = ("prompt",)  # keys whose value is a text as it stands, in quotes or without
+
 GROUPS = {
     "task": "what is learned",
     "model": "what learns it",
@@ -31,6 +33,7 @@ EXAMPLES = """\
   python train.py experiment=lra/listops/s5                        a model with the settings of its authors
   python train.py model=transformer task=lds optimizer.lr=3e-4     any key can be changed
   python train.py task=lds figures.when=validations                figures during training, not only at the end
+  python train.py task=language mode=generate prompt="The "         a trained model continues a text
   python train.py -m model=stu,transformer seed=0,1,2 task=lds     a sweep: every combination
   python train.py -m sweep=stu task=lds                            a search of the best settings"""
 
@@ -44,9 +47,21 @@ def answer() -> None:
 
 def at_home(argument: str) -> str:
     """`key=~/x` with the folder that is meant: shells leave a ~ after = as it is, and Hydra's grammar has none."""
+    key, _, text = argument.partition("=")
+    if key in TEXTS:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return argument if quoted else f"{key}={as_text(text)}"
     if {"'", '"'} & set(argument):
         return argument
     return re.sub(r"(?<=[=,])~[^,\s]*", lambda path: f"'{os.path.expanduser(path[0])}'", argument)
+
+
+def as_text(value: str) -> str:
+    """A text in quotes, so that Hydra's grammar and OmegaConf give it back as it is."""
+    for special in (r"\$\{", "'"):
+        value = re.sub(rf"(\\*)({special})", r"\1\1\\\2", value)  # with a backslash, and those before it twice
+    value = re.sub(r"(\\+)\Z", r"\1\1", value)
+    return f"'{value}'"
 
 
 def text() -> str:

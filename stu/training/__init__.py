@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stu.training.trackers import Tracker
     from stu.training.trackio_log import TrackioLog
     from stu.training.wandb_log import WandbLog
+    from stu.training.writing import Continuation
 
 __getattr__ = attributes(
     __name__,
@@ -46,6 +47,7 @@ __getattr__ = attributes(
         "Tracker": "trackers",
         "TrackioLog": "trackio_log",
         "WandbLog": "wandb_log",
+        "Continuation": "writing",
     },
 )
 __all__ = ["Checkpoints", "Diverged", "Figures", "FullyShard", "MetricsCSV", "MetricsLog", "Run", "SequenceData"]
@@ -64,4 +66,4 @@ __all__ += [
     "make_trainer",
 ]
 __all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
-__all__ += ["model_for", "names", "part", "report", "seed_everything", "within_memory"]
+__all__ += ["Continuation", "model_for", "names", "part", "report", "seed_everything", "within_memory"]

@@ -165,5 +165,5 @@ def _best(run: Run) -> Path:
     if survey.best is None:
         others = "".join(f"; name another one, checkpoint={state.path}" for state in survey.whole[:1])
         raise OptionError("checkpoint", run.best, f"{damages}; no other file has the best weights{others}")
-    note(f"{run.checkpoints}: {damages}; {survey.best.path.name} has the best weights, too, and is tested")
+    note(f"{run.checkpoints}: {damages}; {survey.best.path.name} has the best weights, too, and is read")
     return survey.best.path

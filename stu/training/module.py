@@ -1,6 +1,5 @@
 """The one LightningModule: any backbone on any task."""
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol, cast
@@ -149,11 +148,10 @@ class SequenceModule(L.LightningModule):
 
     def _trained(self) -> dict[str, Any]:
         """How to build the model, how to read inputs, and facts of the task: plain data, see `stu.loading`."""
-        task = self.task
         return {
             "model": self.model.description,
-            "preprocessing": task.preprocessing and task.preprocessing.as_dict(),
-            "task": {"name": type(task).__name__, "seq_len": task.seq_len, "causal": task.causal},
+            "preprocessing": self.task.preprocessing and self.task.preprocessing.as_dict(),
+            "task": self.task.facts(),
         }
 
     def configure_optimizers(self) -> Any:
@@ -179,8 +177,7 @@ class SequenceModule(L.LightningModule):
 def model_for(task: Task, backbone: Backbone) -> SequenceModel:
     """A backbone between the encoder and the head of a task. Raises `OptionError` where they do not fit."""
     require(backbone.causal or not task.causal, "task.causal", True, "the model looks ahead; choose a causal one")
-    longest = (getattr(block.mixer, "seq_len", math.inf) for block in backbone.blocks)
-    require_length(task.seq_len, min(backbone.longest, *longest))
+    require_length(task.seq_len, backbone.limit)
     return SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
 
 

@@ -14,6 +14,8 @@ FREE_KEYS = (
     "mode",
     "overwrite",
     "checkpoint",
+    "prompt",
+    "generate",
     "logger",
     "paths",
     "name",

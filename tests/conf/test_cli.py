@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from stu.cli import arguments, errors
 from stu.cli.check import check, check_call
-from stu.cli.usage import BY_OTHERS, CONF, folded
+from stu.cli.usage import BY_OTHERS, CONF, at_home, folded
 from stu.errors import OptionError
 from tests import runs
 from tests.models import composed
@@ -389,3 +392,20 @@ class TestCheck:
         config = composed("task=lds", "seed=1", "+optimizer.groups.a={lr: 1}", "model.dropout=0.25", "task.data.seed=2")
         line = errors._line(OptionError(name, value, "no"), config)
         assert line == f"{key}={value}: no"
+
+
+@settings(max_examples=50)
+@given(st.one_of(st.text(max_size=20), st.text("ab'\"\\${},=~ \n", max_size=8)))
+@example("null")
+@example("a, b")
+@example("~/x")
+def test_a_prompt_is_taken_as_it_stands(prompt: str):
+    word = at_home(f"prompt={prompt}")
+    value = OverridesParser.create().parse_override(word).value()
+    read = OmegaConf.to_container(OmegaConf.create({"prompt": value}), resolve=True)["prompt"]
+    quoted = len(prompt) > 1 and prompt[0] == prompt[-1] and prompt[0] in "'\""
+    assert quoted or read == prompt
+
+
+def test_a_prompt_in_quotes_is_what_they_hold():
+    assert at_home("prompt='a b'") == "prompt='a b'"

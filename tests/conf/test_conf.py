@@ -78,7 +78,7 @@ def test_a_default_is_the_same_in_yaml_and_python(group: str, option: str, monke
     """An option is equal to the default of the constructor, or is required there, or differs for a reason."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = composed(f"{group}={option}", *([] if group == "task" else ["task=lds"]))
-    own = [group, *(("loader", "checkpoints", "figures") if group == "trainer" else ())]
+    own = [group, *(("loader", "checkpoints", "figures", "generate") if group == "trainer" else ())]
     different = set()
     for key, node in calls({name: OmegaConf.to_container(config, resolve=True)[name] for name in own}):
         target = resolve_name(node["_target_"])

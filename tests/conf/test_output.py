@@ -153,3 +153,14 @@ def test_a_run_goes_on_to_its_end_when_nobody_reads_what_it_prints(tmp_path: Pat
         results.append(runs.results(runs.run_of(tmp_path, "lds", "stu", kind)))
     runs.assert_identical(results[1], results[0])
     runs.assert_identical(results[2], results[0])
+
+
+def test_a_stream_ends_where_nobody_reads_it():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import itertools; print(output.stream(itertools.repeat('a')), file=sys.stderr)"
+    done = printing(code, stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"False\n")
+    done = printing("print(output.stream(['a', '', '\u00e9']), file=sys.stderr)")
+    assert (done.stdout, done.stderr) == ("a\u00e9".encode(), b"True\n")

@@ -198,6 +198,35 @@ mode=test checkpoint=/tmp
 mode=test checkpoint=/proc/nope
 mode=test checkpoint=
 mode=test overwrite=true
+mode=test prompt=x
+mode=generate
+mode=generate task=language
+mode=generate task=language checkpoint=/nonexistent
+mode=generate task=language prompt=???
+mode=generate task=language overwrite=true
+mode=generate task=language generate.max_tokens=-1
+mode=generate task=language generate.temperature=-1
+mode=generate task=language generate.temperature=inf
+mode=generate task=language generate.top_k=0
+mode=generate task=language generate.top_p=0
+mode=generate task=language generate.top_p=1.5
+mode=generate task=language generate.seed=-1
+mode=generate task=language generate={}
+mode=generate task=language generate=null
+mode=generate task=language generate.nope=1
+prompt=x
+generate.max_tokens=10
+generate.top_k=3
+task=language task.causal=false
+task=language task.data.source=/nonexistent
+task=language task.data.source=/dev/null
+task=language task.data.source=/proc/self
+task=language task.data.units=letters
+task=language task.data.vocab_size=256
+task=language task.data.val=1.0
+task=language task.data.val=0
+task=language task.data.val=0.6 task.data.test=0.5
+task=language task.data.test=1000000000
 mode=resume
 checkpoint=/nonexistent
 checkpoint=x overwrite=true

@@ -1,0 +1,1 @@
+"""Language: the next unit of a text, byte by byte."""
