@@ -135,14 +135,13 @@ def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> Non
 
 def generate(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
     """Continue a text by a checkpoint, on the standard output as it comes; how fast, on the standard error."""
+    sampling, make = build(config.generate), build(config.trainer, _partial_=True)
     task, model = task_and_model(config)
-    training.evaluate.restore(training.SequenceModule(model, task), run, config.checkpoint, settings)
-    trainer = training.make_trainer(
-        build(config.trainer, _partial_=True), logger=False, default_root_dir=run.checkpoints
-    )
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    trainer = training.make_trainer(make, logger=False, default_root_dir=run.checkpoints)
     model = model.to(trainer.strategy.root_device).eval()
-    text = training.Continuation(task, model, prompt, build(config.generate))
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    text = training.Continuation(task, model, prompt, sampling)
+    training.evaluate.restore(training.SequenceModule(model, task), run, config.checkpoint, settings)
     if trainer.is_global_zero and output.stream(text):
         print(text.rate, file=sys.stderr)
 

@@ -77,7 +77,8 @@ def _calls(backbone: Backbone, context: int, settings: Settings) -> dict[str, Ca
     torch.manual_seed(0)
     width = backbone.d_model
     model = SequenceModel(TokenEncoder(width, vocab_size=VOCABULARY), backbone, StepHead(width, d_output=VOCABULARY))
-    model = without_zeros(model).to(settings.device).eval()
+    without_zeros(model)
+    model = model.to(settings.device).eval()
     tokens = torch.randint(1, VOCABULARY, (context,)).tolist()
     stream = chain.from_iterable(generate(model, tokens, context, temperature=0) for _ in repeat(None))
     next(stream)  # reads the context

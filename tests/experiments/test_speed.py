@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from experiments.speed import candidates, compiled, measure, report, roofline, run
+from experiments.speed import candidates, compiled, generation, measure, report, roofline, run
 from experiments.speed.__main__ import main
 from experiments.speed.bench import STREAMED, Bench, Data, Settings
 from experiments.speed.candidates import Size
@@ -669,3 +669,18 @@ def test_compiled_blocks_are_timed_beside_eager_ones(tmp_path, capsys):
     times = json.loads((tmp_path / "times.json").read_text())["rows"]["stu_t:num_filters=4"]
     for ratio, of in zip(row, ("min", "median"), strict=True):
         assert float(ratio) == pytest.approx(times["compiled"][of] / times["eager"][of], abs=0.006)
+
+
+# --- generation ---
+
+
+def test_a_token_by_the_state_is_timed_beside_one_by_the_context(tmp_path, capsys):
+    size = ["--context", "12", "--width", "8", "--depth", "1", "--min-s", "0.001"]
+    out = tmp_path / "rates.json"
+    assert generation.main(["--models", "stu:num_filters=4", "transformer", *size, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["stu:num_filters=4", "transformer"]
+    for line, times in zip(capsys.readouterr().out.splitlines()[2:], rows.values(), strict=True):
+        assert f"| {1 / times['state']['min']:,.0f} | {1 / times['context']['min']:,.2f} |" in line
+    assert generation.main(["--models", "nope"]) == 2
+    assert generation.main(["--models", "stu", "--device", "nope"]) == 2
