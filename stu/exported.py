@@ -138,6 +138,9 @@ def _require_facts(task: Any, source: str) -> None:
     facts = task if isinstance(task, Mapping) else {}
     wrong = next((name for name, kind in kinds.items() if type(facts.get(name)) is not kind), None)
     require(wrong is None, f"task.{wrong}", brief(facts.get(str(wrong))), f"{source} is damaged")
+    start = facts.get("next_token", {"start": None})
+    known = isinstance(start, Mapping) and isinstance(start.get("start"), int | None)
+    require(known, "task.next_token", brief(start), f"{source} is damaged")
     length = facts["seq_len"]
     require(1 <= length <= LONGEST, "task.seq_len", brief(length), f"must be 1 to {LONGEST:,}")
 

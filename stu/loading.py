@@ -7,7 +7,8 @@ of its model, and so does the folder that `stu.export` writes.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from stu.description import MOVED, TARGET, built
 from stu.errors import OptionError, brief, require
 from stu.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
 from stu.files import mapping_in
+from stu.generation import Sampling, generate
 from stu.preprocessing import Classes, Label, Numbers, Preprocessing
 from stu.preprocessing import Text as Texts
 from stu.task import pad
@@ -112,6 +114,23 @@ class Trained:
         allowed = "must be read in another way: this model predicts from several inputs at once; call .model itself"
         require(fits, "inputs", len(arrays), allowed)
         return [self._meant(output, len(array)) for output, array in zip(outputs.cpu(), arrays, strict=True)]
+
+    def generate(self, prompt: Any = "", **sampling: Any) -> Iterator[str]:
+        """Continue a prompt, where predictions are the next token: pieces of text, some of them empty, as they come.
+
+        sampling: of `stu.generation.Sampling`: max_tokens, temperature, top_k, top_p, seed. Raises `OptionError` where
+        predictions are something else, and for a prompt that cannot be read.
+        """
+        known, next_token = self.preprocessing, self.task.get("next_token")
+        possible = known is not None and not isinstance(known.inputs, Numbers) and isinstance(next_token, dict)
+        require(possible, "task", self.task["name"], "generates nothing: its predictions are not the next token")
+        assert known is not None
+        assert not isinstance(known.inputs, Numbers)
+        options = asdict(Sampling(**sampling))
+        generator = torch.Generator().manual_seed(options.pop("seed"))
+        options |= {"alphabet": known.inputs.alphabet, "start": self.task["next_token"].get("start")}
+        tokens = known.inputs.encode(prompt).tolist()
+        return known.inputs.pieces(generate(self.model, tokens, **options, generator=generator))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write model, preprocessing and a card into a folder, which `stu.load` reads anywhere; see `stu.export`.
@@ -236,8 +255,7 @@ def _of_settings(
     backbone = built({**_relocated(settings["model"]), "compile": False}, trusted)
     model = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
     load_weights(model, weights, str(file))
-    facts = {"name": type(task).__name__, "seq_len": task.seq_len, "causal": task.causal}
-    return model, task.preprocessing, facts
+    return model, task.preprocessing, task.facts()
 
 
 def _relocated(node: Any) -> Any:

@@ -131,6 +131,7 @@ def _predict(
             write([{**old, **new} for old, new in zip(batch, added, strict=True)], source.schema)
             row += len(batch)
         count += row
+    require(count > 0, "INPUT", " ".join(options.inputs), "has no rows")
     return count, skipped
 
 

@@ -204,6 +204,11 @@ class Task(ABC):
             other.precondition(self.preconditioner)
         return other
 
+    def facts(self) -> dict[str, Any]:
+        """What there is to know of the task where its model is used without it, as plain data."""
+        facts = {"name": type(self).__name__, "seq_len": self.seq_len, "causal": self.causal}
+        return facts | ({} if self.next_token is None else {"next_token": self.next_token._asdict()})
+
     def prepare(self) -> None:
         """Build or check the data in the cache; called in one process before any `datasets()`."""
         self.data.prepare()

@@ -16,8 +16,10 @@ from stu.description import built, described
 from stu.encoders import LinearEncoder, TokenEncoder
 from stu.errors import OptionError
 from stu.exported import CONFIG, WEIGHTS, write_folder
+from stu.generation import generate
 from stu.heads import PooledHead, StepHead
 from stu.mixers.stu import STU
+from stu.preprocessing import Preprocessing, Text
 from tests.models import MODELS, factory, randomized
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -38,8 +40,15 @@ def exported(folder: Path, model: stu.SequenceModel | None = None, preprocessing
     return folder
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "free"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "causal"),
+    [
+        # each model once, and all of them both ways where there is time
+        pytest.param(model, causal, marks=[] if causal == bool(number % 2) else pytest.mark.slow)
+        for number, model in enumerate(MODELS)
+        for causal in (True, False)
+    ],
+)
 def test_every_model_comes_back_to_the_last_bit(tmp_path: Path, model: str, causal: bool):
     before = small_model(model, causal=causal)
     random = torch.get_rng_state()
@@ -147,6 +156,7 @@ WRONG = [
     ("preprocessing.targets", {"kind": "classes", "labels": [1, 2]}, "is of 2 values, the model has 3 outputs"),
     ("task", {}, "task.name=None:"),
     ("task.seq_len", 10**30, "task.seq_len=1000000000000000000000000000000: must be 1 to"),
+    ("task.next_token", {"start": "x"}, "task.next_token={'start': 'x'}"),
     ("format", "other", "is not of a model that stu.export wrote"),
     ("version", 2, "a newer stu wrote it"),
 ]
@@ -243,6 +253,19 @@ def test_nothing_is_overwritten_unasked(folder: Path, tmp_path: Path):
     with pytest.raises(OptionError, match="holds something else"):
         loaded.save(other, overwrite=True)
     assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
+
+
+def test_what_predicts_the_next_token_generates(tmp_path: Path):
+    torch.manual_seed(1)
+    model = stu.SequenceModel(TokenEncoder(8, vocab_size=257), factory("stu", seq_len=12)(), StepHead(8, d_output=257))
+    text = Preprocessing(Text(), Text())
+    write_folder(tmp_path / "folder", model.eval(), text.as_dict(), {**TASK, "next_token": {"start": 0}}, {})
+    loaded = stu.load(tmp_path / "folder")
+    tokens = generate(model, [98, 99], 20, start=0, alphabet=range(1, 257), generator=torch.Generator().manual_seed(3))
+    assert "".join(loaded.generate("ab", max_tokens=20, seed=3)) == Text().decode(list(tokens))
+    assert "".join(loaded.generate(max_tokens=3, temperature=0))
+    with pytest.raises(OptionError, match="task=Steps: generates nothing"):
+        stu.load(exported(tmp_path / "other", model, text.as_dict())).generate("ab")
 
 
 def test_defaults_of_the_user_do_not_matter(folder: Path):

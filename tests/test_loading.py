@@ -185,7 +185,15 @@ def test_other_data_are_noticed(home: Path, run: Run, copy: Run):
 
 
 # a small one of each kind: tokens, texts, numbers with and without units
-@pytest.mark.parametrize("name", ["copying", "lra_listops", "digits", "lds", "adding", "pendulum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lra_listops",
+        "digits",
+        "lds",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("copying", "adding", "pendulum")),
+    ],
+)
 def test_tasks_read_inputs_as_their_preprocessing_does(home: Path, name: str):
     task = build(composed(*runs.small(f"task={name}", "model=lru"), f"paths.data={home / 'data'}").task)
     task.prepare()

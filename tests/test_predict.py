@@ -169,7 +169,10 @@ def test_a_wrong_row_is_one_line_or_has_no_prediction(
     assert [row["prediction"] is None for row in rows] == [False, False, True, True, False]
 
 
-def test_what_cannot_be_is_one_line(models: Path, written: Written, refused: Callable[..., str], tmp_path: Path):
+def test_what_cannot_be_is_one_line(
+    models: Path, written: Written, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     words, source = models / "words", written("in.csv", "x,y\na,b\n")
     other, kept = written("other.csv", "x,z\na,b\n"), written("out.csv", "kept")
     x = ("--column", "x")
@@ -186,6 +189,7 @@ def test_what_cannot_be_is_one_line(models: Path, written: Written, refused: Cal
         ((words, source, *x, "--device", "tpu"), "device=tpu: is not available"),
         ((words, "nothing.csv"), "INPUT=nothing.csv: no such file"),
         ((words, "-", "-"), "INPUT=-: can be read once only"),
+        ((words, "-"), "INPUT=-: has no rows"),
         ((tmp_path / "nothing", source), "run=…/nothing: no such run or folder"),
         ((models / "number", source, *x), "…/in.csv: line 2, column x=a: must be numbers"),
         ((models / "tokens", written("t.csv", "t\n1 9\n")), "…/t.csv: line 2, column t=[9]: must be in 0 … 6"),

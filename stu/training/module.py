@@ -158,11 +158,10 @@ class SequenceModule(L.LightningModule):
 
     def _trained(self) -> dict[str, Any]:
         """How to build the model, how to read inputs, and facts of the task: plain data, see `stu.loading`."""
-        task = self.task
         return {
             "model": self.model.description,
-            "preprocessing": task.preprocessing and task.preprocessing.as_dict(),
-            "task": {"name": type(task).__name__, "seq_len": task.seq_len, "causal": task.causal},
+            "preprocessing": self.task.preprocessing and self.task.preprocessing.as_dict(),
+            "task": self.task.facts(),
         }
 
     def configure_optimizers(self) -> Any:

@@ -115,8 +115,7 @@ def counting(rank: int, *, world_size: int) -> SequenceModule:
 
 def around(model: nn.Module, rank: int, *, world_size: int) -> SequenceModule:
     """The module of a model in one of several processes."""
-    facts = {"preprocessing": None, "seq_len": 1, "causal": True}
-    task = SimpleNamespace(monitor="loss", metrics=dict, rollout=None, **facts)
+    task = SimpleNamespace(monitor="loss", metrics=dict, rollout=None, preprocessing=None, facts=dict)
     module = SequenceModule(model, task)  # type: ignore[arg-type]
     module._trainer = SimpleNamespace(world_size=world_size, global_rank=rank)  # type: ignore[assignment]
     return module
