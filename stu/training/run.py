@@ -36,7 +36,7 @@ TEST_KEYS = ("trainer.limit_test_batches",)
 # How many devices compute the same, and how they share it: where that changes, a start says so.
 DEVICE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Options that runs of earlier versions were made without, and may go on with any value of.
-LATER_KEYS = ("trainer.matmul_precision",)
+LATER_KEYS = ("trainer.matmul_precision", "pretrain._target_")
 # Modules that have moved: the names in configurations of earlier runs, and the names now.
 MOVED = {
     **{f"data.lra_{name}": f"data.lra.{name}" for name in ("image", "listops", "pathfinder", "retrieval", "text")},
