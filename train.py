@@ -88,7 +88,7 @@ def train(
     figures = build(config.figures, _partial_=True)(run.figures)
     every = [metrics, *loggers.values()]
     fitting = parts.fitting(task, model, run.checkpoints, every, first=[figures], callbacks=[*callbacks.values()])
-    pretrains = config.pretrain and not run.resumes_from
+    pretrains = config.pretrain.objective != "none" and not run.resumes_from
     phase = training.Phase(build(config.pretrain), parts, run, task, model) if pretrains else None
     training.train(run, fitting, phase, metrics, settings, choices)
 

@@ -27,6 +27,7 @@ NODES = {  # what the nodes of the root make; the code gives the optimizer argum
     "checkpoints": "stu.training.Checkpoints",
     "figures": "stu.training.figures.Figures",
     "generate": "stu.generation.Sampling",
+    "pretrain": "stu.training.Pretraining",
     "trainer": "lightning.Trainer",
 }
 HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, and what has no constructor
@@ -82,7 +83,6 @@ def check(config: DictConfig) -> None:
         raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     hints = HINTS | {key: resolve_name(target) for key, target in NODES.items()}
-    hints["pretrain"] = Mapping | resolve_name("stu.training.Pretraining")  # {}: none
     for key, value in nodes(plain):
         if isinstance(value, float) and math.isnan(value):
             raise Refused(key, value, "must be a number")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stu.training.module import SequenceModule, model_for, seed_everything
     from stu.training.optional import EMA, DeviceStats, EarlyStopping, check_callbacks
     from stu.training.plan import StepPlan, check_trainer, make_trainer
-    from stu.training.pretrain import Masked, Next, Phase, Pretraining
+    from stu.training.pretrain import Phase, Pretraining
     from stu.training.run import Run, describe_device
     from stu.training.sharded import FullyShard
     from stu.training.signals import leaving
@@ -44,7 +44,7 @@ __getattr__ = attributes(
         **dict.fromkeys(("SequenceModule", "model_for", "seed_everything"), "module"),
         **dict.fromkeys(("EMA", "DeviceStats", "EarlyStopping", "check_callbacks"), "optional"),
         **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
-        **dict.fromkeys(("Masked", "Next", "Phase", "Pretraining"), "pretrain"),
+        **dict.fromkeys(("Phase", "Pretraining"), "pretrain"),
         **dict.fromkeys(("Run", "describe_device"), "run"),
         "FullyShard": "sharded",
         "leaving": "signals",
@@ -73,4 +73,4 @@ __all__ += [
 ]
 __all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
 __all__ += ["Continuation", "lengths", "model_for", "names", "part", "report", "seed_everything", "within_memory"]
-__all__ += ["Fitting", "Masked", "Next", "Parts", "Phase", "Pretraining", "train"]
+__all__ += ["Fitting", "Parts", "Phase", "Pretraining", "train"]

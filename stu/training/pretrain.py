@@ -1,10 +1,9 @@
 """Pretraining: the first phase of a run, on the task's own inputs; its weights are those that training begins with."""
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 from stu.backbone import SequenceModel
 from stu.errors import require
@@ -17,43 +16,28 @@ from stu.training.loggers import MetricsCSV
 from stu.training.run import Run, rank
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class Pretraining(ABC):
+class Pretraining:
     """How a run is pretrained, and how long: as `trainer` says it of training, in optimiser steps and epochs.
 
-    loss: of real inputs, l1 or mse; that of tokens is the cross-entropy. lr: the peak rate, None: the optimiser's.
+    objective: masked, hidden inputs are predicted from the others, a share `ratio` of them in spans; next, the
+    next input at every step, by a causal model; or none. loss: of real inputs, l1 or mse; that of tokens is the
+    cross-entropy. lr: the peak rate, None: the optimiser's.
     """
 
+    objective: Literal["none", "masked", "next"] = "none"
+    ratio: float = 0.5
+    span: int = 1
     loss: RealLoss = "l1"
     max_steps: int = -1
     max_epochs: float | None = None
     lr: float | None = None
 
-    @abstractmethod
     def task(self, task: Task, model: SequenceModel) -> PredictedInputs:
         """What is learned from the inputs of a prepared task."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Masked(Pretraining):
-    """Hidden inputs are predicted from the others: a share `ratio` of the steps, in spans of so many."""
-
-    ratio: float = 0.5
-    span: int = 1
-
-    def task(self, task: Task, model: SequenceModel) -> PredictedInputs:
-        """Hidden inputs."""
-        return MaskedInputs(task, model.encoder, ratio=self.ratio, span=self.span, loss=self.loss)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Next(Pretraining):
-    """The next input is predicted at every step, by a causal model."""
-
-    def task(self, task: Task, model: SequenceModel) -> PredictedInputs:
-        """Next inputs."""
+        if self.objective == "masked":
+            return MaskedInputs(task, model.encoder, ratio=self.ratio, span=self.span, loss=self.loss)
         return NextInputs(task, model.encoder, loss=self.loss)
 
 

@@ -39,7 +39,7 @@ TESTED_WITH = ("rate", "extension")
 # How many devices compute the same, and how they share it: where that changes, a start says so.
 DEVICE_KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 # Options that runs of earlier versions were made without, and may go on with any value of.
-LATER_KEYS = ("trainer.matmul_precision", "precondition._target_")
+LATER_KEYS = ("trainer.matmul_precision", "precondition._target_", "pretrain._target_")
 
 
 # Options that have another name now.

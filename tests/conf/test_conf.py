@@ -68,6 +68,7 @@ DIFFERENT = {
         **dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
         "model.mixer[3].positions": "as in the official models",
     },
+    **{name: {"pretrain.objective": "what the option is for"} for name in ("masked", "next")},
     "s4": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d_dfout": {

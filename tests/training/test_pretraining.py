@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from stu.backbone import SequenceModel
@@ -20,6 +21,8 @@ from stu.errors import OptionError
 from stu.pretraining import HIDDEN, IGNORE, HidingEncoder, MaskedInputs, NextInputs, PredictedInputs
 from stu.task import Batch, Classification, Splits
 from stu.training.loggers import read_metrics
+from stu.training.records import flatten
+from stu.training.run import is_default
 from tests import runs, sources
 from tests.models import composed, small_backbone
 from tests.training.test_host_waits import watch
@@ -226,6 +229,15 @@ def without_seconds(run: Any) -> dict[str, Any]:
     found["summary"]["pretrain"].pop("seconds")
     rows = [row for row in read_metrics(run.pretrain_metrics) if not row[2].startswith(("time/", "memory/"))]
     return {**found, "pretraining": rows}
+
+
+def test_runs_made_before_there_was_pretraining_go_on_without_it():
+    none, masked = (
+        flatten(OmegaConf.to_container(composed(f"pretrain={name}", "task=lds"), resolve=True))
+        for name in ("none", "masked")
+    )
+    assert [key for key in none if key.startswith("pretrain.") and not is_default(none, key)] == []
+    assert "pretrain.objective" in [key for key in masked if not is_default(masked, key)]
 
 
 @pytest.mark.parametrize(
