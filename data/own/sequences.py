@@ -58,19 +58,16 @@ class Sequences:
         return np.repeat(per_sequence, self.lengths, axis=0)
 
     def cut(self, pieces: Integers) -> "Sequences":
-        """Every sequence as several, of the lengths `pieces` (n, parts), none of them 0."""
-        first = np.repeat(self.first, pieces.shape[1])
-        values = self.values
+        """Every sequence as several, of the lengths `pieces` (n, parts); those of length 0 are left out."""
+        sizes = pieces.reshape(-1)
+        there, ends = sizes > 0, np.cumsum(sizes)
+        first, values = np.repeat(self.first, pieces.shape[1])[there], self.values
         if isinstance(values, list):
-            ends = np.cumsum(pieces, 1)
-            values = [
-                text[a:b]
-                for text, size, end in zip(values, pieces, ends, strict=True)
-                for a, b in zip(end - size, end, strict=True)
-            ]
+            whole = "".join(values)
+            values = [whole[end - size : end] for size, end in zip(sizes[there], ends[there], strict=True)]
         elif self.order is not None:
-            first = self.order[np.cumsum(pieces) - pieces.reshape(-1)]
-        return replace(self, values=values, lengths=pieces.reshape(-1), first=first)
+            first = self.order[(ends - sizes)[there]]
+        return replace(self, values=values, lengths=sizes[there], first=first)
 
 
 @final

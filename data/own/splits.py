@@ -77,18 +77,23 @@ def divided(
     return split
 
 
-def cuts(lengths: Integers, sizes: Mapping[str, Any], wanted: list[int]) -> tuple[Integers, NDArray[np.int8]]:
-    """Lengths (n, parts) of the parts of every series, and their splits: the last is the test set, if it is wanted."""
-    taken = {
-        one: np.array([_count(Splits._fields[one], sizes[Splits._fields[one]], length) for length in lengths])
-        for one in wanted
-    }
-    rest = lengths - sum(taken.values())
-    for one in wanted:
+def cuts(lengths: Integers, sizes: Mapping[str, Any], split: NDArray[np.int8]) -> tuple[Integers, NDArray[np.int8]]:
+    """Lengths (n, 3) of the parts of every series, and the splits of those that are not empty.
+
+    Val and test, where no series is in them yet, are the ends of all that are not in another split.
+    """
+    pool = (split == UNDECIDED) | (split == TRAIN)
+    pieces = np.zeros((len(lengths), len(Splits._fields)), np.int64)
+    pieces[:, TRAIN] = lengths
+    for one in missing(split):
         name = Splits._fields[one]
-        require(bool((rest > 0).all()), name, sizes[name], f"leaves no step of a series of {lengths.min():,} for train")
-    parts = {TRAIN: rest, **dict(reversed(taken.items()))}
-    return np.stack(list(parts.values()), 1), np.tile(np.array(list(parts), np.int8), len(lengths))
+        pieces[pool, one] = [_count(name, sizes[name], int(length)) for length in lengths[pool]]
+        pieces[:, TRAIN] -= pieces[:, one]
+        shortest = f"leaves no step of a series of {lengths[pool].min():,} for train"
+        require(bool((pieces[:, TRAIN] > 0).all()), name, sizes[name], shortest)
+    splits = np.tile(np.arange(len(Splits._fields), dtype=np.int8), (len(lengths), 1))
+    splits[~pool, TRAIN] = split[~pool]
+    return pieces, splits[pieces > 0]
 
 
 def _count(name: str, size: float, of: int) -> int:

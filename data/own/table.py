@@ -153,10 +153,8 @@ class TableData(StoredData["TableExamples"]):
         few = len(of) < FEW_SERIES and bool(wanted)
         if every_step and wanted and (self.divide == "time" or (self.divide == "auto" and few and self.group is None)):
             require(self.group is None, "group", self.group, "must be null where every series is cut")
-            pool = (split == UNDECIDED) | (split == splits.TRAIN)
-            require(bool(pool.all()), "divide", self.divide, "must be random where a file or a column says a split")
             require(self.train is None, "train", self.train, "must be null where every series is cut")
-            pieces, split = splits.cuts(of.lengths, sizes, wanted)
+            pieces, split = splits.cuts(of.lengths, sizes, split)
             return of.cut(pieces), targets, split
         groups = (
             None if self.group is None else self.per_sequence(rows, of, self.group, columns.labels(rows, self.group)[0])

@@ -304,6 +304,21 @@ class TestSplits:
             "mean", "last value", "seasonal", "rollout: last value",
         }  # fmt: skip  # the season, 19, is longer than the context
 
+    def test_a_series_of_train_is_cut_where_a_file_is_the_test_set(self, tmp_path: Path):
+        (tmp_path / "s").mkdir()
+        for name, steps in {"train": 100, "test": 30}.items():
+            write(tmp_path / "s" / f"{name}.csv", {"value": [float(np.sin(step)) for step in range(steps)]})
+        task = attempt(tmp_path, tmp_path / "s", inputs="value", target="next", seq_len=100)
+        assert [split[0][0].shape for split in task.datasets()] == [(89, 1), (9, 1), (29, 1)]
+
+    def test_a_long_text_is_cut(self, tmp_path: Path):
+        text = "ü0123456789" * 10
+        path = write(tmp_path / "t.jsonl", {"text": [text]})
+        for read in ("bytes", "characters"):
+            task = attempt(tmp_path, path, inputs="text", target="next", read=read, seq_len=50)
+            parts = [[task.preprocessing.inputs.decode(x) for x, _ in split] for split in task.datasets()]
+            assert "".join(parts[2]) == text[-11:-1]
+
     def test_windows_cover_every_step(self):
         lengths = np.array([1, 7, 20, 21, 43])
         for stride in (5, 7, 10):
