@@ -55,12 +55,17 @@ def test_every_option_composes_and_passes_the_checks(group: str, option: str, mo
 # Options whose value in the yaml differs from the constructor's default, and why.
 SETTLING = "a trajectory starts at its initial state unless it must first settle on its attractor"
 TRANSFORMER = "the original architecture; the backbone's defaults are those of the state space models"
+OFFICIAL = "as in the official models"
 DIFFERENT = {
     "adamw": {"optimizer.groups": "each model adds its own"},
+    "gated_deltanet": dict.fromkeys(("model.norm", "model.final_norm", "model.channel_residual"), OFFICIAL),
     "lorenz63": {"task.data.transient": SETTLING},
     "lorenz96": {"task.data.transient": SETTLING},
     "lru": {"model.mixer.max_phase": "2π to ten digits, as written in the configurations of earlier runs"},
-    "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
+    "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), OFFICIAL),
+    "mega": dict.fromkeys(
+        ("model.norm", "model.prenorm", "model.channel_residual", "model.channel_mixer.expand"), OFFICIAL
+    ),
     "s4": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d": {"model.channel_mixer.gelu": "as in the official code"},
     "stu_ar": dict.fromkeys(("model.mixer.two_sided", "model.mixer.k_y", "model.mixer.recurrence"), "the AR-STU"),
