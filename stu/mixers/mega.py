@@ -239,7 +239,8 @@ class Mega(Structured, Mixer):
         chunk = self.chunk_size
         number = -(-total // chunk)
         spare = number * chunk - total
-        if torch.compiler.is_compiling() or spare:  # one program for lengths of whole chunks and others
+        padded = torch.compiler.is_compiling() or spare > 0  # one program, of whole chunks or not
+        if padded:
             query, key, value = (F.pad(part, (0, 0, 0, spare)) for part in (query, key, value))
             count = query.new_full((len(query),), total, dtype=torch.long) if count is None else count
         if count is not None:
@@ -248,7 +249,8 @@ class Mega(Structured, Mixer):
         query, key, value = (part.unflatten(1, (number, chunk)).flatten(0, 1) for part in (query, key, value))
         bias = None if self.bias is None else self.bias(chunk, chunk)
         y = biased_attention(query, key, value, bias, self.attention, causal=self.causal, count=count)
-        return y.unflatten(0, (-1, number)).flatten(1, 2)[:, :total]
+        y = y.unflatten(0, (-1, number)).flatten(1, 2)
+        return y[:, :total].clone(memory_format=torch.contiguous_format) if padded else y
 
     # --- states ---
 
