@@ -237,9 +237,10 @@ class Mega(Structured, Mixer):
             bias = None if self.bias is None else self.bias(query.shape[1], total)
             return biased_attention(query, key, value, bias, self.attention, causal=self.causal, count=count)
         chunk = self.chunk_size
-        number = -(-total // chunk)
+        one_program = torch.compiler.is_compiling()  # with padding for all lengths, whole chunks or not
+        number = total // chunk + 1 if one_program else -(-total // chunk)
         spare = number * chunk - total
-        padded = torch.compiler.is_compiling() or spare > 0  # one program, of whole chunks or not
+        padded = one_program or spare > 0
         if padded:
             query, key, value = (F.pad(part, (0, 0, 0, spare)) for part in (query, key, value))
             count = query.new_full((len(query),), total, dtype=torch.long) if count is None else count
