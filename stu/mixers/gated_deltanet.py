@@ -58,7 +58,7 @@ class GatedDeltaNet(Selective):
     ) -> None:
         super().__init__()
         require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
-        whole = 0 < expand < 1e6 and (expand * d_model).is_integer()
+        whole = 0 < expand < 1e6 and expand * d_model % 1 == 0
         require(
             whole, "expand", expand, f"must be above 0 and make expand · d_model a whole number (d_model {d_model})"
         )

@@ -237,9 +237,11 @@ class Mega(Structured, Mixer):
             bias = None if self.bias is None else self.bias(query.shape[1], total)
             return biased_attention(query, key, value, bias, self.attention, causal=self.causal, count=count)
         chunk = self.chunk_size
-        number = -(-total // chunk)
+        one_program = torch.compiler.is_compiling()  # with padding for all lengths, whole chunks or not
+        number = total // chunk + 1 if one_program else -(-total // chunk)
         spare = number * chunk - total
-        if torch.compiler.is_compiling() or spare:  # one program for lengths of whole chunks and others
+        padded = one_program or spare > 0
+        if padded:
             query, key, value = (F.pad(part, (0, 0, 0, spare)) for part in (query, key, value))
             count = query.new_full((len(query),), total, dtype=torch.long) if count is None else count
         if count is not None:
@@ -248,7 +250,8 @@ class Mega(Structured, Mixer):
         query, key, value = (part.unflatten(1, (number, chunk)).flatten(0, 1) for part in (query, key, value))
         bias = None if self.bias is None else self.bias(chunk, chunk)
         y = biased_attention(query, key, value, bias, self.attention, causal=self.causal, count=count)
-        return y.unflatten(0, (-1, number)).flatten(1, 2)[:, :total]
+        y = y.unflatten(0, (-1, number)).flatten(1, 2)
+        return y[:, :total].clone(memory_format=torch.contiguous_format) if padded else y
 
     # --- states ---
 

@@ -68,7 +68,8 @@ def attend(
             mask = bias if seen is None else bias.where(seen, -torch.inf)
         if mask is not None and mask.ndim == 3:
             mask = mask.unsqueeze(1)
-        return softmax_attention(*(part.unsqueeze(1) for part in (query, key, value)), mask).squeeze(1)
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        return softmax_attention(query, key, value, mask).squeeze(1)
     dtype = at_least_float32(query, value)
     with no_autocast(query):
         scores = query.to(dtype) @ key.to(dtype).mT / number
@@ -84,4 +85,7 @@ def laplace(x: Tensor) -> Tensor:
 
 def toeplitz(values: Tensor, columns: int) -> Tensor:
     """[t, s] = values[t − s + columns − 1] as a matrix of so many columns: (T + S − 1,) → (T, S)."""
+    if torch.compiler.is_compiling():  # `unfold` would hold the program to one length; its gradient is no scatter
+        last = torch.arange(columns - 1, len(values), device=values.device)
+        return values[last.unsqueeze(1) - torch.arange(columns, device=values.device)]
     return values.flip(0).unfold(0, columns, 1).flip(0)

@@ -50,8 +50,9 @@ def mega(
     update, z, reset, candidate = F.linear(average, *W_average).split(widths, -1)
     q, k = (F.silu(z) * scale + offset for scale, offset in zip(kappa, mu, strict=True))
     outputs = []
-    for parts in zip(*(each.split(chunk_size, 1) for each in (q, k, v)), strict=True):
-        outputs.append(attend(*parts, bias, attention=attention, causal=causal))
+    chunks = (each.split(chunk_size, 1) for each in (q, k, v))
+    for q_c, k_c, v_c in zip(*chunks, strict=True):
+        outputs.append(attend(q_c, k_c, v_c, bias, attention=attention, causal=causal))
     attended = torch.cat(outputs, 1)
     candidate = F.silu(candidate + F.linear(F.silu(reset) * attended, *U_h))
     return update.sigmoid() * candidate + (1 - update.sigmoid()) * x

@@ -55,20 +55,25 @@ def test_every_option_composes_and_passes_the_checks(group: str, option: str, mo
 # Options whose value in the yaml differs from the constructor's default, and why.
 SETTLING = "a trajectory starts at its initial state unless it must first settle on its attractor"
 TRANSFORMER = "the original architecture; the backbone's defaults are those of the state space models"
+OFFICIAL = "as in the official models"
 NOTHING = "the constructor's changes nothing, as runs of earlier versions have it"
 DIFFERENT = {
     "adamw": {"optimizer.groups": "each model adds its own"},
     "chebyshev": {"precondition.degree": NOTHING},
     "legendre": dict.fromkeys(("precondition.polynomial", "precondition.degree"), NOTHING),
+    "gated_deltanet": dict.fromkeys(("model.norm", "model.final_norm", "model.channel_residual"), OFFICIAL),
     "lorenz63": {"task.data.transient": SETTLING},
     "lorenz96": {"task.data.transient": SETTLING},
     "lru": {"model.mixer.max_phase": "2π to ten digits, as written in the configurations of earlier runs"},
-    "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
+    "mamba2": dict.fromkeys(("model.norm", "model.final_norm"), OFFICIAL),
     "mamba2_attention": {
-        **dict.fromkeys(("model.norm", "model.final_norm"), "as in the official models"),
-        "model.mixer[3].positions": "as in the official models",
+        **dict.fromkeys(("model.norm", "model.final_norm"), OFFICIAL),
+        "model.mixer[3].positions": OFFICIAL,
     },
     **{name: {"pretrain.objective": "what the option is for"} for name in ("masked", "next")},
+    "mega": dict.fromkeys(
+        ("model.norm", "model.prenorm", "model.channel_residual", "model.channel_mixer.expand"), OFFICIAL
+    ),
     "s4": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d": {"model.channel_mixer.gelu": "as in the official code"},
     "s4d_dfout": {

@@ -111,6 +111,7 @@ def test_equals_the_recurrence_whatever_the_sizes(batch, length, heads, width, d
     assert_same(found, stepped(*inputs), inputs, 1e-9)
 
 
+@pytest.mark.slow  # the gradients of the recurrence are compared above
 @algorithms
 def test_gradcheck(algorithm):
     inputs = problem(5, batch=1, heads=2, width=2, d_state=2)
