@@ -20,10 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from stu.cli.check import SPECIAL, Refused, missing
 from stu.cli.usage import CONF, options_of
 from stu.errors import brief
-from stu.training.names import LONGEST, SHOWN
 
 ALIASES = {"attention": "transformer"}  # what the mixer of a model is called in a list of layers
 OPTIONS = "model.mixers."  # what follows: the options of layers, by name
+
+LONGEST, SHOWN = 100, 88  # characters of a name that layers make, and of one that ends in a hash
 
 Model = Callable[[str], DictConfig]  # the configuration of a model's own file, before its layers are laid out
 
