@@ -45,7 +45,7 @@ QUICK: Settings = {
 
 def cells(settings: Settings) -> list[Cell]:
     """The least errors of every kind of filters, and everything trained."""
-    kept = ("seq_len", "delta", "spectrum")
+    kept: tuple[str, ...] = ("seq_len", "delta", "spectrum")
     varied = {"sector": settings["sectors"], "d_state": settings["d_states"], "filters": FILTERS}
     found = cross(settings, (*kept, "counts"), trained=[False], **varied)
     kept = (*kept, "num_filters", "samples", "evaluated")
