@@ -397,6 +397,12 @@ def operators():
         kernel, *kept = power_kernel._power_kernel(A, *inputs, length, 3.0, torch.float64)
         yield power_kernel._power_kernel, (A, *inputs, length, 3.0, torch.float64)
         yield power_kernel._power_kernel_backward, (kernel, *kept, 3.0)
+    *inputs, initial = (noise(2, L, 3, 2) / 2, noise(2, L, 3, 2) / 2, noise(2, L, 3, 4), decays(2, L, 3).real.abs(),
+                        -decays(2, L, 3).real.abs(), noise(2, 3, 2, 4))  # fmt: skip
+    for algorithm in ("sequential", "parallel"):
+        y, final, entering = delta_rule._gated_delta_rule(*inputs, initial, 4, algorithm)
+        yield delta_rule._gated_delta_rule, (*inputs, initial, 4, algorithm)
+        yield delta_rule._gated_delta_rule_backward, (y, final, *inputs, initial, entering, 4, algorithm)
     inputs = oscillations().inputs
     yield oscillators._response, (*inputs, L)
     yield oscillators._response_backward, (noise(3, L), oscillators._response(*inputs, L))
