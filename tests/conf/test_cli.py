@@ -261,7 +261,12 @@ def test_a_shell_sees_the_same_and_tracebacks_when_it_asks_for_them(home: Any):
 
 def test_a_glob_stands_for_the_options_that_can_be_chosen(monkeypatch: pytest.MonkeyPatch):
     words = arguments.checked(["seed=1", "-m", "model=glob(*,exclude=[s*])", "name=${now:%d}"])
-    assert words == ["seed=1", "model=gated_deltanet,gru,linoss,lru,lstm,mamba2,mamba2_attention,mega,transformer", "name=${now:%d}", "-m"]
+    assert words == [
+        "seed=1",
+        "model=gated_deltanet,gru,linoss,lru,lstm,mamba2,mamba2_attention,mega,transformer",
+        "name=${now:%d}",
+        "-m",
+    ]
     monkeypatch.setenv("STU_RUNS", " ")
     with pytest.raises(OptionError, match="STU_RUNS='': is empty"):
         arguments.checked([])

@@ -12,7 +12,16 @@ from experiments.speed.literal import LITERAL
 from tests.models import build, composed, model_config, randomized
 
 D = 6
-SIZES = {"d_model": D, "expand": 2, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "chunk_size": 5, "n_ssm": 2}
+SIZES = {
+    "d_model": D,
+    "expand": 2,
+    "d_state": 8,
+    "num_blocks": 2,
+    "num_heads": 4,
+    "num_groups": 2,
+    "chunk_size": 5,
+    "n_ssm": 2,
+}
 
 
 def layer_of(model, length):
