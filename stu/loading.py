@@ -107,11 +107,10 @@ class Trained:
 
     def predict_encoded(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for inputs that are encoded already, in one batch."""
-        combined, allowed = (
-            self.task.get("precondition"),
-            "combines outputs, and those before are not known; call .model",
+        combined = self.task.get("precondition")
+        require(
+            combined is None, "precondition", combined, "needs the outputs before, which are not known; call .model"
         )
-        require(combined is None, "precondition", combined, allowed)
         inputs, mask = pad(arrays)
         with torch.no_grad():
             outputs = self.model(inputs.to(self.device), None if mask is None else mask.to(self.device))

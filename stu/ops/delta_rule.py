@@ -104,7 +104,7 @@ def _chunkwise(
     outputs, entering, state = [], [], initial
     for piece in _pieces(k, v, count, chunk, algorithm):
         signals = [signal[:, chunk * piece.start : chunk * piece.stop] for signal in (q, k, v, beta, log_decay)]
-        parts = _parts(*signals, piece.stop - piece.start, chunk)
+        parts = _parts(signals, piece.stop - piece.start, chunk)
         solved, through, added = _maps(parts)
         before, state = _propagated(through, added, state, algorithm)
         corrections = parts.beta * _errors(solved, before)
@@ -133,31 +133,23 @@ def _gated_delta_rule_backward(
     found, dstate = [], torch.zeros_like(initial) if dfinal is None else dfinal
     with no_autocast(v):
         for piece in reversed(_pieces(k, v, count, chunk, algorithm)):
-            signals = [signal[:, chunk * piece.start : chunk * piece.stop] for signal in (dy, q, k, v, beta, log_decay)]
-            *gradients, dstate = _gradients(*signals, entering[:, :, piece], dstate, chunk, algorithm)
+            time = slice(chunk * piece.start, chunk * piece.stop)
+            signals = [signal[:, time] for signal in (q, k, v, beta, log_decay)]
+            *gradients, dstate = _gradients(dy[:, time], signals, entering[:, :, piece], dstate, chunk, algorithm)
             found.append(gradients)
         dq, dk, dv, dbeta, dsteps = (owned(_joined(parts[::-1], 1)) for parts in zip(*found, strict=True))
         return dq, dk, dv, dbeta, dsteps, owned(dstate)
 
 
 def _gradients(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor,
-    entering: Tensor,
-    dfinal: Tensor,
-    chunk: int,
-    algorithm: str,
+    dy: Tensor, signals: Sequence[Tensor], entering: Tensor, dfinal: Tensor, chunk: int, algorithm: str
 ) -> tuple[Tensor, ...]:
-    """Those of a piece: of q, k, v, β, g and the state before it.
+    """Those of a piece: of its signals q, k, v, β, g, and of the state before it.
 
     Those of the steps g_t are sums over everything that crosses t, as in `stu.ops.ssd`.
     """
-    length, sizes = v.shape[1], (entering.shape[2], chunk)
-    parts = _parts(q, k, v, beta, log_decay, *sizes)
+    length, sizes = dy.shape[1], (entering.shape[2], chunk)
+    parts = _parts(signals, *sizes)
     both, q, k, v, beta, pairs, mixing, from_start, to_end, decay = parts
     solved, through, _ = _maps(parts)
     errors = _errors(solved, entering)
@@ -272,8 +264,9 @@ def _by_time(signal: Tensor, length: int) -> Tensor:
     return signal.flatten(2, 3)[:, :, :length].transpose(1, 2)
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, count: int, chunk: int) -> _Parts:
-    q, k, v, beta, log_decay = (_by_chunk(signal, count, chunk) for signal in (q, k, v, beta, log_decay))
+def _parts(signals: Sequence[Tensor], count: int, chunk: int) -> _Parts:
+    """Those of q, k, v, β and g."""
+    q, k, v, beta, log_decay = (_by_chunk(signal, count, chunk) for signal in signals)
     decays = segment_sums(log_decay).exp().tril(1)  # (B, H, c, Q, 1 + Q)
     from_start, decay = decays[..., :1], decays[..., 1:]
     both = torch.cat((k, q), -2)
