@@ -171,6 +171,7 @@ class LiteralMega(Literal[Mega]):
     def forward(self, u: Tensor) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         layer, length = self.layer, self.layer.chunk_size or u.shape[1]
+        steps = min(length, u.shape[1])
         averages = list(zip(layer.alpha.sigmoid(), layer.delta.sigmoid(), layer.beta, layer.eta, strict=True))
         linear = layer.project_value, layer.project_average, layer.project_out
         W_v, W_average, U_h = ((each.weight, each.bias) for each in linear)
@@ -180,7 +181,7 @@ class LiteralMega(Literal[Mega]):
             bias = simple_bias(layer.bias.weight, length, causal=layer.causal)
         else:
             bias = rotary_bias(layer.bias.alpha, layer.bias.beta, length)
-        scales = layer.kappa, layer.mu
+        bias, scales = bias[:steps, :steps], (layer.kappa, layer.mu)
         options: dict[str, Any] = {"attention": layer.attention, "chunk_size": length}
         return mega(u, averages, layer.omega, W_v, W_average, *scales, U_h, bias, **options) - u
 

@@ -344,7 +344,7 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
 @flops_of(_gated_delta_rule_backward)
 def _backward_flops(dy: Tensor, dfinal: Tensor | None, *inputs: Any, **_: Any) -> int:
     _q, k, v, *_tensors, chunk_size, algorithm = inputs
-    return _products(k, v, *_sizes(v.shape[1], chunk_size, algorithm), scores=5, solved=3, across=7)
+    return _products(k, v, *_sizes(v.shape[1], chunk_size, algorithm), scores=5, solved=3, across=8)
 
 
 def _products(k: Tensor, v: Tensor, count: int, chunk: int, *, scores: int, solved: int, across: int) -> int:

@@ -336,7 +336,17 @@ def test_published_numbers_are_those_of_the_collected_results():
 def test_every_published_number_has_a_source():
     assert len(published()) == 59
     assert all(one.source and (one.percent is None or 30 < one.percent < 100) for one in published())
-    assert {one.model for one in published()} == {"stu", "s4", "s4d", "s4d_dfout", "s5", "lru", "transformer", None}
+    assert {one.model for one in published()} == {
+        "stu",
+        "s4",
+        "s4d",
+        "s4d_dfout",
+        "s5",
+        "lru",
+        "mega",
+        "transformer",
+        None,
+    }
     assert published_of("lra_image", "lru") is None
     assert published_of("lra_listops", None) is None  # type: ignore[arg-type]
 
