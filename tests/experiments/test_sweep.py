@@ -423,6 +423,18 @@ class TestJobs:
         assert job.command[1:] == [str(runs.SCRIPT), *job.overrides]
         assert (job.title, job.devices, job.nodes, job.mode) == ("model=s4 seed=1", 1, 1, "train")
 
+    def test_jobs_of_layers_differ_in_what_is_swept(self, tmp_path: Path):
+        """Where the layers of a model are lists, an option of theirs is no longer where its word has it."""
+        jobs = Jobs({"model.mixer.num_filters", "model.mixers.attention.window", "model.depth"})
+        layers = ["task=lds", "model=stu", "model.layers=[stu,attention]"]
+        for swept in ("model.mixer.num_filters=5", "model.mixers.attention.window=6", "model.depth=3"):
+            first, second = (jobs.make([*layers, word]) for word in (swept, swept[:-1] + "9"))
+            assert first.run.parent == second.run.parent == tmp_path / "lds" / "stu-stu+attention"
+            assert first.run != second.run
+            jobs.check([first, second])
+        with pytest.raises(OptionError, match=r"model.mixer\[0\].num_filters=x: must be an integer"):
+            jobs.check([jobs.make([*layers, "model.mixer.num_filters=x"])])
+
     def test_a_long_name_shows_what_is_swept_and_is_handed_on(self, tmp_path: Path):
         job = Jobs({"seed"}).make([*TINY, "model=stu", "seed=1"])
         assert job.run.name.startswith("seed=1,")
