@@ -8,7 +8,7 @@ priors" (2310.02980), section 3.1.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
@@ -97,9 +97,9 @@ class PredictedInputs(Task):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean over what is scored; 0 where nothing is, as of sequences of one step."""
-        total = {"l1": nn.functional.l1_loss, "mse": nn.functional.mse_loss}[self.real_loss]
-        total = nn.functional.cross_entropy if self.tokens else total
-        return total(prediction, target, reduction="sum") / max(1, target.numel())
+        losses: dict[str, Callable[..., Tensor]] = {"l1": nn.functional.l1_loss, "mse": nn.functional.mse_loss}
+        loss = nn.functional.cross_entropy if self.tokens else losses[self.real_loss]
+        return loss(prediction, target, reduction="sum") / max(1, target.numel())
 
     def metrics(self) -> "dict[str, Metric]":
         """The share of correct tokens, or the mean squared error."""
