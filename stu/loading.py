@@ -48,7 +48,7 @@ class Trained:
     task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, as
     names or patterns. about: what is known of its training: results on the test set,
     baselines, versions. preprocessing: None where inputs are arrays as the model takes them, (L,) or (L, C), and
-    predictions real numbers.
+    predictions real numbers. Models of preconditioned targets (`stu.preconditioning`) have no predictions alone.
     """
 
     def __init__(
@@ -107,6 +107,10 @@ class Trained:
 
     def predict_encoded(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for inputs that are encoded already, in one batch."""
+        combined = self.task.get("precondition")
+        require(
+            combined is None, "precondition", combined, "needs the outputs before, which are not known; call .model"
+        )
         inputs, mask = pad(arrays)
         with torch.no_grad():
             outputs = self.model(inputs.to(self.device), None if mask is None else mask.to(self.device))
@@ -252,6 +256,8 @@ def _of_settings(
     require(known, "checkpoint", file, f"{missing} or absent")
     trusted = (*TASKS, *trust)
     task = built(_relocated(settings["task"]), trusted)
+    if combined := settings.get("precondition"):
+        task.precondition(built(_relocated(combined), trusted))
     backbone = built({**_relocated(settings["model"]), "compile": False}, trusted)
     model = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
     load_weights(model, weights, str(file))

@@ -5,7 +5,7 @@ B batch, L length, C input channels, O outputs, H steps of a rollout
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -184,7 +184,8 @@ class Task(ABC):
     def facts(self) -> dict[str, Any]:
         """What there is to know of the task where its model is used without it, as plain data."""
         facts = {"name": type(self).__name__, "seq_len": self.seq_len, "causal": self.causal}
-        return facts | ({} if self.next_token is None else {"next_token": self.next_token._asdict()})
+        facts |= {} if self.next_token is None else {"next_token": self.next_token._asdict()}
+        return facts | ({} if self.preconditioner is None else {"precondition": asdict(self.preconditioner)})
 
     def prepare(self) -> None:
         """Build or check the data in the cache; called in one process before any `datasets()`."""

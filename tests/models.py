@@ -38,6 +38,7 @@ ATTENTION_VARIANTS: dict[str, dict[str, Any]] = {
     "causal_rotary": {"causal": True, "positions": "rotary"},
     "bidirectional_rotary": {"causal": False, "positions": "rotary"},
     "causal_window": {"causal": True, "window": 5},
+    "causal_rotary_window": {"causal": True, "positions": "rotary", "window": 4},
     "bidirectional_window": {"causal": False, "window": 6},
 }
 
@@ -133,11 +134,11 @@ def _attention(*, seq_len: int, d_model: int = 8, num_filters: int = 0, num_head
 
 def _own_mixers(model: str) -> list[int]:
     """Those mixers of a model that no other one has, as far as its own file says; read without composing, which takes
-    longer."""
+    longer. Hybrids have none: theirs are of other models, and attention, whose options are variants above."""
     node = OmegaConf.load(CONF / "model" / f"{model}.yaml")
     node = node.get("model", node)
-    if layers := node.get("layers"):
-        return [list(layers).index(name) for name in node.get("mixers", {})]
+    if node.get("layers"):
+        return []
     return list(range(len(node.mixer))) if isinstance(node.get("mixer"), ListConfig) else [0]
 
 

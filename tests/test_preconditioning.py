@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import stu
 from data.memory.adding import Adding, AddingData
 from data.systems.lds import LDS, LDSData
 from stu.errors import OptionError
@@ -182,6 +183,11 @@ def test_a_run_stays_in_original_units(tmp_path):
     assert "past outputs: fixed" in summary["trivial"]
     tested = runs.train(tmp_path, *command, "mode=test")
     assert f"{summary['test']['mse']:.4g}" in tested.out
+    loaded = stu.load(runs.run_of(tmp_path, "lds", "stu", "p").path)
+    with pytest.raises(OptionError, match=r"precondition=.*chebyshev.*: needs the outputs before"):
+        loaded.predict([np.zeros((4, 3))])
+    loaded.save(tmp_path / "exported")
+    assert stu.load(tmp_path / "exported").task["precondition"] == {"polynomial": "chebyshev", "degree": 5}
     plain = [word for word in command if "precondition" not in word]
     refused = runs.train(tmp_path, *plain, "mode=test")
     assert refused.code == 2

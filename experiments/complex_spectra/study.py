@@ -25,7 +25,6 @@ SETTINGS: Settings = {
     "delta": 1e-4,
     "spectrum": "complex",
     "sectors": [1 / 32, 1 / 8, 1 / 4, 1],
-    "trained_sectors": [1 / 32, 1 / 8],
     "d_states": [4, 64],
     "counts": [2, 4, 8, 12, 16, 20, 24, 32, 40, 50, 58],
     "num_filters": 50,
@@ -33,14 +32,7 @@ SETTINGS: Settings = {
     "samples": 200,
     "evaluated": 32,
 }
-QUICK: Settings = {
-    **SMALL,
-    "sectors": [1 / 8, 1],
-    "trained_sectors": [1],
-    "d_states": [4],
-    "counts": [2, 4],
-    "num_filters": 4,
-}
+QUICK: Settings = {**SMALL, "sectors": [1 / 8, 1], "d_states": [4], "counts": [2, 4], "num_filters": 4}
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -49,7 +41,7 @@ def cells(settings: Settings) -> list[Cell]:
     varied = {"sector": settings["sectors"], "d_state": settings["d_states"], "filters": FILTERS}
     found = cross(settings, (*kept, "counts"), trained=[False], **varied)
     kept = (*kept, "num_filters", "samples", "evaluated")
-    varied = {"sector": settings["trained_sectors"], "d_state": settings["d_states"][:1], "filters": TRAINED}
+    varied = {"sector": settings["sectors"], "d_state": settings["d_states"][:1], "filters": TRAINED}
     return found + cross(settings, kept, trained=[True], **varied, lr=settings["lrs"])
 
 
@@ -115,9 +107,8 @@ def report(results: Results) -> str:
     settings, summary = results["settings"], results["summary"]
     sectors = [f"{sector:g}" for sector in settings["sectors"]]
     names = [f"π/{1 / float(sector):g}" if sector != "1" else "π" for sector in sectors]
-    lines = []
-    for kind, of in summary["trained"].items():
-        lines.append([f"{kind}, trained", *(short(of[at]["error"][1]) if at in of else "" for at in sectors)])
+    lines = [[f"{kind}, trained", *(short(of[sector]["error"][1]) for sector in sectors)] for kind, of in
+             summary["trained"].items()]  # fmt: skip
     at = settings["counts"].index(settings["num_filters"])
     for kind, d_state in itertools.product(FILTERS, settings["d_states"]):
         least = [summary["least"][sector][str(d_state)][kind][at][1] for sector in sectors]

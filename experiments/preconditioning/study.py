@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from data.systems.identification import lagged, least_squares
 from experiments.shared.fit import fit
 from experiments.shared.grid import Cell, Row, Settings, cross
-from experiments.shared.learners import LEARNERS, SMALL, WIDTH, Problem, error
+from experiments.shared.learners import LEARNERS, SMALL, WIDTH, Problem, between, error
 from experiments.shared.plots import markdown, plot_quartiles, provenance, short
 from experiments.shared.statistics import at_best_rate, final_error, quartiles, select
 from experiments.shared.study import Results
+from stu.mixers.rnn import RNN
 from stu.preconditioning import Preconditioner
 
 SPECTRA: Mapping[str, dict[str, Any]] = {  # the angles of the complex ones up to π/32, and any
@@ -34,7 +35,7 @@ VARIANTS = {
 }
 
 SETTINGS: Settings = {
-    "models": [LEAST, "STU", "LRU"],
+    "models": [LEAST, "STU", "LRU", "LSTM"],
     "spectra": list(SPECTRA),
     "variants": list(VARIANTS),
     "trained": ["none", "chebyshev 2", "chebyshev 5", "chebyshev 10", "legendre 5", "learned 5", "given 5"],
@@ -109,7 +110,8 @@ def work(cell: Cell) -> Row:
     past = Past(cell["variant"])
     if cell["model"] == LEAST:
         return regression(problem, past, cell["variant"])
-    module = WithPast(LEARNERS[cell["model"]](cell["seq_len"], cell["num_filters"]), past)
+    make = {**LEARNERS, "LSTM": lambda *_: between(8, RNN(8, cell="lstm", d_state=8))}[cell["model"]]
+    module = WithPast(make(cell["seq_len"], cell["num_filters"]), past)
     val, test = together(problem.val), together(problem.test)
     steps = len(problem.splits.train)
     curve = fit(

@@ -103,7 +103,7 @@ class Mega(Structured, Mixer):
         self.kappa = nn.Parameter(torch.empty(2, d_query))
         self.mu = nn.Parameter(torch.empty(2, d_query))
         self.bias = make_bias(relative_bias, seq_len if chunk_size is None else chunk_size, d_query, causal)
-        self.longest = seq_len if relative_bias == "simple" and chunk_size is None else math.inf
+        self.seq_len = seq_len if relative_bias == "simple" and chunk_size is None else math.inf
         self._draw()
 
     def reset_parameters(self) -> None:
@@ -131,7 +131,7 @@ class Mega(Structured, Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        require_length(x.shape[1], self.longest)
+        require_length(x.shape[1], self.seq_len)
         x = masked(x, mask)
         query, key, value, gates = self._project(x, self._average(x, self._system()))
         if mask is None:
@@ -271,7 +271,7 @@ class Mega(Structured, Mixer):
 
     def _advance(self, x: Tensor, state: MegaState) -> tuple[Tensor, MegaState]:
         """x_t (B, D) → y_t (B, D); writes its key and value into the state, but does not count the step."""
-        require_length(state.position + 1, self.longest)
+        require_length(state.position + 1, self.seq_len)
         system = state.system if is_current(state.system, self.parameters()) else self._system()
         decay, inputs, outputs = (part[0] for part in system)
         averages = decay * state.averages + inputs * to_float64(x).unsqueeze(-1)
@@ -300,7 +300,7 @@ class Mega(Structured, Mixer):
         start = self._start(before)
         known = before - start  # steps of the current chunk that are cached, (B,)
         fewest, most = _range(known)
-        require_length(most + length, self.longest)
+        require_length(most + length, self.seq_len)
         if self.chunk_size is not None:
             fewest = 0  # chunks are attended to whole
         places = torch.arange(most + length, device=query.device)

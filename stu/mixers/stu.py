@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stu.errors import require, require_length
 from stu.mixer import Mixer, reverse_twin
-from stu.ops.bank import EXTENSIONS, Extension, extended_bank, lengthened, require_filters, require_lag, spectral_bank
+from stu.ops.bank import Extension, extended_bank, lengthened, require_filters, require_lag, spectral_bank
 from stu.ops.convolution import ALGORITHMS, Algorithm, filter_convolution
 from stu.ops.filters import Hankel
 from stu.ops.padding import at_end, at_front, longest, masked, put_back
@@ -63,8 +63,8 @@ class STU(Structured, Mixer):
     streaming: what `step` keeps: a "window" of all inputs, O(seq_len) per step, or the "states" of the filters'
     exponentials (`stu.ops.realization`), O(1) per step. "auto": states where they are faster and as exact.
     extension: how `resized` makes the filters longer than seq_len: "recomputed" for that length, "continued" as their
-    exponentials, or "truncated", zero past their length. The first changes all outputs, the others leave the first
-    seq_len as they are; experiments/length_generalization compares them.
+    exponentials, which Slepian filters have not, or "truncated", zero past their length. The first changes all outputs,
+    the others leave the first seq_len as they are; experiments/length_generalization compares them.
 
     Initialised as in the official code: M^φ and M^y zero, M^u normal of standard deviation D^{−1/2}, truncated at twice
     that. Without M^u the layer would start as zero, so M^φ is then normal of variance 1/(K·D).
@@ -96,8 +96,7 @@ class STU(Structured, Mixer):
             require_lag(name, lag, seq_len)
         require(recurrence in ("learned", "fixed"), "recurrence", recurrence, "must be learned or fixed")
         require(algorithm in ALGORITHMS, "algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-        require_filters(hankel, two_sided=two_sided, streaming=streaming)
-        require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
+        require_filters(hankel, two_sided=two_sided, streaming=streaming, extension=extension)
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
         self.algorithm, self.streaming, self.extension = algorithm, streaming, extension
         learned = k_y if recurrence == "learned" else 0

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from stu.errors import require, require_length
 from stu.mixer import Mixer
 from stu.ops.bank import (
-    EXTENSIONS,
     Extension,
     FilterBank,
     extended_bank,
@@ -86,10 +85,9 @@ class STUT(Structured, Mixer):
         super().__init__()
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
         require_lag("delay", delay, seq_len)
-        require_filters(hankel, two_sided=two_sided, streaming=streaming)
+        require_filters(hankel, two_sided=two_sided, streaming=streaming, extension=extension)
         require(two_sided or not shared_branches, "shared_branches", shared_branches, "needs two_sided=true")
         self.d_model, self.seq_len, self.causal = d_model, seq_len, causal
-        require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
         self.num_filters, self.shared_branches, self.streaming = num_filters, shared_branches, streaming
         self.extension = extension
         # not a buffer: the filters must stay exact in a model of half precision

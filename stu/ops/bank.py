@@ -46,12 +46,19 @@ def require_lag(name: str, lag: int, seq_len: int) -> None:
     require(0 <= lag <= most, name, lag, f"must be in 0 … {most}: no input has more steps")
 
 
-def require_filters(hankel: Hankel, *, two_sided: bool, streaming: Streaming) -> None:
-    """Raise `OptionError` for what filters of a kind cannot be: two-sided, or streamed by exponentials that decay."""
+def require_filters(hankel: Hankel, *, two_sided: bool, streaming: Streaming, extension: Extension) -> None:
+    """Raise `OptionError` for what filters of a kind cannot be: two-sided, or exponentials that decay."""
     require(not (two_sided and hankel == "L"), "two_sided", two_sided, "must be false with hankel=L (one branch)")
     require(streaming in STREAMING, "streaming", streaming, f"must be one of {', '.join(STREAMING)}")
     waves = "must be window or auto with hankel=slepian: its filters are waves, which do not decay"
     require(not (streaming == "states" and hankel == "slepian"), "streaming", streaming, waves)
+    _require_extension(extension, hankel)
+
+
+def _require_extension(extension: Extension, hankel: Hankel) -> None:
+    require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
+    waves = "must be recomputed or truncated with hankel=slepian: its filters are waves, which do not decay"
+    require(not (extension == "continued" and hankel == "slepian"), "extension", extension, waves)
 
 
 class Band(NamedTuple):
@@ -280,7 +287,7 @@ def extended_bank(bank: FilterBank, seq_len: int, extension: Extension = "contin
     filters = bank.spectral
     if filters is None:
         raise OptionError("seq_len", seq_len, "needs spectral filters; others end where they end")
-    require(extension in EXTENSIONS, "extension", extension, f"must be one of {', '.join(EXTENSIONS)}")
+    _require_extension(extension, filters.hankel)
     require(seq_len >= filters.seq_len, "seq_len", seq_len, f"must be at least {filters.seq_len}, that of the layer")
     if seq_len > filters.seq_len:
         built_for = 0 if extension == "recomputed" else filters.built_for or filters.seq_len

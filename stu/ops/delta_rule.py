@@ -12,11 +12,12 @@ system. With a_t = exp Σ_{r≤t} g_r and D_ts = exp Σ_{s<r≤t} g_r, h before 
 
 Only the state follows from chunk to chunk, which a CPU does one by one (`sequential`); otherwise its linear maps are
 multiplied in a tree (`parallel`). All decays are sums of terms of one sign: nothing cancels, nothing is divided by.
+What is formed of chunks is formed of a piece of the sequence at a time, so that memory is bounded at any length.
 Source: Yang, Kautz, Hatamizadeh, "Gated delta networks", 2412.06464, section 3.3; the WY form is that of Yang, Wang,
 Zhang, Shen, Kim, "Parallelizing linear transformers with the delta rule over sequence length", 2406.06484.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stu.ops.flops import flops_of
-from stu.ops.forms import choose
+from stu.ops.forms import budget, choose, chunks
 from stu.ops.precision import at_least_float32, no_autocast
 from stu.ops.ssd import Algorithm, crossing_sums, segment_sums
 from stu.ops.transforms import owned, plain_gradients, transformed
+
+ENTRIES_ON_CPU = 1 << 21  # of all arrays of a piece
 
 
 def gated_delta_rule(
@@ -97,12 +100,18 @@ def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, initial: Tensor, chunk_size: int, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors inside each chunk by the triangular system, between the chunks by the states."""
-    parts = _parts(q, k, v, beta, log_decay, *_sizes(v.shape[1], chunk_size, algorithm))
-    solved, through, added = _maps(parts)
-    entering, final = _propagated(through, added, initial, algorithm)
-    corrections = parts.beta * _errors(solved, entering)
-    y = parts.mixing @ corrections + parts.from_start * (parts.q @ entering)
-    return _by_time(y, v.shape[1]), final, entering
+    count, chunk = _sizes(v.shape[1], chunk_size, algorithm)
+    outputs, entering, state = [], [], initial
+    for piece in _pieces(k, v, count, chunk, algorithm):
+        signals = [signal[:, chunk * piece.start : chunk * piece.stop] for signal in (q, k, v, beta, log_decay)]
+        parts = _parts(signals, piece.stop - piece.start, chunk)
+        solved, through, added = _maps(parts)
+        before, state = _propagated(through, added, state, algorithm)
+        corrections = parts.beta * _errors(solved, before)
+        y = parts.mixing @ corrections + parts.from_start * (parts.q @ before)
+        outputs.append(_by_time(y, signals[2].shape[1]))
+        entering.append(before)
+    return _joined(outputs, 1), state, _joined(entering, 2)
 
 
 @torch.library.custom_op("stu::gated_delta_rule_backward", mutates_args=())
@@ -119,44 +128,55 @@ def _gated_delta_rule_backward(
     chunk_size: int,
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, β, g and the initial state; the states were kept, all else is recomputed.
+    """Gradients of q, k, v, β, g and the initial state; the states were kept, all else is recomputed."""
+    count, chunk = _sizes(v.shape[1], chunk_size, algorithm)
+    found, dstate = [], torch.zeros_like(initial) if dfinal is None else dfinal
+    with no_autocast(v):
+        for piece in reversed(_pieces(k, v, count, chunk, algorithm)):
+            time = slice(chunk * piece.start, chunk * piece.stop)
+            signals = [signal[:, time] for signal in (q, k, v, beta, log_decay)]
+            *gradients, dstate = _gradients(dy[:, time], signals, entering[:, :, piece], dstate, chunk, algorithm)
+            found.append(gradients)
+        dq, dk, dv, dbeta, dsteps = (owned(_joined(parts[::-1], 1)) for parts in zip(*found, strict=True))
+        return dq, dk, dv, dbeta, dsteps, owned(dstate)
+
+
+def _gradients(
+    dy: Tensor, signals: Sequence[Tensor], entering: Tensor, dfinal: Tensor, chunk: int, algorithm: str
+) -> tuple[Tensor, ...]:
+    """Those of a piece: of its signals q, k, v, β, g, and of the state before it.
 
     Those of the steps g_t are sums over everything that crosses t, as in `stu.ops.ssd`.
     """
-    length = v.shape[1]
-    sizes = _sizes(length, chunk_size, algorithm)
-    with no_autocast(v):
-        parts = _parts(q, k, v, beta, log_decay, *sizes)
-        both, q, k, v, beta, pairs, mixing, from_start, to_end, decay = parts
-        solved, through, _ = _maps(parts)
-        errors = _errors(solved, entering)
-        corrections = beta * errors
-        dy = _by_chunk(dy, *sizes)
-        read, seen = from_start * dy, mixing.mT @ dy
-        added = q.mT @ read - solved[..., v.shape[-1] :].mT @ (beta * seen)
-        dfinal = torch.zeros_like(initial) if dfinal is None else dfinal
-        leaving, dinitial = _propagated(through.mT, added, dfinal, algorithm, backwards=True)
-        dcorrections = torch.linalg.solve_triangular(
-            (beta * pairs).mT, seen + (to_end * k) @ leaving, upper=True, unitriangular=True
-        )
-        dbeta, dv = (dcorrections * errors).sum(-1), beta * dcorrections
-        dmixing, dpairs = dy @ corrections.mT, (dv @ corrections.mT).tril_(-1)  # the second with the other sign
-        crossing = k.new_empty(*decay.shape[:-1], decay.shape[-1] + 1)
-        torch.addcmul(dmixing * mixing, dpairs, pairs, value=-1, out=crossing[..., 1:])
-        dmixing, dpairs = dmixing * decay, dpairs * decay
-        dq_entering, dk_entering = read @ entering.mT, from_start * (dv @ entering.mT)
-        dk_leaving = to_end * (corrections @ leaving.mT)
-        dq = dq_entering + dmixing @ k
-        dk = torch.cat((-dpairs - dpairs.mT, dmixing.mT), -1) @ both + dk_leaving - dk_entering
-        dsteps = crossing_sums(
-            crossing,
-            torch.addcmul(dq_entering * q, dk_entering, k, value=-1).sum(-1).mT,
-            (dk_leaving * k).sum(-1).mT,
-            (entering * leaving).sum((-2, -1)) * from_start[..., -1, 0],
-        ).mT
-        found = [owned(_by_time(each, length)) for each in (dq, dk, dv, dbeta, dsteps)]
-        dq, dk, dv, dbeta, dsteps = found
-        return dq, dk, dv, dbeta, dsteps, owned(dinitial)
+    length, sizes = dy.shape[1], (entering.shape[2], chunk)
+    parts = _parts(signals, *sizes)
+    both, q, k, v, beta, pairs, mixing, from_start, to_end, decay = parts
+    solved, through, _ = _maps(parts)
+    errors = _errors(solved, entering)
+    corrections = beta * errors
+    dy = _by_chunk(dy, *sizes)
+    read, seen = from_start * dy, mixing.mT @ dy
+    added = q.mT @ read - solved[..., v.shape[-1] :].mT @ (beta * seen)
+    leaving, dinitial = _propagated(through.mT, added, dfinal, algorithm, backwards=True)
+    dcorrections = torch.linalg.solve_triangular(
+        (beta * pairs).mT, seen + (to_end * k) @ leaving, upper=True, unitriangular=True
+    )
+    dbeta, dv = (dcorrections * errors).sum(-1), beta * dcorrections
+    dmixing, dpairs = dy @ corrections.mT, (dv @ corrections.mT).tril_(-1)  # the second with the other sign
+    crossing = k.new_empty(*decay.shape[:-1], decay.shape[-1] + 1)
+    torch.addcmul(dmixing * mixing, dpairs, pairs, value=-1, out=crossing[..., 1:])
+    dmixing, dpairs = dmixing * decay, dpairs * decay
+    dq_entering, dk_entering = read @ entering.mT, from_start * (dv @ entering.mT)
+    dk_leaving = to_end * (corrections @ leaving.mT)
+    dq = dq_entering + dmixing @ k
+    dk = torch.cat((-dpairs - dpairs.mT, dmixing.mT), -1) @ both + dk_leaving - dk_entering
+    dsteps = crossing_sums(
+        crossing,
+        torch.addcmul(dq_entering * q, dk_entering, k, value=-1).sum(-1).mT,
+        (dk_leaving * k).sum(-1).mT,
+        (entering * leaving).sum((-2, -1)) * from_start[..., -1, 0],
+    ).mT
+    return *(_by_time(each, length) for each in (dq, dk, dv, dbeta, dsteps)), dinitial
 
 
 @_gated_delta_rule_backward.register_fake
@@ -191,6 +211,18 @@ _gated_delta_rule.register_autograd(_backward, setup_context=_save)
 
 
 # --- chunks ---
+
+
+def _pieces(k: Tensor, v: Tensor, count: int, chunk: int, algorithm: str) -> list[slice]:
+    """The chunks of a piece, by the size of their matrices, pairs of vectors and maps; powers of two for trees."""
+    (batch, _, heads, width), d_state = v.shape, k.shape[3]
+    size = batch * heads * (10 * chunk**2 + (8 * chunk + 2 * d_state) * (width + d_state))
+    most = max(1, budget(v, ENTRIES_ON_CPU, 1) // max(1, size))
+    return chunks(count, 1, 1 << (most.bit_length() - 1) if algorithm == "parallel" else most)
+
+
+def _joined(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 
 class _Parts(NamedTuple):
@@ -232,8 +264,9 @@ def _by_time(signal: Tensor, length: int) -> Tensor:
     return signal.flatten(2, 3)[:, :, :length].transpose(1, 2)
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, count: int, chunk: int) -> _Parts:
-    q, k, v, beta, log_decay = (_by_chunk(signal, count, chunk) for signal in (q, k, v, beta, log_decay))
+def _parts(signals: Sequence[Tensor], count: int, chunk: int) -> _Parts:
+    """Those of q, k, v, β and g."""
+    q, k, v, beta, log_decay = (_by_chunk(signal, count, chunk) for signal in signals)
     decays = segment_sums(log_decay).exp().tril(1)  # (B, H, c, Q, 1 + Q)
     from_start, decay = decays[..., :1], decays[..., 1:]
     both = torch.cat((k, q), -2)

@@ -163,7 +163,7 @@ WORDS: Refused = [
     (("--resolve",), ("flags=--resolve: only with --cfg",)),
     (("--nope",), ("flags=--nope: no such flag",)),
     (("paths.runs=",), ("paths.runs='': is empty: name a folder",)),
-    (("-m", "model=glob(STU)"), ("model=glob(STU): matches no option; choose from gru",)),
+    (("-m", "model=glob(STU)"), ("model=glob(STU): matches no option; choose from gated_deltanet",)),
     (("-m", "seed=range(5,1)"), ("seed=range(5,1): is an empty range",)),
     (("-m", "model=stu,_backbone"), ("model=_backbone: no such option",)),
 ]
@@ -261,7 +261,12 @@ def test_a_shell_sees_the_same_and_tracebacks_when_it_asks_for_them(home: Any):
 
 def test_a_glob_stands_for_the_options_that_can_be_chosen(monkeypatch: pytest.MonkeyPatch):
     words = arguments.checked(["seed=1", "-m", "model=glob(*,exclude=[s*])", "name=${now:%d}"])
-    assert words == ["seed=1", "model=gru,lru,lstm,mamba2,mamba2_attention,transformer", "name=${now:%d}", "-m"]
+    assert words == [
+        "seed=1",
+        "model=gated_deltanet,gru,linoss,lru,lstm,mamba2,mamba2_attention,mega,transformer",
+        "name=${now:%d}",
+        "-m",
+    ]
     monkeypatch.setenv("STU_RUNS", " ")
     with pytest.raises(OptionError, match="STU_RUNS='': is empty"):
         arguments.checked([])

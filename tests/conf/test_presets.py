@@ -213,7 +213,32 @@ schedule           cosine   cosine     cosine   cosine      cosine    cosine
 min_lr            .0000001 .0000001  .0000001 .0000001    .0000001  .0000001
 """
 
-TABLES = {"s4": S4, "s4d_dfout": S4D_DFOUT, "s5": S5, "lru": LRU, "transformer": TRANSFORMER, "stu": STU}
+# facebookresearch/mega, examples/mega/README.lra.md and fairseq/models/lra/model.py. Batches are those of a step.
+MEGA = """
+                  listops     text  retrieval    image  pathfinder     pathx
+examples            96000    22500     147086    45000      160000    160000
+depth                   6        4          6        8           6         4
+d_model                80      128        128      160         128        64
+d_query                64       64         64       96          64        32
+d_average              16       16         16       16          16        16
+attention         softmax  softmax    softmax  laplace     laplace   laplace
+causal              false    false      false    false       false     false
+prenorm             false    false      false     true        true      true
+norm                layer      rms        rms    batch       batch     batch
+final_norm          false    false      false     true        true      true
+dropout                .1       .1         .1        0           0         0
+pool                 mean     mean       mean     mean        mean      mean
+batch                  64       50         64       50         128       128
+steps               90000    25000      91960   180000      250000    125000
+warmup               3000    10000      10000     9000       50000     25000
+rate                 .001     .004       .003      .01         .01       .01
+decay                 .01      .01        .04      .02         .01       .01
+schedule           linear   linear     linear   linear      linear    linear
+min_lr                  0        0          0        0           0         0
+clip                    1        1          1        1           1         1
+"""
+
+TABLES = {"mega": MEGA, "s4": S4, "s4d_dfout": S4D_DFOUT, "s5": S5, "lru": LRU, "transformer": TRANSFORMER, "stu": STU}
 
 # Row of a table → key of the configuration.
 KEYS = {
@@ -228,6 +253,9 @@ KEYS = {
     "blocks": "model.mixer.num_blocks",
     "heads": "model.mixer.num_heads",
     "filters": "model.mixer.num_filters",
+    "d_query": "model.mixer.d_query",
+    "d_average": "model.mixer.d_state",
+    "attention": "model.mixer.attention",
     "attention_dropout": "model.mixer.dropout",
     "gated": "model.channel_mixer.gated",
     "expand": "model.channel_mixer.expand",

@@ -12,7 +12,16 @@ from experiments.speed.literal import LITERAL
 from tests.models import build, composed, model_config, randomized
 
 D = 6
-SIZES = {"d_model": D, "d_state": 8, "num_blocks": 2, "num_heads": 4, "num_groups": 2, "chunk_size": 5, "n_ssm": 2}
+SIZES = {
+    "d_model": D,
+    "expand": 2,
+    "d_state": 8,
+    "num_blocks": 2,
+    "num_heads": 4,
+    "num_groups": 2,
+    "chunk_size": 5,
+    "n_ssm": 2,
+}
 
 
 def layer_of(model, length):
@@ -47,8 +56,9 @@ def test_the_literal_s4_learns_all_but_the_output_matrix_of_the_layer():
 def test_both_forms_are_those_of_conf():
     """What is timed is the model of the file: its size of the state, its discretisation."""
     for model in LITERAL:
-        assert type(layer_of(model, 8)).__name__.lower() == model
-        assert LITERAL[model].__name__.lower() == f"literal{model}"
+        name = model.replace("_", "")
+        assert type(layer_of(model, 8)).__name__.lower() == name
+        assert LITERAL[model].__name__.lower() == f"literal{name}"
     assert composed("model=s4", "task=lds").model.mixer.discretization == "bilinear"
     assert composed("model=s4d", "task=lds").model.mixer.discretization == "zoh"
 

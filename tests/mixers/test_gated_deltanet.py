@@ -15,7 +15,7 @@ from stu.errors import OptionError
 from stu.mixers.gated_deltanet import GatedDeltaNet
 from stu.ops import delta_rule as module
 from stu.ops.delta_rule import gated_delta_rule, gated_delta_step
-from stu.ops.forms import taken_for
+from stu.ops.forms import device_memory, taken_for
 from stu.reference.gated_deltanet import delta_rule
 from tests.models import randomized
 
@@ -140,6 +140,22 @@ def test_float32_is_exact_whatever_is_forgotten(kind, algorithm):
     pairs = zip((*found, *gradients(found, inputs)), (*expected, *gradients(expected, exact)), strict=True)
     for one, other in pairs:
         assert (one - other).norm() <= 2e-5 * other.norm()
+
+
+@algorithms
+@pytest.mark.parametrize("numbers", [1, 6_000, 20_000])
+def test_memory_is_bounded_by_pieces(algorithm, numbers, monkeypatch):
+    """Whatever the pieces, results are the same; no array of chunks has more numbers than a piece may."""
+    inputs, largest, parts = problem(61), [], module._parts
+    monkeypatch.setattr(module, "_parts", lambda *a: largest.append(max(p.numel() for p in parts(*a))) or parts(*a))
+    monkeypatch.setattr(module, "ENTRIES_ON_CPU", numbers)
+    device = "cpu" if algorithm == "sequential" else "cuda"
+    with taken_for(device), device_memory(8 * numbers):
+        found = gated_delta_rule(*inputs, chunk_size=7, algorithm=algorithm)
+        assert_same(found, stepped(*inputs), inputs, 1e-12)
+    one = 2 * 3 * 7 * 2 * 5  # the keys and queries of one chunk
+    assert max(largest) <= max(one, numbers // 8)
+    assert len(largest) >= 2 * 61 // 7 * (numbers == 1)
 
 
 def test_a_device_has_the_tree():

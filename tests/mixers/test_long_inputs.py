@@ -11,12 +11,13 @@ from torch.testing import assert_close
 from experiments.speed.bench import Settings
 from experiments.speed.candidates import Size, find
 from experiments.speed.measure import Failure, alone
+from stu.cli.layers import of_one_mixer
 from tests.models import MODELS, mixer_cases
 
 pytestmark = pytest.mark.slow
 
 LONG = 16384
-SLOW = ("transformer", "lstm", "gru")  # quadratic, or step by step: shorter inputs, which forget no less
+SLOW = ("transformer", "mega", "lstm", "gru")  # quadratic, or step by step: shorter inputs, which forget no less
 
 models = pytest.mark.parametrize("case", [case for case in mixer_cases() if case.name.split("-")[0] in MODELS], ids=str)
 
@@ -54,9 +55,9 @@ def test_float32_and_autocast_are_healthy(case):
 # Two units, from both ends, need more than one; that suffices but for the thorough.
 MEASURED = [
     pytest.param(model, causal, marks=pytest.mark.thorough if causal and model != "stu" else ())
-    for model, causal in product(MODELS, (True, False))
+    for model, causal in product(of_one_mixer(), (True, False))
     if model not in SLOW
-] + [("transformer", True)]
+] + [("transformer", True), ("mega:chunk_size=256", False)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process takes is known on Linux only")

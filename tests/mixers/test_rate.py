@@ -28,6 +28,7 @@ Make = Callable[..., Mixer]
 HELD: dict[str, Make] = {  # whose steps are those of an input that is held
     "S4": partial(S4, D, d_state=8, discretization="zoh"),
     "S4D": partial(S4D, D, d_state=8),
+    "S4D, dfout": partial(S4D, D, d_state=8, init="dfout"),
     "S5": partial(S5, D, d_state=8, num_blocks=2),
     "LRU": partial(LRU, D, d_state=8),
     "LRU, λ itself": partial(LRU, D, d_state=8, exponential=False, normalize=False),

@@ -1,7 +1,11 @@
 """Mixers at other lengths than those they were built for: resized, and built again."""
 
+from operator import ne
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from stu.backbone import Backbone
@@ -21,6 +25,10 @@ UNITS = pytest.mark.parametrize("unit", [STU, STUT])
 def test_a_resized_mixer_is_one_built_for_that_length(case: Case):
     """With filters computed again, the default, where it has filters of one length."""
     mixer, longer = case.random(seq_len=BUILT), case.build(seq_len=LONG).double().eval()
+    if any(map(ne, *(map(Tensor.numel, layer.parameters()) for layer in (mixer, longer)))):  # learned for each distance
+        with pytest.raises(OptionError, match="seq_len=12"), mixer.resized(LONG):
+            pass
+        return
     for parameter, own in zip(longer.parameters(), mixer.parameters(), strict=True):
         parameter.copy_(own)
     x = noise(2, LONG, D)
@@ -69,6 +77,23 @@ def test_truncated_filters_are_no_sums():
 
 
 @UNITS
+@torch.no_grad()
+def test_waves_do_not_go_on(unit: type[STU] | type[STUT]):
+    """Slepian filters have no exponentials that decay: refused when the layer is made, not when it is tested."""
+    options: dict[str, Any] = {"seq_len": BUILT, "num_filters": 4, "hankel": "slepian"}
+    line = "extension=continued: must be recomputed or truncated with hankel=slepian"
+    with pytest.raises(OptionError, match=line):
+        unit(D, **options, extension="continued")
+    with pytest.raises(OptionError, match=line):
+        unit(D, **options).extended(LONG)
+    layer, x = randomized(unit(D, **options, extension="truncated")).double(), noise(1, LONG, D)
+    short = layer(x[:, :BUILT])
+    with layer.resized(LONG):
+        assert_close(layer(x)[:, :BUILT], short, rtol=0, atol=1e-12)
+        assert_close(stepped(layer, x, layer.initial_state(1)), layer(x), rtol=0, atol=1e-12)
+
+
+@UNITS
 def test_other_extensions_are_refused(unit: type[STU] | type[STUT]):
     with pytest.raises(OptionError, match="extension=mirrored: must be one of recomputed, continued, truncated"):
         unit(D, seq_len=BUILT, extension="mirrored")  # type: ignore[arg-type]
@@ -76,7 +101,7 @@ def test_other_extensions_are_refused(unit: type[STU] | type[STUT]):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_saved_model_does_not_remember_that_it_was_resized(model: str):
-    backbone = small_backbone(model, seq_len=BUILT)
+    backbone = small_backbone(model, seq_len=BUILT, relative_bias="rotary")  # Mega's default ends
     saved = backbone.state_dict()
     with backbone.resized(LONG):
         pass

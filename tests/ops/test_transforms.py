@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stu.ops import (
     convolution,
+    delta_rule,
     dense_bilinear,
     kernels,
     long_convolution,
@@ -397,6 +398,11 @@ def operators():
         kernel, *kept = power_kernel._power_kernel(A, *inputs, length, 3.0, torch.float64)
         yield power_kernel._power_kernel, (A, *inputs, length, 3.0, torch.float64)
         yield power_kernel._power_kernel_backward, (kernel, *kept, 3.0)
+    *inputs, initial = delta_rule_inputs()
+    for algorithm in ("sequential", "parallel"):
+        y, final, entering = delta_rule._gated_delta_rule(*inputs, initial, 4, algorithm)
+        yield delta_rule._gated_delta_rule, (*inputs, initial, 4, algorithm)
+        yield delta_rule._gated_delta_rule_backward, (y, final, *inputs, initial, entering, 4, algorithm)
     inputs = oscillations().inputs
     yield oscillators._response, (*inputs, L)
     yield oscillators._response_backward, (noise(3, L), oscillators._response(*inputs, L))
@@ -408,6 +414,12 @@ def operators():
     yield power_series._quotient, (noise(3, D, L), series(), power_series.reciprocal(series()))
 
 
+def delta_rule_inputs():
+    """q, k, v, β, log α and the state before the first step, of three heads."""
+    q, k, v = noise(2, L, 3, 2) / 2, noise(2, L, 3, 2) / 2, noise(2, L, 3, 4)
+    return q, k, v, torch.rand_like(v[..., 0]), -torch.rand_like(v[..., 0]), noise(2, 3, 2, 4)
+
+
 def compiled_operators():
     """Those that only `torch.compile` sees."""
     inputs = decays(D, 2), noise(1, D, 2, dtype=COMPLEX), noise(2, D, 2, dtype=COMPLEX), L
@@ -416,6 +428,9 @@ def compiled_operators():
     inputs = 0.4 * noise(D, 2, 2), noise(D, 2), noise(2, D, 2), L
     yield torch.ops.stu.dense_kernel, inputs
     yield torch.ops.stu.dense_kernel_backward, (noise(2, L, D), *inputs)
+    inputs = -noise(1, D, 3).abs(), noise(1, D, 3), noise(1, D, 3), L
+    yield torch.ops.stu.ema_kernel, inputs
+    yield torch.ops.stu.ema_kernel_backward, (noise(1, D, L), *inputs)
 
 
 def test_blocks_reach_over_the_end_of_some_inputs():
@@ -438,7 +453,15 @@ def registered():
 # Their derivatives are those of the plain forms.
 FIRST_ORDER = {
     f"stu::{name}_backward"
-    for name in ("diagonal_ssm", "ssd", "zoh_kernel", "power_kernel", "dense_bilinear", "oscillator_response")
+    for name in (
+        "diagonal_ssm",
+        "gated_delta_rule",
+        "ssd",
+        "zoh_kernel",
+        "power_kernel",
+        "dense_bilinear",
+        "oscillator_response",
+    )
 }
 
 

@@ -175,7 +175,7 @@ class TestARun:
         values = {(step, name): value for step, _, name, value in rows}
         assert {name: values[20, f"test/{name}"] for name in summary["test"]} == summary["test"]
         assert summary["best"]["value"] == values[summary["best"]["step"], monitor] == values[20, f"best/{monitor}"]
-        choose = min if monitor in ("val/mse", "val/loss") else max
+        choose = min if monitor in ("val/mse", "val/loss", "val/bits_per_byte") else max
         assert summary["best"]["value"] == choose(values[10, monitor], values[20, monitor])
 
     def test_what_is_shown(self, run: tuple[Run, runs.Finished]):

@@ -867,7 +867,7 @@ class TestTrainPy:
         command = (*COMMAND, "name=damaged", "mode=test")
         tested, other = runs.train(home, *command), runs.train(home, *command, f"checkpoint={elsewhere}")
         assert (tested.code, other.code, other.err) == (0, 0, "")
-        same = r"note: \S+: best.ckpt is damaged \(.*\); last.ckpt has the best weights, too, and is tested\n"
+        same = r"note: \S+: best.ckpt is damaged \(.*\); last.ckpt has the best weights, too, and is read\n"
         assert re.fullmatch(same, tested.err)
         values = [re.findall(r"test (\w+) +([\d.]+)", done.out) for done in (tested, other)]
         assert values[0] == values[1] != []

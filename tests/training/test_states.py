@@ -373,7 +373,7 @@ class TestTheEnd:
             folder = tmp_path / str(after)
             done = training(folder, after=after).fit()
             (folder / "checkpoints" / ".best.ckpt.tmp").touch()  # left by a killed process
-            evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {"zero": 9.0})
+            evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {"zero": 9.0}, {})
             summaries.append(Run(folder).read_summary())
             assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [BEST, LAST]
         assert [summary["best"]["value"] for summary in summaries] == [1.0, 1.0]
@@ -389,7 +389,7 @@ class TestTheEnd:
         folder = tmp_path / "run"
         done = training(folder).fit()
         (folder / "checkpoints" / BEST).write_bytes(b"damaged")
-        evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {})
+        evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {}, {})
         summary = Run(folder).read_summary()
         assert (summary["best"]["step"], summary["best"]["val"]["mse"]) == (4, 1.0)
         assert math.isfinite(summary["test"]["loss"])
@@ -400,5 +400,5 @@ class TestTheEnd:
         for name in (BEST, COPY):
             shutil.copy(folder / "checkpoints" / LAST, folder / "checkpoints" / name)  # whole, but of other weights
         with pytest.raises(OptionError, match="no file has the weights of the best validation, of step 4"):
-            evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {})
+            evaluate.finish(Run(folder), done.trainer, done.module, done.data, done.checkpoints, {}, {})
         assert not Run(folder).finished
