@@ -36,11 +36,14 @@ def main(config: DictConfig) -> float | None:
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     folder = Path(config.paths.runs, choices["task"], choices["model"])
     overrides = HydraConfig.get().overrides.task
-    run = training.Run.named(folder, config.name, overrides, testing=config.mode == "test")
+    run = training.Run.named(folder, config.name, overrides, testing=config.mode != "train")
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if config.mode != "train":
         with training.report.losses(run):
-            (test if config.mode == "test" else generate)(config, run, settings)
+            if config.mode == "test":
+                training.test(run, parts_of(config), *task_and_model(config), settings)
+            else:
+                generate(config, run, settings)
         return None
     run.overwrites = config.overwrite
     with training.report.exit_codes(run):
@@ -93,34 +96,13 @@ def train(
     training.train(run, fitting, phase, metrics, settings, choices)
 
 
-def test(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
-    """Evaluate a checkpoint on the test set and show the result; nothing is written."""
-    task, model = task_and_model(config)
-    module = training.SequenceModule(model, task, seed=config.seed)
-    checkpoint = training.evaluate.restore(module, run, config.checkpoint, settings)
-    task.prepare()
-    parts, callbacks = parts_of(config), [training.report.evaluation_progress()]
-    data = parts.data(task)
-    others = training.lengths.at_lengths(data, model)
-    trainer = training.make_trainer(parts.trainer, logger=False, callbacks=callbacks, default_root_dir=run.checkpoints)
-    data.require_batches(config.trainer, trainer.world_size, "test")
-    device = training.describe_device(trainer.strategy.root_device)
-    training.evaluate.compare_conditions(module, checkpoint, config.checkpoint, device)
-    tested = training.lengths.test(trainer, module, data, others)
-    training.part(trainer)
-    training.report.tested(checkpoint, tested, task)
-
-
 def generate(config: DictConfig, run: training.Run, settings: dict[str, Any]) -> None:
     """Continue a text by a checkpoint, on the standard output as it comes; how fast, on the standard error."""
-    sampling, make = build(config.generate), build(config.trainer, _partial_=True)
-    task, model = task_and_model(config)
-    trainer = training.make_trainer(make, logger=False, default_root_dir=run.checkpoints)
-    model = model.to(trainer.strategy.root_device).eval()
-    prompt = output.read() if config.prompt == "-" else config.prompt
-    text = training.Continuation(task, model, prompt, sampling)
-    training.evaluate.restore(training.SequenceModule(model, task), run, config.checkpoint, settings)
-    if trainer.is_global_zero and output.stream(text):
+    if training.rank() > 0:  # one process is enough
+        return
+    given = {"prompt": output.read() if config.prompt == "-" else config.prompt, "sampling": build(config.generate)}
+    text = training.continued(run, parts_of(config), *task_and_model(config), **given, settings=settings)
+    if output.stream(text):
         print(text.rate, file=sys.stderr)
 
 

@@ -8,7 +8,7 @@ priors" (2310.02980), section 3.1.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
@@ -96,11 +96,10 @@ class PredictedInputs(Task):
         return prediction.flatten(0, 1)[steps], targets[steps]
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean over what is scored."""
-        if self.tokens:
-            return nn.functional.cross_entropy(prediction, target)
-        mean = nn.functional.l1_loss if self.real_loss == "l1" else nn.functional.mse_loss
-        return mean(prediction, target)
+        """Mean over what is scored; 0 where nothing is, as of sequences of one step."""
+        losses: dict[str, Callable[..., Tensor]] = {"l1": nn.functional.l1_loss, "mse": nn.functional.mse_loss}
+        loss = nn.functional.cross_entropy if self.tokens else losses[self.real_loss]
+        return loss(prediction, target, reduction="sum") / max(1, target.numel())
 
     def metrics(self) -> "dict[str, Metric]":
         """The share of correct tokens, or the mean squared error."""
@@ -191,7 +190,7 @@ class NextInputs(PredictedInputs):
 
     def count(self, batch: Batch) -> int:
         """The real steps but one of every sequence."""
-        return max(1, num_real(batch) - len(batch.inputs))
+        return num_real(batch) - len(batch.inputs)
 
     def baselines(self) -> dict[str, float]:
         """And, of reals, the loss of the input itself."""

@@ -3,12 +3,10 @@
 B batch, L length, C input channels, O outputs, H steps of a rollout
 """
 
-import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -134,27 +132,6 @@ class NextToken(NamedTuple):
     start: int | None
 
 
-def _rebuildable(constructor: Callable[..., None]) -> Callable[..., None]:
-    """A task's constructor that keeps its arguments for `Task.at_length`, and takes `test_lengths` besides."""
-    signature = inspect.signature(constructor)
-    option = inspect.Parameter("test_lengths", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=Sequence[int])
-
-    @functools.wraps(constructor)
-    def built(self: "Task", *inputs: Any, test_lengths: Sequence[int] = (), **options: Any) -> None:
-        if "arguments" not in vars(self):  # else called by the constructor of a subclass
-            _, *given = signature.bind_partial(self, *inputs, **options).arguments.items()
-            self.arguments, self.test_lengths = dict(given), tuple(test_lengths)
-            for length in self.test_lengths:
-                require(length >= 1, "test_lengths", list(test_lengths), "must be lengths of at least 1")
-        constructor(self, *inputs, **options)
-
-    built.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what `inspect` reads
-        parameters=[*signature.parameters.values(), option]
-    )
-    built.__annotations__ = {**constructor.__annotations__, option.name: option.annotation}
-    return built
-
-
 class Task(ABC):
     """Data, encoder, head, loss and metrics of one problem. Names no model.
 
@@ -168,7 +145,7 @@ class Task(ABC):
     and from predictions back; known once the data are prepared. preconditioner: whose combination of outputs models
     predict, as `precondition` was told. next_token: models generate, token by token.
 
-    Every constructor also takes `test_lengths`: further lengths at which models are tested, see `at_length`.
+    Whoever makes a task may give it `test_lengths`: further lengths at which models are tested, see `at_length`.
     """
 
     monitor: str
@@ -179,15 +156,15 @@ class Task(ABC):
     preprocessing: Preprocessing | None = None
     preconditioner: Preconditioner | None = None
     next_token: NextToken | None = None
-    arguments: dict[str, Any]  # of the constructor, but for test_lengths
-    test_lengths: tuple[int, ...]
+    test_lengths: tuple[int, ...] = ()
+    arguments: dict[str, Any]  # keywords of the constructor, to build the task again
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "__init__" in vars(cls):
-            cls.__init__ = _rebuildable(cls.__init__)  # type: ignore[method-assign]
+    def __new__(cls, *inputs: Any, **options: Any) -> Self:
+        """Keep the keywords of the constructor."""
+        task = super().__new__(cls)
+        task.arguments = options
+        return task
 
-    @_rebuildable
     def __init__(self, *, seq_len: int, causal: bool, data: Data) -> None:
         same = data.seq_len is None or seq_len == data.seq_len
         require(same, "seq_len", seq_len, f"must be the data's, {data.seq_len}")
@@ -195,7 +172,7 @@ class Task(ABC):
         self.seq_len, self.causal, self.data = seq_len, causal, data
 
     def at_length(self, seq_len: int) -> "Task":
-        """The same task with sequences of another length: built again with its other arguments, and no `test_lengths`.
+        """The same task with sequences of another length: built again with its other keywords, and no `test_lengths`.
 
         Raises `OptionError` where there is no such task.
         """

@@ -8,6 +8,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,6 +19,7 @@ STRING = re.compile("(\"{3}|'{3})(.*?)\\1", re.DOTALL)
 SHORTEST = 80  # characters of a docstring that is more than a name in words
 
 
+@cache
 def corpus() -> bytes:
     """All of it in UTF-8; takes less than half a second."""
     parts = [*docstrings(), *(topics[name].strip() for name in sorted(topics))]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -127,6 +127,17 @@ class LanguageData(StoredData[Windows]):
         """The contents of the files, and the options."""
         options = {name: getattr(self, name) for name in ("seq_len", "units", "vocab_size", *Splits._fields)}
         return {"version": VERSION, "sha256": self.contents, **options}
+
+    def at_length(self, seq_len: int) -> "LanguageData":
+        """The same parts of the same text in other windows, and so the same tokens."""
+        counted = [name for name in Splits._fields if isinstance(getattr(self, name), int)]
+        steps = {name: getattr(self, name) * self.seq_len for name in counted}
+        parts: dict[str, Any] = {name: max(1, count // seq_len) for name, count in steps.items()}
+        if "all" in self.contents and steps.keys() & {"val", "test"}:
+            total = len(self.in_units(self.texts()["all"]))
+            # shares that `size` rounds to as many units
+            parts |= {name: (steps[name] + 0.5) / total for name in ("val", "test") if name in steps}
+        return replace(self, seq_len=seq_len, **parts)
 
     def build(self, folder: Path) -> None:
         """Write train.arrow, val.arrow, test.arrow and the vocabulary."""

@@ -233,7 +233,8 @@ def _unfinished(path: Path, manifest: Any, history: History) -> Status:
     latest = starts[-1] if isinstance(starts, list) and starts else {}
     if _at(latest, "failed"):
         return "failed"
-    if history.last_step is not None or os.path.exists(path / "checkpoints" / "last.ckpt"):
+    saved = (path / "checkpoints" / phase / "last.ckpt" for phase in ("", "pretrain"))
+    if history.last_step is not None or any(map(os.path.exists, saved)):
         return "stopped"
     return "failed" if latest else "never trained"
 

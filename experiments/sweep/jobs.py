@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.compare.runs import is_locked
 from experiments.sweep.executors.local import THREADS
@@ -290,6 +290,8 @@ class Jobs:
             config = composed(words, with_hydra=True)
             if _refers_to_hydra(config):
                 _resolve(config, number)
+                return config
+            if isinstance(OmegaConf.select(config, "model.mixer"), ListConfig):  # layers are made of several values
                 return config
             self._composed[kind] = config
         for override in filter(self._is_plain, overrides):

@@ -38,6 +38,7 @@ HINTS: dict[str, Any] = {  # where we allow more or less than the constructor, a
     "trainer.strategy": Literal["auto", "ddp"],
     "trainer.profiler": Literal["simple", "advanced"] | None,
     "trainer.precision": Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", 32, 64, 16, "bf16"],
+    "task.test_lengths": Sequence[int],
     "optimizer": Callable[..., Any],
     "callbacks": Mapping,
     "logger": Mapping,

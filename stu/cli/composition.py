@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from stu.cli import layers
 from stu.cli.check import calls
@@ -19,6 +20,7 @@ WHITELIST = "_execution_whitelist_"  # from Hydra 1.4 on: which packages a confi
 HAS_WHITELIST = WHITELIST in inspect.signature(instantiate).parameters
 # The behaviour that conf/ is written for: Hydra 1.3 asks for it, 1.4 has no other and warns of the question.
 VERSION: dict[str, Any] = {} if HAS_WHITELIST else {"version_base": "1.3"}
+TEST_LENGTHS = "test_lengths"
 layers.install()
 
 
@@ -40,8 +42,15 @@ def build(node: Any, **keywords: Any) -> Any:
     """Call what the node and those inside it name; `keywords` are added to its own.
 
     The packages that they name may be called, for a configuration is the command of its user; what Hydra never calls,
-    such as `os.system`, it refuses all the same.
+    such as `os.system`, it refuses all the same. `test_lengths`, which every task may have, is no argument of any.
     """
+    if isinstance(node, DictConfig) and TEST_LENGTHS in node:
+        bare = copy(node)
+        with flag_override(bare, ["struct", "readonly"], False):
+            lengths = tuple(bare.pop(TEST_LENGTHS))
+        made = build(bare, **keywords)
+        made.test_lengths = lengths
+        return made
     if HAS_WHITELIST:
         plain = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
         packages = {str(call["_target_"]).partition(".")[0] for _, call in calls(plain)}

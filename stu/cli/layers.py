@@ -34,17 +34,15 @@ class Loader(ConfigLoaderImpl):
 
     _known: ClassVar[dict[tuple[str | None, str, str], DictConfig]] = {}
 
-    def load_configuration(
-        self,
-        config_name: str | None,
-        overrides: list[str],
-        run_mode: RunMode,
-        from_shell: bool = True,
-        validate_sweep_overrides: bool = True,
+    def _load_configuration_impl(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *rest: Any, **options: Any
     ) -> DictConfig:
-        """The configuration of a command, or of the words of a sweep that are not swept."""
+        """The configuration of a command, or of the words of a sweep that are not swept.
+
+        Every way to one leads through here: Hydra 1.4 has another than `load_configuration`.
+        """
         opened = [f"++{word}" if word.startswith(OPTIONS) else word for word in overrides]
-        config = super().load_configuration(config_name, opened, run_mode, from_shell, validate_sweep_overrides)
+        config = super()._load_configuration_impl(config_name, opened, run_mode, *rest, **options)
         if isinstance(config.get("model"), DictConfig):
             with flag_override(config, ["struct", "readonly"], False):
                 if run_mode == RunMode.MULTIRUN and config.model.get("layers") is None:
@@ -56,7 +54,7 @@ class Loader(ConfigLoaderImpl):
         """The configuration with a model of its own file, loaded once, as it takes a quarter of a second."""
         key = config_name, name, str(self.get_search_path())
         if key not in self._known:
-            self._known[key] = super().load_configuration(config_name, [f"model={name}"], RunMode.RUN)
+            self._known[key] = super()._load_configuration_impl(config_name, [f"model={name}"], RunMode.RUN)
         return self._known[key]
 
 
@@ -68,12 +66,15 @@ def install() -> None:
 def lay_out(config: DictConfig, model: Model) -> None:
     """Replace `model.layers` and `model.mixers` by what they stand for. Raises `Refused` for what is no layer."""
     layers, options = config.model.pop("layers", None), config.model.pop("mixers", OmegaConf.create())
+    choice = config.hydra.runtime.choices.model
+    if layers is None and _is_hybrid(choice):
+        raise Refused("model.layers", "null", f"must be a list of names, as model={choice} is a hybrid")
     if not isinstance(options, DictConfig) or (options and layers is None):
         raise Refused("model.mixers", brief(options), "must have options of model.layers, by their names")
     if layers is None:
         return
     files = {name: _file(name) for name in _names(layers)}
-    chosen = model(config.hydra.runtime.choices.model)
+    chosen = model(choice)
     preset = chosen.model.get("mixers") or {}  # of layers that others may have replaced
     foreign = (name for name in map(str, options) if name not in files and options[name] != preset.get(name))
     if unknown := next(foreign, None):
@@ -93,7 +94,7 @@ def lay_out(config: DictConfig, model: Model) -> None:
     if groups or current:
         config.optimizer.groups = groups
     if layers != chosen.model.layers:
-        config.hydra.runtime.choices.model = name_of(config.hydra.runtime.choices.model, layers)
+        config.hydra.runtime.choices.model = name_of(choice, layers)
 
 
 def name_of(model: str, layers: Sequence[str]) -> str:
@@ -113,8 +114,13 @@ def _names(layers: Any) -> list[str]:
 
 def of_one_mixer() -> list[str]:
     """The models that have one mixer, which can be a layer of others."""
-    files = {name: yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text("utf-8")) for name in options_of("model")}
-    return [name for name, content in files.items() if not content.get("model", content).get("layers")]
+    return [name for name in options_of("model") if not _is_hybrid(name)]
+
+
+def _is_hybrid(name: str) -> bool:
+    """Whether the file of a model has layers."""
+    content = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text("utf-8"))
+    return bool(content.get("model", content).get("layers"))
 
 
 def _file(name: str) -> str:
@@ -160,7 +166,11 @@ def _options(mixer: DictConfig) -> list[str]:
 def _groups(config: DictConfig) -> Mapping[str, Any]:
     """The groups of the optimiser."""
     groups: Any = OmegaConf.select(config, "optimizer.groups")
-    return groups if isinstance(groups, Mapping) else {}
+    groups = groups if isinstance(groups, Mapping) else {}
+    for name, group in groups.items():
+        if not isinstance(group, Mapping):
+            raise Refused(f"optimizer.groups.{name}", brief(group), "must have options, such as match and lr")
+    return groups
 
 
 def _confined(

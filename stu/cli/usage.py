@@ -51,7 +51,7 @@ def at_home(argument: str) -> str:
     """`key=~/x` with the folder that is meant: shells leave a ~ after = as it is, and Hydra's grammar has none."""
     key, _, text = argument.partition("=")
     if key in TEXTS:
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        quoted = re.fullmatch(r"""(['"])(?:(?!\1)[^\\]|\\.)*\1""", text, re.DOTALL)
         return argument if quoted else f"{key}={as_text(text)}"
     if {"'", '"'} & set(argument):
         return argument

@@ -11,7 +11,6 @@ from stu.lazy import attributes
 if TYPE_CHECKING:
     from stu.training import evaluate, lengths, names, report
     from stu.training.callbacks import Checkpoints, Diverged, MetricsLog, Stopped
-    from stu.training.cluster import part
     from stu.training.data import SequenceData
     from stu.training.figures import Figures
     from stu.training.fitting import Fitting, Parts
@@ -21,21 +20,20 @@ if TYPE_CHECKING:
     from stu.training.optional import EMA, DeviceStats, EarlyStopping, check_callbacks
     from stu.training.plan import StepPlan, check_trainer, make_trainer
     from stu.training.pretrain import Phase, Pretraining
-    from stu.training.run import Run, describe_device
+    from stu.training.run import Run, rank
     from stu.training.sharded import FullyShard
     from stu.training.signals import leaving
-    from stu.training.start import train
+    from stu.training.start import test, train
     from stu.training.tensorboard_log import TensorBoardLog
     from stu.training.trackers import Tracker
     from stu.training.trackio_log import TrackioLog
     from stu.training.wandb_log import WandbLog
-    from stu.training.writing import Continuation
+    from stu.training.writing import Continuation, continued
 
 __getattr__ = attributes(
     __name__,
     {
         **dict.fromkeys(("Checkpoints", "Diverged", "MetricsLog", "Stopped"), "callbacks"),
-        "part": "cluster",
         "SequenceData": "data",
         "Figures": "figures",
         **dict.fromkeys(("Fitting", "Parts"), "fitting"),
@@ -45,15 +43,15 @@ __getattr__ = attributes(
         **dict.fromkeys(("EMA", "DeviceStats", "EarlyStopping", "check_callbacks"), "optional"),
         **dict.fromkeys(("StepPlan", "check_trainer", "make_trainer"), "plan"),
         **dict.fromkeys(("Phase", "Pretraining"), "pretrain"),
-        **dict.fromkeys(("Run", "describe_device"), "run"),
+        **dict.fromkeys(("Run", "rank"), "run"),
         "FullyShard": "sharded",
         "leaving": "signals",
-        "train": "start",
+        **dict.fromkeys(("test", "train"), "start"),
         "TensorBoardLog": "tensorboard_log",
         "Tracker": "trackers",
         "TrackioLog": "trackio_log",
         "WandbLog": "wandb_log",
-        "Continuation": "writing",
+        **dict.fromkeys(("Continuation", "continued"), "writing"),
     },
 )
 __all__ = ["Checkpoints", "Diverged", "Figures", "FullyShard", "MetricsCSV", "MetricsLog", "Run", "SequenceData"]
@@ -66,11 +64,10 @@ __all__ += [
     "TrackioLog",
     "WandbLog",
     "check_trainer",
-    "describe_device",
     "evaluate",
     "leaving",
     "make_trainer",
 ]
 __all__ += ["EMA", "DeviceStats", "EarlyStopping", "check_callbacks"]
-__all__ += ["Continuation", "lengths", "model_for", "names", "part", "report", "seed_everything", "within_memory"]
-__all__ += ["Fitting", "Parts", "Phase", "Pretraining", "train"]
+__all__ += ["Continuation", "Fitting", "Parts", "Phase", "Pretraining", "continued", "lengths", "model_for", "names"]
+__all__ += ["rank", "report", "seed_everything", "test", "train", "within_memory"]

@@ -104,6 +104,7 @@ class Launcher(_SubprocessScriptLauncher):
             self._call_children_scripts()
             Launcher.started = self.procs
             Watch(lambda: bool(failed(seconds=0))).start()
+        self.procs = Launcher.started  # maybe by another Trainer of this command
         return function(*args, **kwargs)
 
 

@@ -76,6 +76,12 @@ class SequenceData(L.LightningDataModule):
         fewest = min(map(len, self.splits))
         require(fewest >= world_size, "devices", world_size, f"must be at most {fewest} (examples)")
 
+    def require_tests(self, arguments: Mapping[str, Any], world_size: int) -> None:
+        """Raise `OptionError` where a device has nothing to test."""
+        examples = len(self.splits.test)
+        require(examples >= world_size, "devices", world_size, f"must be at most {examples} (examples to test)")
+        self.require_batches(arguments, world_size, "test")
+
     def require_batches(self, arguments: Mapping[str, Any], world_size: int, *splits: str) -> None:
         """Raise `OptionError` where the arguments of a Trainer leave no batch of val or test on some device."""
         for split in splits:

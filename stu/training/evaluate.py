@@ -133,7 +133,7 @@ def compare_conditions(module: SequenceModule, checkpoint: Path, given: str | No
         note(f"{checkpoint} was trained under other conditions: {', '.join(conditions)}")
 
 
-def restore(module: SequenceModule, run: Run, given: str | None, settings: dict[str, Any]) -> Path:
+def restore(module: SequenceModule, run: Run, given: str | None, settings: Mapping[str, Any]) -> Path:
     """Load the weights of the checkpoint `given`, or else of the run's best, and return its path.
 
     Raises `OptionError` where there is no such checkpoint, or none whole, where its weights do not fit, or where the

@@ -177,7 +177,7 @@ class SequenceModule(L.LightningModule):
         prediction, target = self.task.scored(self.model(batch.inputs, batch.mask), batch)
         prediction = prediction.float() if prediction.dtype in (torch.bfloat16, torch.float16) else prediction
         loss = self.task.loss(prediction, target)
-        for name, module in metrics.items():
+        for name, module in metrics.items() if len(target) else ():
             metric = cast(Metric, module)
             if name == "loss":
                 # once per element: torchmetrics 1.9 ignores `weight` where the nan strategy is "disable"

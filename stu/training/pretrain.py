@@ -64,10 +64,11 @@ class Phase:
     def fit(self) -> None:
         """Pretrain, from the last checkpoint if there is one, and take over the best weights."""
         folder = self.run.pretraining
-        remarks = states.mend(folder) if rank() == 0 else []
+        for remark in states.mend(folder) if rank() == 0 else ():
+            report.note(remark)
         if not self.done:
             step = states.latest_step(folder) if self.resumes_from else 0
-            for remark in [*remarks, *self.metrics.rewind(step)]:
+            for remark in self.metrics.rewind(step):
                 report.note(remark)
             report.phase(self.fitting.data.plan, self.task, self.baselines, step)
             self.fitting.fit(self.resumes_from)

@@ -1,7 +1,7 @@
 """A trained model continues a text."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -13,6 +13,11 @@ from stu.errors import OptionError, require
 from stu.generation import Sampling, generate
 from stu.preprocessing import Numbers, Text, Tokens
 from stu.task import Task
+from stu.training import evaluate, states
+from stu.training.fitting import Parts
+from stu.training.module import SequenceModule
+from stu.training.plan import make_trainer
+from stu.training.run import Run
 
 
 class Continuation:
@@ -58,3 +63,26 @@ class Continuation:
                 self.reading = time.perf_counter() - started
             self.writing = time.perf_counter() - started - self.reading
             yield token
+
+
+def continued(
+    run: Run,
+    parts: Parts,
+    task: Task,
+    model: SequenceModel,
+    *,
+    prompt: str,
+    sampling: Sampling,
+    settings: Mapping[str, Any],
+) -> Continuation:
+    """A text, continued by the weights of a checkpoint, in float32, on the first device that the Trainer would have.
+
+    Raises `OptionError` where there is no such checkpoint, or its tokens have other meanings than the task's.
+    """
+    trainer = make_trainer(parts.trainer, logger=False, default_root_dir=run.checkpoints)
+    model = model.to(trainer.strategy.root_device).eval()
+    text, module = Continuation(task, model, prompt, sampling), SequenceModule(model, task)
+    checkpoint = evaluate.restore(module, run, settings["checkpoint"], settings)
+    other = module.other_preprocessing(states.read(checkpoint, tensors=False))
+    require(not other, "checkpoint", checkpoint, other)
+    return text

@@ -414,3 +414,5 @@ def test_a_prompt_is_taken_as_it_stands(prompt: str):
 
 def test_a_prompt_in_quotes_is_what_they_hold():
     assert at_home("prompt='a b'") == "prompt='a b'"
+    assert at_home(r"prompt='it\'s'") == r"prompt='it\'s'"
+    assert at_home("""prompt="Yes," she said, "no.\"""") == """prompt='"Yes," she said, "no."'"""

@@ -4,11 +4,14 @@ import re
 
 import pytest
 import torch
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from stu.cli.check import Refused, check
 from stu.cli.composition import build
-from stu.cli.layers import name_of
+from stu.cli.layers import Loader, name_of
+from stu.cli.usage import CONF
 from tests import runs
 from tests.models import composed, model_config, randomized
 
@@ -70,6 +73,25 @@ def test_groups_that_are_given_change_those_of_the_layers():
     assert shallow["optimizer"]["groups"] == {}  # there is no block of s4
 
 
+def test_every_way_to_a_configuration_lays_layers_out():
+    """Hydra 1.4 composes that of a command without `load_configuration`."""
+    loader = Loader(create_config_search_path(str(CONF)))
+    words, known = ["task=lds", "model=stu", "model.layers=[stu,attention]"], {"config_name": "config"}
+    found = [
+        loader.load_configuration(**known, overrides=words, run_mode=RunMode.RUN),
+        loader._load_configuration_impl(**known, overrides=words, run_mode=RunMode.RUN, from_shell=True),
+    ]
+    assert [config.hydra.runtime.choices.model for config in found] == ["stu-stu+attention"] * 2
+    assert [len(config.model.mixer) for config in found] == [2, 2]
+
+
+def test_a_hybrid_is_no_hybrid_without_layers():
+    with pytest.raises(
+        Refused, match=r"model.layers=null: must be a list of names, as model=stu_attention is a hybrid"
+    ):
+        composed("task=lds", "model=stu_attention", "model.layers=null")
+
+
 def test_a_model_with_other_layers_has_a_name_of_its_own():
     assert name_of("s4", ["stu", "stu", "attention"]) == "s4-stux2+attention"
     long = [name_of("s4", ["stu", "attention"] * count + ["lru"]) for count in (20, 21)]
@@ -92,6 +114,7 @@ def test_a_model_with_other_layers_has_a_name_of_its_own():
         ("model.layers=[stu] model.mixers.stu.k_uu=2", "model.mixers.stu.k_uu=2: no such key; did you mean k_u?"),
         ("model.layers=[stu] model.mixers.stu=2", "model.mixers.stu=2: must have options: seq_len, causal"),
         ("model.layers=[s4] model.mixer.k_u=2", "model.mixer.k_u=2: is of a mixer that is none of the layers s4"),
+        ("model.layers=[stu,s4] +optimizer.groups.ssm=3", "optimizer.groups.ssm=3: must have options"),
         ("model.layers=[stu,attention] model.mixers.attention.window=x", "model.mixer[1].window=x: must be an integer"),
     ],
 )

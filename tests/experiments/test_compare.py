@@ -119,8 +119,12 @@ class TestARow:
         early = make_run(tmp_path, "lds/stu/early")
         early.checkpoints.mkdir()
         early.last.touch()
-        states = [read(run.path).state for run in (never, failed, early)]
-        assert states == ["never trained", "failed before a step was logged", "stopped before a step was logged"]
+        pretrained = make_run(tmp_path, "lds/stu/pretrained")
+        pretrained.pretraining.mkdir(parents=True)
+        (pretrained.pretraining / "last.ckpt").touch()
+        states = [read(run.path).state for run in (never, failed, early, pretrained)]
+        stopped = "stopped before a step was logged"
+        assert states == ["never trained", "failed before a step was logged", stopped, stopped]
 
     def test_running_is_who_holds_the_lock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         run = make_run(tmp_path, val={7: 0.3})

@@ -423,6 +423,17 @@ class TestJobs:
         assert job.command[1:] == [str(runs.SCRIPT), *job.overrides]
         assert (job.title, job.devices, job.nodes, job.mode) == ("model=s4 seed=1", 1, 1, "train")
 
+    def test_jobs_of_layers_differ_in_what_is_swept(self, tmp_path: Path):
+        """Where the layers of a model are lists, an option of theirs is no longer where its word has it."""
+        jobs = Jobs({"model.mixer.num_filters", "model.mixers.attention.window"})
+        words = ["task=lds", "model=stu", "model.layers=[stu,attention]", "model.mixers.attention.window=6"]
+        first, second = (jobs.make([*words, f"model.mixer.num_filters={value}"]) for value in ("5", "x"))
+        assert first.run.parent == second.run.parent == tmp_path / "lds" / "stu-stu+attention"
+        assert first.run != second.run
+        jobs.check([first])
+        with pytest.raises(OptionError, match=r"model.mixer\[0\].num_filters=x: must be an integer"):
+            jobs.check([second])
+
     def test_a_long_name_shows_what_is_swept_and_is_handed_on(self, tmp_path: Path):
         job = Jobs({"seed"}).make([*TINY, "model=stu", "seed=1"])
         assert job.run.name.startswith("seed=1,")

@@ -24,7 +24,7 @@ from stu.cli.composition import build
 from stu.errors import CommandError, OptionError
 from stu.task import Batch
 from stu.training import Diverged, Stopped, cluster
-from stu.training.cluster import RANKS, Slurm, Started, Watch, environments
+from stu.training.cluster import RANKS, Launcher, Slurm, Started, Watch, environments
 from stu.training.module import SequenceModule
 from stu.training.plan import check_trainer
 from tests import runs
@@ -188,6 +188,17 @@ def test_the_end_of_the_processes_that_a_run_has_started(end: BaseException, kil
     Started().on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)), None, end)
     assert (signals, watch.over.is_set()) == (killed, over)
     Started().on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=None)), None, end)
+
+
+def test_the_processes_of_one_trainer_are_those_of_the_next(monkeypatch: pytest.MonkeyPatch):
+    """A run that was pretrained is trained by a second Trainer, which ends them all the same."""
+    signals: list[int] = []
+    started = SimpleNamespace(pid=0, send_signal=signals.append)
+    monkeypatch.setattr(Launcher, "started", [started])
+    launcher = Launcher(SimpleNamespace(creates_processes_externally=True), 2, 1)
+    assert launcher.launch(lambda: "done") == "done"
+    Started().on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)), None, SystemExit(143))
+    assert signals == [signal.SIGKILL]
 
 
 @pytest.mark.parametrize("overrides", [BOTH, ("+trainer.num_nodes=2",)])

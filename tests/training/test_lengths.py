@@ -1,23 +1,23 @@
 """One checkpoint at several lengths: tasks of other lengths, and runs that are tested at them."""
 
-import inspect
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
-from hydra.errors import InstantiationException
 
+from data.language.text import Language
 from data.lra.listops import ListOps
 from data.systems.forecast import Forecast
 from data.systems.lds import LDS
 from stu.cli.composition import build
 from stu.cli.usage import options_of
 from stu.errors import OptionError
+from stu.preprocessing import Preprocessing, Tokens
 from stu.task import Task
-from stu.training import SequenceData, StepPlan, report
-from tests import runs
-from tests.models import composed
+from stu.training import SequenceData, StepPlan, lengths, model_for, report
+from tests import runs, sources
+from tests.models import composed, factory
 
 OF_ONE_LENGTH = {"cifar_color", "digits", "lra_image", "lra_pathfinder", "lra_pathx", "lra_pathx256"}
 TASKS = options_of("task")
@@ -31,8 +31,10 @@ def task_of(name: str, *overrides: str) -> Task:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_of_another_length_has_its_other_options(name: str, tmp_path: Path):
-    task = task_of(name, f"paths.data={tmp_path}", "task.test_lengths=[7]")
+    told = sources.overrides(name, tmp_path) if name in sources.COLUMNS else []
+    task = task_of(name, f"paths.data={tmp_path}", "task.test_lengths=[7]", *told)
     assert task.test_lengths == (7,)
+    assert "test_lengths" not in task.arguments
     if name in OF_ONE_LENGTH:
         with pytest.raises(OptionError, match=r"seq_len=32: the sequences of this task have a length of their own"):
             task.at_length(32)
@@ -48,11 +50,15 @@ def test_a_task_of_another_length_has_its_other_options(name: str, tmp_path: Pat
     assert longer.at_length(task.seq_len).seq_len == task.seq_len
 
 
-def test_every_constructor_takes_test_lengths_and_says_so():
-    assert inspect.signature(LDS).parameters["test_lengths"].default == ()
-    assert "test_lengths" in get_type_hints(LDS.__init__)
-    with pytest.raises(InstantiationException, match=r"test_lengths=\[8, 0\]: must be lengths of at least 1"):
-        task_of("lds", "task.test_lengths=[8,0]")
+def test_a_constructor_may_pass_its_options_on():
+    class Weighted(LDS):  # type: ignore[misc]  # as a user might
+        def __init__(self, *, weight: float, **options: Any) -> None:
+            super().__init__(**options)
+            self.weight = weight
+
+    given = task_of("lds", *SIZES).arguments
+    other = Weighted(weight=2.0, **given).at_length(8)
+    assert (other.weight, other.seq_len, other.test_lengths) == (2.0, 8, ())
 
 
 def test_the_unit_of_a_system_stays():
@@ -79,6 +85,31 @@ def test_forecasts_of_other_lengths_are_of_the_same_trajectories(tmp_path: Path)
     short, long = task.data.examples("test"), longer.data.examples("test")
     assert np.array_equal(np.concatenate([short[0][0], short[1][0]]), long[0][0])
     assert task.at_length(100).data.windows == 1  # of longer trajectories
+
+
+@pytest.mark.parametrize("units", ["bytes", "words"])
+def test_a_text_is_divided_at_the_same_places_at_another_length(tmp_path: Path, units: str):
+    (tmp_path / "a.txt").write_text(" ".join(f"word{i % 7} {i}" for i in range(300)))
+    options = (f"task.data.source={tmp_path}/a.txt", f"task.data.units={units}", "task.data.vocab_size=300")
+    sizes = ("task.seq_len=8", "task.data.train=null", "task.data.val=3", "task.data.test=5")
+    task = task_of("language", f"paths.data={tmp_path}", *options, *sizes)
+    assert isinstance(task, Language)
+    for length in (3, 16, 100):
+        other = task.at_length(length)
+        assert isinstance(other, Language)
+        for split in ("train", "val", "test"):
+            assert np.array_equal(other.data.examples(split).tokens(), task.data.examples(split).tokens())
+        assert other.preprocessing.as_dict() == task.preprocessing.as_dict()
+
+
+def test_tokens_that_depend_on_the_length_are_refused(monkeypatch: pytest.MonkeyPatch):
+    task = task_of("copying", "task.test_lengths=[300]")
+    longer = task.at_length(300)
+    longer.preprocessing = Preprocessing(Tokens(5))
+    monkeypatch.setattr(task, "at_length", lambda length: longer)
+    data = SequenceData(task, task.datasets(), StepPlan(1, 1, 1, 1), seed=0, batch_size=4)
+    with pytest.raises(OptionError, match="cannot have 300: tokens=others: they depend on the length"):
+        lengths.at_lengths(data, model_for(task, factory("lru", seq_len=16)()), {"limit_test_batches": None}, 1)
 
 
 def test_trees_of_another_length_have_their_share_of_tokens(tmp_path: Path):
@@ -124,6 +155,24 @@ def test_what_cannot_be_tested_is_refused_before_anything_is_trained(tmp_path: P
         "task.test_lengths=[16, 64]: cannot have 64: positions=learned: there are none beyond 32 steps"
     )
     assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_every_device_has_something_to_test_at_every_length():
+    """Where one has no batch, Lightning would evaluate nothing, and the numbers of another length would stay."""
+    task = task_of("lds", *SIZES, "task.test_lengths=[8]")
+    data = SequenceData(task, task.datasets(), StepPlan(1, 1, 1, 1), seed=0, batch_size=4)
+    model = model_for(task, factory("lru", seq_len=16)())
+    assert list(lengths.at_lengths(data, model, {"limit_test_batches": 0.4}, 1)) == [8]
+    task.test_lengths = (0,)
+    with pytest.raises(OptionError, match=r"test_lengths=\[0\]: cannot have 0: seq_len=0: must be at least 1"):
+        lengths.at_lengths(data, model, {"limit_test_batches": None}, 1)
+    task.test_lengths = (8,)
+    for limit, devices, line in (
+        (0.3, 1, "trainer.limit_test_batches=0.3"),
+        (None, 13, "devices=13: must be at most 12"),
+    ):
+        with pytest.raises(OptionError, match=rf"test_lengths=\[8\]: cannot have 8: {line}"):
+            lengths.at_lengths(data, model, {"limit_test_batches": limit}, devices)
 
 
 def test_metrics_may_be_called_as_if_they_were_of_a_length():

@@ -1,8 +1,10 @@
 """mode=generate: a checkpoint continues a text, on the standard output as it comes."""
 
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +13,15 @@ import torch
 from data.language.text import Language, LanguageData
 from data.memory.copying import CopyingData
 from data.memory.recall import Recall
-from stu import Task
+from stu import Task, training
+from stu.cli.composition import build
 from stu.errors import OptionError
 from stu.generation import Sampling
 from stu.preprocessing import Preprocessing, Text, Tokens
 from stu.task import NextToken
-from stu.training import Continuation, model_for
+from stu.training import Continuation, Run, model_for
 from tests import runs
-from tests.models import factory
+from tests.models import composed, factory
 
 TEXT = "Grüße an die 好 Welt, and again: " * 30
 SMALL = ("task=language", "model=stu", "loader.batch_size=2", "trainer.max_epochs=1", "name=a")
@@ -60,6 +63,22 @@ def test_pieces_are_the_text_whichever_bytes_come_together():
     assert pieces[:3] == ["a", "", "ü"]
     words = Text("words", ("a", "b"))
     assert "".join(words.pieces([2, 3, 1])) == words.decode([2, 3, 1]) == "a b \ufffd"
+
+
+def test_tokens_that_mean_something_else_now_are_refused(tmp_path: Path):
+    """Where a text has changed since training, other words have the tokens of the model."""
+    task = language(tmp_path, units="words")
+    model = model_for(task, factory("s5", seq_len=16)())
+    parts: Any = SimpleNamespace(trainer=build(composed("trainer=cpu").trainer, _partial_=True))
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    options: dict[str, Any] = {"prompt": "die", "sampling": Sampling(max_tokens=2)}
+    own, run = task.preprocessing.as_dict(), Run(tmp_path / "run")
+    for preprocessing in (own, Preprocessing(Text("words", ("x",)), Text("words", ("x",))).as_dict()):
+        file = tmp_path / "a.ckpt"
+        torch.save({"state_dict": state, "trained": {"preprocessing": preprocessing}}, file)
+        with nullcontext() if preprocessing == own else pytest.raises(OptionError, match="were read in another way"):
+            text = training.continued(run, parts, task, model, **options, settings={"checkpoint": str(file)})
+            assert "".join(text).startswith("die ")
 
 
 class Numbered(Recall):  # type: ignore[misc]  # a task of tokens that are no text
