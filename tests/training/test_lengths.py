@@ -16,10 +16,10 @@ from stu.cli.usage import options_of
 from stu.errors import OptionError
 from stu.task import Task
 from stu.training import SequenceData, StepPlan, report
-from tests import runs
+from tests import runs, sources
 from tests.models import composed
 
-OF_ONE_LENGTH = {"cifar_color", "digits", "lra_image", "lra_pathfinder", "lra_pathx", "lra_pathx256"}
+OF_ONE_LENGTH = {"cifar_color", "digits", "lra_image", "lra_pathfinder", "lra_pathx", "lra_pathx256", "own"}
 TASKS = options_of("task")
 SIZES = ("task.seq_len=16", "task.data.train=40", "task.data.val=10", "task.data.test=12")
 
@@ -31,7 +31,8 @@ def task_of(name: str, *overrides: str) -> Task:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_of_another_length_has_its_other_options(name: str, tmp_path: Path):
-    task = task_of(name, f"paths.data={tmp_path}", "task.test_lengths=[7]")
+    source = sources.overrides(name, tmp_path) if name == "own" else []  # which determines the task
+    task = task_of(name, f"paths.data={tmp_path}", "task.test_lengths=[7]", *source)
     assert task.test_lengths == (7,)
     if name in OF_ONE_LENGTH:
         with pytest.raises(OptionError, match=r"seq_len=32: the sequences of this task have a length of their own"):
