@@ -7,6 +7,8 @@ made of, so descriptions may be read from strangers.
 
 import functools
 import inspect
+import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -26,6 +28,7 @@ MOVED = {
     **{f"data.{name}": f"data.memory.{name}" for name in ("induction_heads", "mqar", "recall")},
     **{f"data.{name}": f"data.systems.{name}" for name in ("dynamics", "forecast", "lds")},
 }
+NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # numbers that JSON does not have
 NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 
@@ -81,6 +84,24 @@ def _plain(name: str, value: Any) -> Any:
     raise OptionError(name, brief(value), "must be a plain value, a class or a functools.partial of one, to be saved")
 
 
+def strict(value: Any) -> Any:
+    """Plain data with those numbers as texts that JSON does not have; `loose` is the inverse."""
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def loose(value: Any) -> Any:
+    """Plain data with the numbers that `NOT_FINITE` names; what has them as numbers stays as it is."""
+    if isinstance(value, Mapping):
+        return {key: loose(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [loose(item) for item in value]
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
 def built(node: Any, trust: Sequence[str] = ()) -> Any:
     """What a description describes. trust: packages whose classes may be called besides the parts of models.
 
@@ -103,7 +124,7 @@ def built(node: Any, trust: Sequence[str] = ()) -> Any:
 def _value(value: Any, trust: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
         return built(value, trust)
-    return [_value(item, trust) for item in value] if isinstance(value, list) else value
+    return [_value(item, trust) for item in value] if isinstance(value, list) else loose(value)
 
 
 def part_named(target: Any, trust: Sequence[str] = ()) -> type[Any]:

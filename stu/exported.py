@@ -9,6 +9,7 @@ the weights do not have. So a folder may come from strangers.
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from stu.backbone import SequenceModel
-from stu.description import TARGET, built
+from stu.description import TARGET, built, loose, strict
 from stu.errors import OptionError, brief, require
-from stu.files import put_in_place, remove_folder
+from stu.files import PARTIAL, mapping_in, put_in_place, replace_folder
+from stu.preconditioning import Preconditioner
 from stu.preprocessing import Classes, Numbers, Preprocessing
 from stu.structure import KEY
 
@@ -31,6 +33,7 @@ FORMAT, VERSION = "stu", 1
 LARGEST_CONFIG = 2**26  # bytes: vocabularies may be long
 SMALL = 1024  # whole numbers up to this are believed
 LONGEST = 2**22  # steps
+DEEPEST = 100  # calls and lists within each other
 LENGTHS = ("seq_len", "window", "chunk_size")  # keywords that count steps, which no weights need have
 
 
@@ -50,28 +53,36 @@ def write_folder(
     safetensors = _safetensors()
     calls = model.description
     require(not isinstance(calls, str), "model", type(model).__name__, f"cannot be described: {calls}")
-    there = folder.exists() or folder.is_symlink()
-    replaced = there and overwrite and all((folder / name).is_file() for name in (CONFIG, WEIGHTS))
+    folder = Path(os.path.abspath(folder.expanduser()))
+    present = folder.exists() or folder.is_symlink()
+    replaced = present and overwrite and _is_exported(folder)
     advice = "holds something else than an exported model" if overwrite else "exists; choose another, or overwrite it"
-    require(not there or replaced, "folder", folder, advice)
+    require(not present or replaced, "folder", folder, advice)
     config = {"format": FORMAT, "version": VERSION, "task": dict(task), "model": calls}
     config |= {"preprocessing": preprocessing, "about": dict(about)}
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         # copies: tensors that share their memory are written once each, and read into the same place
         weights = {name: x.detach().cpu().contiguous().clone() for name, x in model.state_dict().items()}
         safetensors.save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(strict(config), indent=1, ensure_ascii=False, allow_nan=False)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
         (partial / CARD).write_text(card(model, task, about, preprocessing), encoding="utf-8")
-        if replaced:
-            remove_folder(folder)
-        put_in_place(partial, folder.absolute())
+        (replace_folder if replaced else put_in_place)(partial, folder)
     except OSError as error:
         raise OptionError("folder", folder, f"cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a folder holds an exported model, and nothing else that would be lost with it."""
+    if folder.is_symlink() or not {CONFIG, WEIGHTS} <= (names := {path.name for path in folder.glob("*")}):
+        return False
+    config = mapping_in(folder / CONFIG, json.loads) or {}
+    return names <= {CONFIG, WEIGHTS, CARD} and config.get("format") == FORMAT
 
 
 def card(model: SequenceModel, task: Mapping[str, Any], about: Mapping[str, Any], preprocessing: Any) -> str:
@@ -87,12 +98,18 @@ def card(model: SequenceModel, task: Mapping[str, Any], about: Mapping[str, Any]
         f"| blocks, width | {len(model.backbone.blocks)}, {model.backbone.d_model} |",
         f"| longest input | {task['seq_len']:,} steps |",
         f"| inputs | {inputs} |",
+        *(f"| precondition | {kept} |" for kept in [_preconditioned(task)] if kept),
         *(f"| test {name} | {value:.6g} |" for name, value in _numbers(about.get("test"))),
         *(f"| baseline: {name} | {value:.6g} |" for name, value in _numbers(about.get("baselines"))),
         *(f"| {name} | `{about[name]}` |" for name in ("run", "command") if name in about),
         *(f"| {name} | {version} |" for name, version in dict(about.get("packages") or {}).items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _preconditioned(task: Mapping[str, Any]) -> str:
+    kept = task.get("precondition")
+    return f"{kept['polynomial']}, degree {kept['degree']}" if kept else ""
 
 
 def _numbers(values: Any) -> list[tuple[str, float]]:
@@ -114,7 +131,7 @@ def read_folder(
         raise OptionError(WEIGHTS, file, f"is missing or damaged: {_line(error)}") from error
     about = config.get("about", {})
     require(isinstance(about, dict), f"{CONFIG}: about", brief(about), "must be a mapping")
-    return *assembled(config, weights, str(folder), trust), about
+    return *assembled(config, weights, str(folder), trust), loose(about)
 
 
 def assembled(
@@ -124,6 +141,7 @@ def assembled(
 
     config: how the model is made (`model`), `preprocessing` and `task`. Raises `OptionError` where they do not fit.
     """
+    require(_depth(config) <= DEEPEST, "model", source, f"is nested more than {DEEPEST} deep")
     _require_facts(config.get("task"), source)
     kept = config.get("preprocessing")
     require(kept is None or isinstance(kept, Mapping), "preprocessing", brief(kept), f"{source} must have a mapping")
@@ -131,6 +149,16 @@ def assembled(
     model = fitted(config.get("model"), weights, source, trust)
     _require_fit(model, preprocessing, source)
     return model, preprocessing, dict(config["task"])
+
+
+def _depth(value: Any) -> int:
+    """How deep plain data are nested."""
+    depth, level = 0, [value]
+    while level:
+        parts = [part for part in level if isinstance(part, Mapping | list)]
+        level = [item for part in parts for item in (part.values() if isinstance(part, Mapping) else part)]
+        depth += 1
+    return depth
 
 
 def _require_facts(task: Any, source: str) -> None:
@@ -141,6 +169,15 @@ def _require_facts(task: Any, source: str) -> None:
     start = facts.get("next_token", {"start": None})
     known = isinstance(start, Mapping) and isinstance(start.get("start"), int | None)
     require(known, "task.next_token", brief(start), f"{source} is damaged")
+    steps = facts.get("steps", {})
+    named = isinstance(steps, Mapping) and all(isinstance(name, str | None) for name in steps.values())
+    require(named, "task.steps", brief(steps), f"{source} is damaged")
+    kept = facts.get("precondition")
+    if kept is not None:
+        complete = isinstance(kept, Mapping) and set(kept) == {"polynomial", "degree", "inputs"}
+        typed = complete and isinstance(kept["polynomial"], str) and type(kept["degree"]) is int
+        require(typed, "task.precondition", brief(kept), f"{source} is damaged")
+        Preconditioner(kept["polynomial"], kept["degree"])
     length = facts["seq_len"]
     require(1 <= length <= LONGEST, "task.seq_len", brief(length), f"must be 1 to {LONGEST:,}")
 
@@ -253,11 +290,11 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
     if preprocessing is None:
         return
     inputs, targets = preprocessing
-    if isinstance(inputs, Numbers):
-        trial = torch.zeros(2, 1, inputs.channels, dtype=torch.float32)
-    else:
-        trial = torch.full((2, 1), inputs.vocab_size - 1)
     try:
+        if isinstance(inputs, Numbers):
+            trial = torch.zeros(2, 1, inputs.channels, dtype=torch.float32)
+        else:
+            trial = torch.full((2, 1), inputs.vocab_size - 1)
         with torch.no_grad():
             outputs = model.eval()(trial).shape[-1]
     except Exception as error:  # whatever PyTorch raises, given anything

@@ -44,6 +44,19 @@ def put_in_place(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename a folder with all files in it, in place of a folder `path`, which is deleted once the other is there."""
+    old = path.with_name(f".{path.name}{DELETED}")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        put_in_place(partial, path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, whole or not at all, durably. Raises `OSError` where there is no room."""
     with replacing(path) as partial:
@@ -75,6 +88,15 @@ def kept_name(path: Path) -> Path:
     """A name beside `path` under which a damaged file is kept, after those that are kept already."""
     names = (f"{path.name}{DAMAGED}{number}" for number in ("", *(f"-{count}" for count in range(2, 10_000))))
     return next(kept for name in names if not (kept := path.with_name(name)).exists())
+
+
+def there(name: str | Path) -> Path | None:
+    """The path of this name, of which ~ is the user's home; None where there is nothing, whatever the name is."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, nobody's home, a zero in it
+        return None
 
 
 def is_written(path: Path) -> bool:

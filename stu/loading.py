@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stu.backbone import SequenceModel
 from stu.checkpoints import NAMES, Damaged, Survey, read
 from stu.description import MOVED, TARGET, built
 from stu.errors import OptionError, brief, require
 from stu.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
-from stu.files import mapping_in
+from stu.files import mapping_in, there
 from stu.generation import Sampling, generate
+from stu.heads import StepHead
+from stu.preconditioning import Preconditioner
 from stu.preprocessing import Classes, Label, Numbers, Preprocessing
 from stu.preprocessing import Text as Texts
 from stu.task import pad
@@ -45,10 +47,10 @@ class Prediction(NamedTuple):
 class Trained:
     """A trained `SequenceModel` in eval mode, with its preprocessing.
 
-    task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, as
-    names or patterns. about: what is known of its training: results on the test set,
-    baselines, versions. preprocessing: None where inputs are arrays as the model takes them, (L,) or (L, C), and
-    predictions real numbers. Models of preconditioned targets (`stu.preconditioning`) have no predictions alone.
+    task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, and
+    steps, where a row of it is one; precondition, where the model predicts a combination of outputs. about: what is
+    known of its training: results on the test set, baselines, versions. preprocessing: None where inputs are arrays as
+    the model takes them, (L,) or (L, C), and predictions real numbers.
     """
 
     def __init__(
@@ -72,6 +74,11 @@ class Trained:
         return self.preprocessing is not None and isinstance(self.preprocessing.inputs, Texts)
 
     @property
+    def predicts_steps(self) -> bool:
+        """Whether there is a prediction at every step."""
+        return isinstance(self.model.head, StepHead)
+
+    @property
     def labels(self) -> tuple[Label, ...]:
         """The labels, where they are predicted."""
         targets = self.preprocessing.targets if self.preprocessing else None
@@ -80,7 +87,9 @@ class Trained:
     def predict(self, inputs: Sequence[Any], *, batch_size: int = 32) -> list[Prediction]:
         """A prediction for each input; inputs are as `preprocessing.inputs` takes them, of any lengths up to seq_len.
 
-        Padding changes no prediction. Raises `OptionError` for an input that is none, or too long, and says which.
+        Padding changes no prediction. Of a preconditioned forecast, predictions are the next steps themselves. Raises
+        `OptionError` for an input that is none, or too long, and says which, and where predictions need outputs that
+        are not among the inputs.
         """
         require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         single = isinstance(inputs, str | bytes)
@@ -107,17 +116,14 @@ class Trained:
 
     def predict_encoded(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for inputs that are encoded already, in one batch."""
-        combined = self.task.get("precondition")
-        require(
-            combined is None, "precondition", combined, "needs the outputs before, which are not known; call .model"
-        )
         inputs, mask = pad(arrays)
         with torch.no_grad():
             outputs = self.model(inputs.to(self.device), None if mask is None else mask.to(self.device))
         fits = len(outputs) == len(arrays)
         allowed = "must be read in another way: this model predicts from several inputs at once; call .model itself"
         require(fits, "inputs", len(arrays), allowed)
-        return [self._meant(output, len(array)) for output, array in zip(outputs.cpu(), arrays, strict=True)]
+        outputs = self._restored(outputs.cpu(), inputs)
+        return [self._meant(output, len(array)) for output, array in zip(outputs, arrays, strict=True)]
 
     def generate(self, prompt: Any = "", **sampling: Any) -> Iterator[str]:
         """Continue a prompt, where predictions are the next token: pieces of text, some of them empty, as they come.
@@ -143,6 +149,18 @@ class Trained:
         """
         kept = None if self.preprocessing is None else self.preprocessing.as_dict()
         write_folder(Path(folder), self.model, kept, self.task, self.about, overwrite=overwrite)
+
+    def _restored(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """The outputs themselves, (B, L, O), where the model predicts a combination of them and those before."""
+        kept = self.task.get("precondition")
+        if kept is None:
+            return outputs
+        allowed = (
+            "predictions need the outputs before, which are no inputs; .model itself predicts a combination of both"
+        )
+        require(kept["inputs"], "precondition", kept["polynomial"], allowed)
+        before = nn.functional.pad(inputs[:, 1:, : outputs.shape[2]], (0, 0, 0, 1))  # y_t is the next input
+        return outputs - Preconditioner(kept["polynomial"], kept["degree"]).past(before)
 
     def _meant(self, output: Tensor, length: int) -> Prediction:
         """One output, (O,) or (L, O), as the user reads it."""
@@ -170,8 +188,9 @@ def load(run_or_folder: str | Path, *, device: str = "cpu", trust: Sequence[str]
     may be called, for models with parts of one's own; exported folders of strangers can call nothing else. Raises
     `OptionError` for what holds no model, or a damaged one.
     """
-    path = Path(run_or_folder).expanduser()
-    require(path.exists(), "run", run_or_folder, "no such run or folder")
+    path = there(run_or_folder)
+    if path is None:
+        raise OptionError("run", str(run_or_folder)[:200], "no such run or folder")
     place = _device(device)
     if path.is_file():
         known = path.suffix in (".ckpt", ".safetensors")
@@ -216,15 +235,11 @@ def _checkpoint(path: Path, trust: Sequence[str]) -> Trained:
     assert isinstance(weights, Mapping)
     model = {str(name)[len("model.") :]: x for name, x in weights.items() if str(name).startswith("model.")}
     manifest, summary = mapping_in(run / MANIFEST) or {}, mapping_in(run / SUMMARY) or {}
-    about = _about(run, manifest, summary) if file.name == NAMES[1] else {}
+    about = _about(run, manifest, summary) if file.name == NAMES[1] and manifest else {}
     if not isinstance(trained, Mapping) or isinstance(trained.get("model"), str):
         reason = "" if not isinstance(trained, Mapping) else f" ({trained['model']})"
         return Trained(*_of_settings(file, manifest.get("settings"), model, reason, trust), about)
-    loaded = Trained(*assembled(trained, model, str(file), trust), about)
-    settings = manifest.get("settings") or {}
-    if columns := (settings.get("task") or {}).get("inputs"):  # of a table of the user's
-        loaded.task["columns"] = [columns] if isinstance(columns, str) else columns
-    return loaded
+    return Trained(*assembled(trained, model, str(file), trust), about)
 
 
 def _best(run: Path) -> Path:
@@ -255,7 +270,8 @@ def _of_settings(
     missing = f"does not describe its model{reason}, and {MANIFEST} of its run, which has the settings, is damaged"
     require(known, "checkpoint", file, f"{missing} or absent")
     trusted = (*TASKS, *trust)
-    task = built(_relocated(settings["task"]), trusted)
+    options = {key: value for key, value in settings["task"].items() if key != "test_lengths"}
+    task = built(_relocated(options), trusted)
     if combined := settings.get("precondition"):
         task.precondition(built(_relocated(combined), trusted))
     backbone = built({**_relocated(settings["model"]), "compile": False}, trusted)

@@ -2,9 +2,7 @@
 
 import argparse
 import fnmatch
-import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stu.cells import sequences, step_of, value_of
 from stu.errors import OptionError, brief, require
+from stu.files import there
 from stu.rows import FORMS, WRITERS, Row, Source, Write, of_file, of_standard_input, of_texts, writing
 
 if TYPE_CHECKING:  # takes seconds to import, which --help need not
@@ -22,7 +22,8 @@ EXAMPLES = """\
 RUN is a run directory (its best weights), a checkpoint, or a folder that stu.export wrote. An INPUT is a file of csv,
 tsv, jsonl, json, parquet, arrow, npz or npy, a save_to_disk folder, or - for what comes in. Every row is one input, and
 comes out again with its prediction: a label with the probabilities of all labels, numbers in the units of the data, or
-a list where each step has a prediction.
+a list where each step has a prediction. Where a row is a step, as it was in the training or with --sequence, it comes
+out with the prediction of that step, or of its sequence.
 
   python -m stu.predict runs/digits/stu/name pictures.parquet --column pixels --output predicted.csv
   python -m stu.predict exported --text "[MAX 2 9 [MIN 4 7 ] 0 ]"
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _require_possible(options)
         loaded = _loaded(options)
         with writing(options.output) as write:
-            rows, skipped = _predict(loaded, _sources(options), options, write)
+            rows, skipped = _predict(loaded, _sources(options, loaded), options, write)
     except OptionError as error:
         return _refuse(str(error), error.exit_code)
     except BrokenPipeError:  # nobody reads on
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--column", metavar="NAME", action="append", help="of the inputs, or a pattern; again for channels, or steps"
     )
+    parser.add_argument("--sequence", metavar="NAME", help="of the column that says which sequence a row is a step of")
+    parser.add_argument("--time", metavar="NAME", help="of the column that orders the steps of a sequence")
     parser.add_argument("--format", choices=FORMS, default="csv", help="of standard input")
     parser.add_argument("--output", metavar="FILE", type=Path, help="a .csv, .jsonl or .parquet; else csv is printed")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file, if it is there")
@@ -75,17 +78,17 @@ def _require_possible(options: argparse.Namespace) -> None:
     output: Path | None = options.output
     if output is not None:
         require(output.suffix in WRITERS, "--output", output, f"must end in {', '.join(WRITERS)}")
-        there = output.exists()
-        require(not there or options.overwrite, "--output", output, "exists; --overwrite replaces it")
+        require(not output.exists() or options.overwrite, "--output", output, "exists; --overwrite replaces it")
         require(not output.is_dir(), "--output", output, "is a folder")
-        itself = there and any(Path(name).exists() and output.samefile(name) for name in options.inputs)
+        paths = [] if options.text else filter(None, map(there, options.inputs))
+        itself = output.exists() and any(map(output.samefile, paths))
         require(not itself, "--output", output, "is an input; choose another file")
         require(output.absolute().parent.is_dir(), "--output", output, "must be in a folder that exists")
     twice = options.inputs.count("-") > 1 and not options.text
     require(not twice, "INPUT", "-", "can be read once only")
     for name in options.inputs:
-        there = options.text or name == "-" or Path(name).expanduser().exists()
-        require(there, "INPUT", name, "no such file")
+        known = options.text or name == "-" or there(name) is not None
+        require(known, "INPUT", name[:200], "no such file; --text reads texts themselves")
 
 
 def _loaded(options: argparse.Namespace) -> "Trained":
@@ -101,13 +104,14 @@ def _loaded(options: argparse.Namespace) -> "Trained":
     return loaded
 
 
-def _sources(options: argparse.Namespace) -> Iterator[Source]:
+def _sources(options: argparse.Namespace, loaded: "Trained") -> Iterator[Source]:
     size = options.batch_size
+    texts = (options.column or loaded.task.get("columns") or ["*"]) if loaded.reads_text else ()
     if options.text:
         yield of_texts(options.inputs, size)
         return
     for name in options.inputs:
-        yield of_standard_input(options.format, size) if name == "-" else of_file(name, size)
+        yield of_standard_input(options.format, size) if name == "-" else of_file(name, size, texts)
 
 
 def _predict(
@@ -117,13 +121,15 @@ def _predict(
     count = skipped = 0
     names: list[str] | None = None
     for source in sources:
-        row = 0
-        for batch in source.batches:
+        row, series = 0, _series(loaded, options)
+        predict = _batch if series is None else partial(_steps, series)
+        for batch in source.batches if series is None else _whole(source.batches):
             found = list(batch[0])
-            columns = _chosen(found, options.column or loaded.task.get("columns"))
+            columns = _chosen(found, options.column or (loaded.task.get("columns") if len(found) > 1 else None))
             names = names or found
-            require(found == names, "INPUT", source.place(row), f"must have the columns {', '.join(names)}, as before")
-            predicted = _batch(loaded, batch, columns, partial(_place, source, row), options)
+            allowed = f"must have the columns {brief(', '.join(names))}, as before"
+            require(found == names, "INPUT", "" if found == names else source.place(row), allowed)
+            predicted = predict(loaded, batch, columns, partial(_place, source, row), options)
             skipped += sum(prediction is None for prediction in predicted)
             added = _columns(loaded, options.name, predicted)
             twice = [name for name in added[0] if name in names]
@@ -135,6 +141,21 @@ def _predict(
     return count, skipped
 
 
+def _whole(batches: Iterable[Sequence[Row]]) -> Iterator[Sequence[Row]]:
+    """All rows at once: those of a sequence may be anywhere."""
+    if rows := [row for batch in batches for row in batch]:
+        yield rows
+
+
+def _series(loaded: "Trained", options: argparse.Namespace) -> tuple[str | None, str | None] | None:
+    """The columns of sequences and times, as given or as in the training; None where a row is a sequence."""
+    kept = loaded.task.get("steps")
+    if kept is None and options.sequence is None:
+        require(options.time is None, "--time", options.time, "needs --sequence: a row is a whole sequence")
+        return None
+    return options.sequence or (kept or {}).get("sequence"), options.time or (kept or {}).get("time")
+
+
 def _place(source: Source, first: int, number: int) -> str:
     return source.place(first + number)
 
@@ -142,12 +163,12 @@ def _place(source: Source, first: int, number: int) -> str:
 def _chosen(names: Sequence[str], given: Any) -> list[str]:
     """The columns of the inputs: those given by names or patterns, or the only one."""
     known = isinstance(given, list) and all(isinstance(one, str) for one in given)
-    require(known or len(names) == 1, "--column", "…", f"must name that of the inputs: {', '.join(names)}")
+    require(known or len(names) == 1, "--column", "…", f"must name that of the inputs: {brief(', '.join(names))}")
     if not known:
         return list(names)
     chosen = [[one] if one in names else fnmatch.filter(names, one) for one in given]
     missing = next((one for one, found in zip(given, chosen, strict=True) if not found), None)
-    require(missing is None, "--column", missing, f"no such column; there are {', '.join(names)}")
+    require(missing is None, "--column", missing, f"no such column; there are {brief(', '.join(names))}")
     return [name for found in chosen for name in found]
 
 
@@ -162,45 +183,41 @@ def _batch(
     arrays: dict[int, Any] = {}
     for number, row in enumerate(batch):
         try:
-            arrays[number] = loaded.encoded(_value([row.get(name) for name in columns], loaded))
+            arrays[number] = loaded.encoded(value_of([row.get(name) for name in columns], text=loaded.reads_text))
         except OptionError as error:
             if not options.skip_invalid:
-                where = f"{place(number)}, column {', '.join(columns)}"
-                raise OptionError(where, error.value, error.allowed) from error
+                empty = next((name for name in columns if row.get(name) is None), brief(", ".join(columns)))
+                raise OptionError(f"{place(number)}, column {empty}", error.value, error.allowed) from error
     found = dict(zip(arrays, loaded.predict_encoded(list(arrays.values())) if arrays else (), strict=True))
     return [found.get(number) for number in range(len(batch))]
 
 
-def _value(cells: Sequence[Any], loaded: "Trained") -> Any:
-    """What the cells of a row say: a text, or numbers; several columns are channels, or the steps of one."""
-    require(all(cell is not None for cell in cells), "input", "empty", "must have a value")
-    if loaded.reads_text:
-        require(len(cells) == 1, "--column", len(cells), "must be one for texts")
-        return cells[0] if isinstance(cells[0], str) else str(cells[0])  # a column of digits is one of numbers
-    values = [_numbers(cell) for cell in cells]
-    if len(values) == 1:
-        return values[0]
-    several = all(isinstance(value, list) for value in values)
-    return [list(step) for step in zip(*values, strict=True)] if several and _equal(values) else values
-
-
-def _equal(values: Sequence[Any]) -> bool:
-    same = len({len(value) for value in values}) == 1
-    require(same, "input", [len(value) for value in values], "must have equally many steps in all columns")
-    return True
-
-
-def _numbers(cell: Any) -> Any:
-    """A cell of a text file as the numbers that are written in it, as a JSON list or apart."""
-    if not isinstance(cell, str):
-        return cell
-    try:
-        if cell.lstrip().startswith("["):
-            return json.loads(cell)
-        numbers = [float(part) for part in re.split(r"[\s,;]+", cell.strip())]
-    except ValueError as error:
-        raise OptionError("input", brief(cell), "must be numbers") from error
-    return [int(number) if number.is_integer() else number for number in numbers]
+def _steps(
+    series: tuple[str | None, str | None],
+    loaded: "Trained",
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    place: Callable[[int], str],
+    options: argparse.Namespace,
+) -> list["Prediction | None"]:
+    """The predictions for rows that are steps: of the step, or of its whole sequence."""
+    arrays: list[tuple[list[int], Any]] = []
+    for numbers in sequences(rows, *series, place):
+        try:
+            steps = [step_of([rows[number].get(name) for name in columns]) for number in numbers]
+            arrays.append((numbers, loaded.encoded([one[0] for one in steps] if len(steps[0]) == 1 else steps)))
+        except OptionError as error:
+            if not options.skip_invalid:
+                where = f"{place(numbers[0])} and the rows of its sequence, column {brief(', '.join(columns))}"
+                raise OptionError(where, error.value, error.allowed) from error
+    found: list[Prediction | None] = [None] * len(rows)
+    for start in range(0, len(arrays), options.batch_size):
+        batch = arrays[start : start + options.batch_size]
+        for (numbers, _), prediction in zip(batch, loaded.predict_encoded([one for _, one in batch]), strict=True):
+            for step, number in enumerate(numbers):
+                each = loaded.predicts_steps
+                found[number] = prediction._replace(value=prediction.value[step]) if each else prediction
+    return found
 
 
 def _columns(loaded: "Trained", name: str, predicted: Sequence["Prediction | None"]) -> list[Row]:

@@ -45,23 +45,39 @@ def of_standard_input(form: str, size: int) -> Source:
     return Source(_batched(FORMS[form](lines), size), lambda row: f"-: row {row + 1}")
 
 
-def of_file(name: str, size: int) -> Source:
-    """A file or folder that `stu.tables` reads: parquet piece by piece, however large it is, others as a whole."""
+def of_file(name: str, size: int, texts: Sequence[str] = ()) -> Source:
+    """A file or folder that `stu.tables` reads: parquet piece by piece, however large it is, others as a whole.
+
+    texts: columns that are read as texts, whatever is in them.
+    """
     from stu.tables import kind_of, place_of, read_table
 
     path = Path(name).expanduser()
     if path.is_file() and kind_of(path) == ".parquet":
         from pyarrow import ArrowException, parquet
 
+        def pieces() -> Iterator[list[Row]]:
+            try:
+                for batch in file.iter_batches(batch_size=size):
+                    yield batch.to_pylist()
+            except (OSError, ArrowException) as error:
+                raise OptionError("INPUT", name, f"cannot be read to its end: {brief(error)}") from error
+
         try:
             file = parquet.ParquetFile(path)
         except (OSError, ArrowException) as error:
             raise OptionError("INPUT", name, f"cannot be read: {brief(error)}") from error
-        batches, schema = file.iter_batches(batch_size=size), file.schema_arrow
+        batches, schema = pieces(), file.schema_arrow
+        _require_single(schema.names, name)
     else:
-        table = read_table(path)
-        batches, schema = iter(table.to_batches(max_chunksize=size)), table.schema
-    return Source((batch.to_pylist() for batch in batches), lambda row: f"{name}: {place_of(path, row)}", schema)
+        table = read_table(path, texts)
+        batches, schema = (batch.to_pylist() for batch in table.to_batches(max_chunksize=size)), table.schema
+    return Source(batches, lambda row: f"{name}: {place_of(path, row)}", schema)
+
+
+def _require_single(names: Sequence[str], source: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    require(twice is None, "INPUT", source, f"has the column {twice!r} twice")
 
 
 def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -72,10 +88,11 @@ def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 def _csv_lines(lines: IO[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(lines, restkey="", strict=True)
+    reader = csv.DictReader(lines, strict=True)
     try:
+        _require_single(list(reader.fieldnames or ()), "-")
         for row in reader:
-            whole = "" not in row and None not in row.values()
+            whole = None not in row and None not in row.values()
             require(whole, "INPUT", f"-: line {reader.line_num}", "has not as many values as the header")
             yield row
     except csv.Error as error:
@@ -83,14 +100,18 @@ def _csv_lines(lines: IO[str]) -> Iterator[Row]:
 
 
 def _json_lines(lines: IO[str]) -> Iterator[Row]:
+    names: dict[str, None] | None = None  # of the first row, in their order
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise OptionError("INPUT", f"-: line {number}", f"is no JSON: {error}") from error
             require(isinstance(row, dict), "INPUT", f"-: line {number}", "must be an object, {column: value, …}")
-            yield row
+            names = dict.fromkeys(row) if names is None else names
+            more = next((name for name in row if name not in names), None)
+            require(more is None, "INPUT", f"-: line {number}", f"has a column {more}, which the first row has not")
+            yield names | row
 
 
 def _text_lines(lines: IO[str]) -> Iterator[Row]:
@@ -174,7 +195,7 @@ def _parquet(path: Path | None) -> Iterator[Write]:
                 fields = [pa.field(field.name, known.get(field.name, field.type)) for field in inferred]
                 writer = parquet.ParquetWriter(path, pa.schema(fields))
             writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
-        except (pa.ArrowException, UnicodeError) as error:
+        except (pa.ArrowException, UnicodeError, OverflowError) as error:
             raise OptionError("--output", path, f"rows have different types, try .jsonl: {brief(error)}") from error
 
     yield write

@@ -5,13 +5,13 @@ Needs pyarrow, for `save_to_disk` folders also datasets; they are imported when 
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -38,20 +38,21 @@ LONGEST = 2**31 - 1  # characters of a cell
 BLOCKS = (1 << 20, 1 << 30)  # bytes parsed at once; the second for files with a longer row
 
 
-def read_table(source: str | Path) -> "pa.Table":
+def read_table(source: str | Path, texts: Sequence[str] = ()) -> "pa.Table":
     """The rows of a file (`FORMATS`, text also compressed) or of a `save_to_disk` folder, with one name per column.
 
     The types of csv and tsv are those of all rows: integers, numbers, true and false, else text; so are integers that
     start with 0. In columns of numbers, empty cells and `MISSING` are null. An npy file is the column `values`; arrays
-    of more than one dimension are nested lists. Raises `OptionError`, named source, for what cannot be read to its end,
-    has no rows, or a column twice; it says in which line or row.
+    of more than one dimension are nested lists. texts: names or patterns of columns of csv and tsv that are text as
+    they stand. Raises `OptionError`, named source, for what cannot be read to its end, has no rows, or a column twice;
+    it says in which line or row.
     """
     path = _existing(source)
     reader = _from_folder if path.is_dir() else FORMATS.get(kind_of(path) or "")
     require(reader is not None, "source", str(path), f"must end in {', '.join(FORMATS)}")
     assert reader is not None
     with _reading(path):
-        table = reader(path)
+        table = _from_csv(path, texts) if reader is _from_csv else reader(path)
     names = table.column_names
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     require(twice is None, "source", str(path), f"has the column {twice!r} twice")
@@ -74,7 +75,7 @@ def place_of(source: str | Path, row: int) -> str:
     lines = _lines_of_csv(path) if kind in (".csv", ".tsv") else _lines_of_json(path) if kind in TEXT else iter(())
     try:
         line = next((line for number, (line, _) in enumerate(lines) if number == row), None)
-    except (OSError, ValueError, csv.Error):  # not one object a line
+    except (OSError, ValueError, RecursionError, csv.Error):  # not one object a line
         line = None
     return f"row {row + 1}" if line is None else f"line {line}"
 
@@ -92,15 +93,13 @@ def _existing(source: str | Path) -> Path:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn what the libraries raise into the one error."""
-    import pyarrow as pa
-
     try:
         yield
     except OptionError:
         raise
     except UnicodeDecodeError as error:
         raise OptionError("source", str(path), f"line {_undecodable(path)}: is no text in UTF-8") from error
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, csv.Error, RecursionError, pa.ArrowException) as error:
+    except Exception as error:  # of many kinds: those of zip, zlib, Arrow, NumPy and datasets
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise OptionError("source", str(path), f"cannot be read, or not to its end: {reason}") from error
 
@@ -151,7 +150,7 @@ def _lines_of_json(path: Path) -> Iterator[tuple[int, Any]]:
                 yield line, row
 
 
-def _from_csv(path: Path) -> "pa.Table":
+def _from_csv(path: Path, texts: Sequence[str] = ()) -> "pa.Table":
     """All cells as text first, then each column as what all of its cells are: no slower than guessing."""
     import pyarrow as pa
     from pyarrow import csv as arrow
@@ -173,7 +172,9 @@ def _from_csv(path: Path) -> "pa.Table":
     )
     if len(names) == 1:
         table = table.slice(0, len(table) - _empty_at_end(table.column(0)))
-    return pa.table([_typed(column) for column in table.columns], names=table.column_names)
+    kept = [any(name == one or fnmatchcase(name, one) for one in texts) for name in table.column_names]
+    columns = [one if as_text else _typed(one) for one, as_text in zip(table.columns, kept, strict=True)]
+    return pa.table(columns, names=table.column_names)
 
 
 def _in_blocks(read: Callable[[int], "pa.Table"], path: Path, fault: Callable[[Path], str | None]) -> "pa.Table":

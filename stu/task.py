@@ -139,11 +139,12 @@ class Task(ABC):
     t alone. monitor: the validation metric that selects checkpoints, one of `metrics()` or "loss"; mode: whether
     smaller or larger is better.
 
-    Six optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
+    Seven optional members serve tests, figures, comparisons and predictions. trivial: the names of those baselines that
     a model has to beat; None: of all of them. rollout: models continue test sequences on their own predictions.
     image_shape: rows and columns of the image that an input sequence is. preprocessing: from what a user has to inputs,
     and from predictions back; known once the data are prepared. preconditioner: whose combination of outputs models
-    predict, as `precondition` was told. next_token: models generate, token by token.
+    predict, as `precondition` was told. next_token: models generate, token by token. forecasts: the target of a step is
+    the first O channels of the next input, in the same units.
 
     Whoever makes a task may give it `test_lengths`: further lengths at which models are tested, see `at_length`.
     """
@@ -156,6 +157,7 @@ class Task(ABC):
     preprocessing: Preprocessing | None = None
     preconditioner: Preconditioner | None = None
     next_token: NextToken | None = None
+    forecasts: bool = False
     test_lengths: tuple[int, ...] = ()
     arguments: dict[str, Any]  # keywords of the constructor, to build the task again
 
@@ -183,9 +185,12 @@ class Task(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What there is to know of the task where its model is used without it, as plain data."""
-        facts = {"name": type(self).__name__, "seq_len": self.seq_len, "causal": self.causal}
-        facts |= {} if self.next_token is None else {"next_token": self.next_token._asdict()}
-        return facts | ({} if self.preconditioner is None else {"precondition": asdict(self.preconditioner)})
+        facts: dict[str, Any] = {"name": type(self).__name__, "seq_len": self.seq_len, "causal": self.causal}
+        if self.next_token is not None:
+            facts["next_token"] = self.next_token._asdict()
+        if self.preconditioner is not None:
+            facts["precondition"] = {**asdict(self.preconditioner), "inputs": self.forecasts}
+        return facts
 
     def prepare(self) -> None:
         """Build or check the data in the cache; called in one process before any `datasets()`."""

@@ -62,6 +62,21 @@ def test_every_model_comes_back_to_the_last_bit(tmp_path: Path, model: str, caus
     assert torch.equal(before(x, mask), after(x, mask))
 
 
+def test_numbers_that_json_does_not_have_are_names(tmp_path: Path):
+    """As Mamba-2's limit of its steps; folders that have them as Python writes them are read, too."""
+    folder, before = tmp_path / "folder", small_model("mamba2")
+    write_folder(folder, before, NUMBERS, TASK, {"test": {"r2": float("nan")}})
+    text = (folder / CONFIG).read_text()
+    config = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "Infinity" in text
+    assert config["about"] == {"test": {"r2": "NaN"}}
+    assert np.isnan(stu.load(folder).about["test"]["r2"])
+    (folder / CONFIG).write_text(re.sub('"(NaN|Infinity)"', r"\1", text))
+    again = stu.load(folder)
+    assert np.isnan(again.about["test"]["r2"])
+    assert json.dumps(again.model.description) == json.dumps(before.description)
+
+
 def test_a_model_made_in_python_is_described():
     """A hybrid, with a number of NumPy, and a class as its channel mixer."""
     mixers = [functools.partial(STU, seq_len=12, num_filters=4), factory("s4", seq_len=12).keywords["mixer"]]
@@ -138,7 +153,9 @@ WRONG = [
     (MIXER, {"_target_": "stu.STU", "_partial_": "yes"}, "_partial_=yes: must be true or false"),
     (MIXER, {"_target_": "stu.STU", "_partial_": False, "seq_len": 12}, "missing a required argument: 'd_model'"),
     (MIXER, {"seq_len": 12}, "must be a mapping with _target_"),
-    (MIXER, nested(300), "cannot be made as it says"),
+    (MIXER, nested(12), "cannot be made as it says"),
+    (MIXER, nested(300), "is nested more than 100 deep"),
+    (MIXER, nested(900), "is nested more than 100 deep"),
     ("model.encoder", call("stu.heads.StepHead"), "model.encoder=stu.heads.StepHead: must be of stu.encoders"),
     ("model.head", [], "model.head=: must be of stu.heads"),
     ("model.more", {}, "must have encoder, backbone, head, and nothing else"),
@@ -152,11 +169,14 @@ WRONG = [
     ("model.encoder.d_input", 10**15, "d_input=1000000000000000: must be at most"),
     ("preprocessing.inputs", {"kind": "numbers", "mean": [0], "std": [1]}, "does not fit the model"),
     ("preprocessing.inputs", {"kind": "tokens", "vocab_size": 10**15}, "does not fit the model"),
+    ("preprocessing.inputs", {"kind": "tokens", "vocab_size": 10**30}, "does not fit the model"),
     ("preprocessing.inputs", {"kind": "os.system"}, "must have a kind: text, tokens, numbers, classes"),
     ("preprocessing.targets", {"kind": "classes", "labels": [1, 2]}, "is of 2 values, the model has 3 outputs"),
     ("task", {}, "task.name=None:"),
     ("task.seq_len", 10**30, "task.seq_len=1000000000000000000000000000000: must be 1 to"),
     ("task.next_token", {"start": "x"}, "task.next_token={'start': 'x'}"),
+    ("task.precondition", {"polynomial": "chebyshev"}, "task.precondition={'polynomial': 'chebyshev'}"),
+    ("task.precondition", {"polynomial": "x", "degree": 2, "inputs": True}, "polynomial=x: must be one of"),
     ("format", "other", "is not of a model that stu.export wrote"),
     ("version", 2, "a newer stu wrote it"),
 ]
@@ -250,8 +270,15 @@ def test_nothing_is_overwritten_unasked(folder: Path, tmp_path: Path):
         loaded.save(folder)
     loaded.save(folder, overwrite=True)
     (other := tmp_path / "other").mkdir()
+    for name in (None, CONFIG, WEIGHTS):  # as the models of other libraries are called
+        if name:
+            (other / name).write_text("{}")
+        with pytest.raises(OptionError, match="holds something else"):
+            loaded.save(other, overwrite=True)
+    loaded.save(tmp_path / "noted")
+    (tmp_path / "noted" / "notes.txt").write_text("kept")
     with pytest.raises(OptionError, match="holds something else"):
-        loaded.save(other, overwrite=True)
+        loaded.save(tmp_path / "noted", overwrite=True)
     assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
 
 

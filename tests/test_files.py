@@ -84,6 +84,24 @@ def _remove(path: Path) -> None:
     path.rmdir()
 
 
+def test_a_folder_is_replaced_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put_in_place", lambda partial, path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "old").exists()
+    files.replace_folder(tmp_path / "new", tmp_path / "old")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["old", "old/new"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody_of_this_name/x", "a\0b", "nothing"])
+def test_what_is_no_name_is_not_there(name: str):
+    assert files.there(name) is None
+
+
 def test_an_empty_file_counts_as_absent(tmp_path: Path):
     file = tmp_path / "file"
     assert not files.is_written(file)

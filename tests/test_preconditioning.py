@@ -184,7 +184,7 @@ def test_a_run_stays_in_original_units(tmp_path):
     tested = runs.train(tmp_path, *command, "mode=test")
     assert f"{summary['test']['mse']:.4g}" in tested.out
     loaded = stu.load(runs.run_of(tmp_path, "lds", "stu", "p").path)
-    with pytest.raises(OptionError, match=r"precondition=.*chebyshev.*: needs the outputs before"):
+    with pytest.raises(OptionError, match=r"precondition=.*chebyshev.*: predictions need the outputs before"):
         loaded.predict([np.zeros((4, 3))])
     loaded.save(tmp_path / "exported")
     assert stu.load(tmp_path / "exported").task["precondition"] == {"polynomial": "chebyshev", "degree": 5}

@@ -153,6 +153,90 @@ def test_columns_are_channels_or_steps(models: Path, written: Written, capsys: p
         assert float(row["prediction"]) == pytest.approx(values(models / "number", [[1, 2.5]])[0])
 
 
+def test_rows_of_standard_input_have_the_columns_of_the_first(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+):
+    def given(lines: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+
+    command = [str(models / "words"), "-", "--column", "w", "--format"]
+    given('{"id": 1, "w": "a"}\n{"w": "b", "id": 2}\n{"w": "b"}\n')
+    assert main([*command, "jsonl"]) == 0
+    rows = printed(capsys.readouterr().out)
+    assert [(row["id"], row["w"]) for row in rows] == [("1", "a"), ("2", "b"), ("", "b")]
+    given(",w\n0,a\n")  # an index without a name, as pandas writes it
+    assert main([*command, "csv"]) == 0
+    capsys.readouterr()
+    for form, lines, line in (
+        ("jsonl", '{"w": "a"}\n{"w": "a", "x": 1}\n', "-: line 2: has a column x, which the first row has not"),
+        ("jsonl", '{"w": ' + "[" * 100_000 + "\n", "-: line 1: is no JSON"),
+        ("csv", "w,w\na,b\n", "-: has the column 'w' twice"),
+        ("csv", "w,x\na\n", "-: line 2: has not as many values"),
+        ("csv", "w,x\na,b,c\n", "-: line 2: has not as many values"),
+    ):
+        given(lines)
+        assert refused(*command, form).startswith(f"error: INPUT={line}")
+
+
+def test_texts_are_as_they_are_written(models: Path, written: Written, capsys: pytest.CaptureFixture[str]):
+    """Where all of a column could be numbers, or true and false; other columns keep their types."""
+    source, output = written("in.csv", "n,text\n1,1.50\n2,true\n"), models / "texts.jsonl"
+    columns = {"name": "t", "seq_len": 8, "causal": True, "columns": ["text"]}
+    preprocessing = Preprocessing(Text("words", ("1.50", "true"), other=False), None)
+    loaded = stu.load(models / "words")
+    write_folder(models / "texts", loaded.model, preprocessing.as_dict(), columns, {})
+    for rows in ("n,text\n1,1.50\n", "n,text\n1,true\n"):
+        source = written("in.csv", rows)
+        assert main([str(models / "texts"), str(source), "--output", str(output), "--overwrite"]) == 0
+        [row] = map(json.loads, output.read_text().splitlines())
+        assert (row["n"], row["text"]) == (1, rows[9:-1])
+    assert main([str(models / "texts"), "--text", "true"]) == 0  # whatever the column was called
+    assert len(printed(capsys.readouterr().out)) == 1
+
+
+class TestSteps:
+    """Rows that are steps."""
+
+    ROWS = (("p", 2, 5, 6), ("q", 1, 7, 8), ("p", 1, 1, 2), ("p", 10, 3, 4))
+
+    def source(self, written: Written) -> Path:
+        return written("steps.csv", "\n".join(["id,t,u,v", *(",".join(map(str, row)) for row in self.ROWS), ""]))
+
+    def test_each_has_its_prediction(self, models: Path, written: Written, capsys: pytest.CaptureFixture[str]):
+        command = [str(models / "numbers"), str(self.source(written)), "--column", "u", "--column", "v"]
+        assert main([*command, "--sequence", "id", "--time", "t", "--batch-size", "1"]) == 0
+        rows = printed(capsys.readouterr().out)
+        assert [row["id"] for row in rows] == ["p", "q", "p", "p"]
+        first, second = values(models / "numbers", [[[1, 2], [5, 6], [3, 4]], [[7, 8]]])
+        assert [float(row["prediction"]) for row in rows] == pytest.approx([first[1], second[0], first[0], first[2]])
+
+    def test_as_in_the_training(self, models: Path, written: Written, capsys: pytest.CaptureFixture[str]):
+        """And one prediction of a sequence is that of all its rows; times are numbers in text, too."""
+        task = {"name": "t", "seq_len": 8, "causal": True, "columns": ["u"], "steps": {"sequence": "id", "time": "t"}}
+        loaded = stu.load(models / "number")
+        write_folder(models / "steps", loaded.model, loaded.preprocessing.as_dict(), task, {})
+        assert main([str(models / "steps"), str(self.source(written))]) == 0
+        found = [float(row["prediction"]) for row in printed(capsys.readouterr().out)]
+        first, second = values(models / "number", [[1, 5, 3], [7]])
+        assert found == pytest.approx([first, second, first, first])
+
+    def test_what_is_wrong_is_one_line(self, models: Path, written: Written, refused: Callable[..., str]):
+        model, source = models / "numbers", self.source(written)
+        u, v = ("--column", "u"), ("--column", "v")
+        twice = written("twice.csv", "id,t,u,v\na,1,1,2\na,1,3,4\n")
+        for arguments, line in (
+            ((model, source, *u, *v, "--sequence", "x"), "--sequence=x: no such column; there are id, t, u, v"),
+            ((model, source, *u, *v, "--time", "t"), "--time=t: needs --sequence"),
+            ((model, source, *u, "--sequence", "id"), f"{source}: line 2 and the rows of its sequence, column u="),
+            ((model, twice, *u, *v, "--sequence", "id", "--time", "t"), f"{twice}: line 3, column t=1: a time of the"),
+            (
+                (model, written("e.csv", "id,u,v\na,1,2\n,1,2\n"), *u, *v, "--sequence", "id"),
+                f"{source.parent}/e.csv: line 3",
+            ),
+        ):
+            assert refused(*arguments).startswith(f"error: {line}")
+
+
 def test_a_wrong_row_is_one_line_or_has_no_prediction(
     models: Path, written: Written, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
@@ -188,6 +272,8 @@ def test_what_cannot_be_is_one_line(
         ((words, source, *x, "--batch-size", 0), "--batch-size=0: must be at least 1"),
         ((words, source, *x, "--device", "tpu"), "device=tpu: is not available"),
         ((words, "nothing.csv"), "INPUT=nothing.csv: no such file"),
+        ((words, "a " * 200), "INPUT=a a"),
+        (("~nobody_of_this_name/run", source), "run=~nobody_of_this_name/run: no such run or folder"),
         ((words, "-", "-"), "INPUT=-: can be read once only"),
         ((words, "-"), "INPUT=-: has no rows"),
         ((tmp_path / "nothing", source), "run=…/nothing: no such run or folder"),

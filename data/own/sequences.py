@@ -107,8 +107,8 @@ def times(rows: Rows, column: str) -> NDArray[Any]:
             cells = pc.cast(cells, pa.timestamp("us"))
         except pa.ArrowException:
             rows.refuse(_first_no_time(cells), column, "must be a number, or a time as 2024-01-31 12:00")
-    if pa.types.is_temporal(cells.type):
-        return pc.cast(pc.cast(cells, pa.timestamp("us")), pa.int64()).to_numpy()
+    if pa.types.is_temporal(cells.type):  # as it is stored, in whatever unit
+        return pc.cast(cells.cast(pa.int32()) if cells.type.bit_width == 32 else cells, pa.int64()).to_numpy()
     return columns.numbers(rows, column)
 
 

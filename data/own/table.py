@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.own import baselines, columns, sequences, splits
@@ -26,11 +27,12 @@ from stu.files import write_atomically
 from stu.preprocessing import Classes, Inputs, Numbers, Preprocessing, Text, Tokens
 from stu.task import Splits
 
-VERSION = 1  # increment when the same options produce different examples, or the same examples different files
+VERSION = 2  # increment when the same options produce different examples, or the same examples different files
 
 WORDS = 20_000  # of a vocabulary, unless the option says otherwise
 MOST_TOKENS = 2**20  # that integers may be; more are quantities
 FEW_SERIES = 10  # of which each is cut, rather than some of them being the test set
+EVERY_STEP = ("steps", "forecast", "token")  # what has a target at every step, so that windows may be cut
 OWN = ("sequence", "time", "split", "group")  # options that name columns
 
 
@@ -93,6 +95,12 @@ class TableData(StoredData["TableExamples"]):
     def build(self, folder: Path) -> None:
         """Write train.arrow, val.arrow and test.arrow, each with its steps, and facts.json."""
         rows, inputs, target = self.loaded()
+        try:
+            self._build(folder, rows, inputs, target)
+        except pa.ArrowException as error:  # types of columns that Arrow has no conversion for
+            raise OptionError("source", rows.name, f"has a column of a type that cannot be read: {error}") from error
+
+    def _build(self, folder: Path, rows: Rows, inputs: list[str], target: list[str] | None) -> None:
         of, targets, split = self.in_splits(rows, inputs, target)
         encoding = self.fitted(rows, of, split)
         of = _encoded(encoding, of)
@@ -105,7 +113,9 @@ class TableData(StoredData["TableExamples"]):
         if targets.kind == "forecast":
             parts = np.split(of.values, np.cumsum(of.lengths)[:-1])
             season = baselines.season_of([one for one, at in zip(parts, split, strict=True) if at == splits.TRAIN])
-        facts = {"season": season, "kind": targets.kind, "preprocessing": Preprocessing(encoding, decoding).as_dict()}
+        facts: dict[str, Any] = {"season": season, "kind": targets.kind}
+        facts |= {"preprocessing": Preprocessing(encoding, decoding).as_dict()}
+        facts |= {"columns": inputs, "steps": of.order is not None}
         write_atomically(folder / "facts.json", json.dumps(facts) + "\n")
         say(f"{rows.name}: {_described(of, targets, encoding)}; {' / '.join(f'{size:,}' for size in sizes)} sequences")
 
@@ -143,14 +153,18 @@ class TableData(StoredData["TableExamples"]):
         require(
             are == "steps" or self.sequence is None, "rows", are, "must be steps where there is a column `sequence`"
         )
+        ordered = self.time is None or are == "steps" or self.divide == "time"
+        require(ordered, "time", self.time, "orders nothing: a row is a sequence, and divide is not time")
         series = sequences.series(rows, self.sequence, self.time) if are == "steps" else None
         of = sequences.read_inputs(rows, inputs, sequences.read_as(rows, inputs, self.read, are), series)
         targets = sequences.read_targets(rows, target, self.kind, of)
         split = rows.split[of.first]
         wanted = splits.missing(split)
         sizes = {name: getattr(self, name) for name in Splits._fields}
-        every_step = targets.kind in ("steps", "forecast", "token")
+        every_step = targets.kind in EVERY_STEP
         few = len(of) < FEW_SERIES and bool(wanted)
+        whole = every_step or self.stride is None
+        require(whole, "stride", self.stride, "must be null: sequences are whole, as the target is one per sequence")
         if every_step and wanted and (self.divide == "time" or (self.divide == "auto" and few and self.group is None)):
             require(self.group is None, "group", self.group, "must be null where every series is cut")
             require(self.train is None, "train", self.train, "must be null where every series is cut")
@@ -182,6 +196,7 @@ class TableData(StoredData["TableExamples"]):
             return Text(of.read, _vocabulary(texts, of.read, self.vocabulary))
         steps = of.values[of.repeated(train)]
         if of.read == "numbers":
+            require(self.vocabulary is None, "vocabulary", self.vocabulary, "must be null: numbers have none")
             return _normalisation(rows, of.columns, steps)
         size = int(steps.max()) + 1 if self.vocabulary is None else self.vocabulary
         allowed = f"so many different tokens are quantities: set read=numbers (largest is {size - 1:,} in {rows.name})"
@@ -226,7 +241,7 @@ class TableData(StoredData["TableExamples"]):
     ) -> int:
         """The examples of one split; returns how many there are."""
         ahead = int(targets.kind in ("forecast", "token"))
-        every_step = ahead or targets.kind == "steps"
+        every_step = targets.kind in EVERY_STEP
         lengths = of.lengths[here]
         require(len(lengths) > 0, "source", rows.name, f"{name} has no sequence")
         if (bad := np.flatnonzero(lengths <= ahead)).size:
@@ -265,6 +280,13 @@ class TableData(StoredData["TableExamples"]):
         """What is predicted, and the encodings of inputs and targets."""
         found = _facts(folder or self.prepare())
         return found["kind"], Preprocessing.read(found["preprocessing"])
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of the inputs and, where a row is a step, those of its sequence and its time, if there are."""
+        found = _facts(self.prepare())
+        return {"columns": found["columns"]} | (
+            {"steps": {"sequence": self.sequence, "time": self.time}} if found["steps"] else {}
+        )
 
     def season(self) -> int | None:
         """In steps, of the training split; None where there is none."""

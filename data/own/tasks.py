@@ -12,13 +12,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from data.own import baselines
 from data.own.columns import Names
-from data.own.table import TableData
+from data.own.table import EVERY_STEP, TableData
 from data.systems.forecast import MeanOf, RelativeError, RolloutR2, last_squared_error, squared_error
 from stu.encoders import LinearEncoder, TokenEncoder
 from stu.errors import require
 from stu.heads import Pool, StepHead
 from stu.preprocessing import Classes, Numbers, Preprocessing
-from stu.task import Batch, Classification, Regression, Rollout, Task, scored_steps
+from stu.task import Batch, Classification, NextToken, Regression, Rollout, Task, scored_steps
 
 
 def own(
@@ -58,7 +58,7 @@ def own(
 
 
 class TableTask(Task):
-    """What is the same for all: the encoder, which the inputs determine."""
+    """What is the same for all: the encoder, which the inputs determine, and what columns they are of."""
 
     data: TableData
     preprocessing: Preprocessing
@@ -69,6 +69,22 @@ class TableTask(Task):
         if isinstance(inputs, Numbers):
             return LinearEncoder(d_model, d_input=inputs.channels)
         return TokenEncoder(d_model, vocab_size=inputs.vocab_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Also the columns that inputs are read from: those that patterns have found."""
+        return super().facts() | self.data.columns()
+
+    def at_length(self, seq_len: int) -> Task:
+        """Windows of another length. Raises `OptionError` where sequences are whole, or none is so long."""
+        windows = self.data.facts()[0] in EVERY_STEP
+        require(windows, "seq_len", seq_len, "the sequences of this task have a length of their own")
+        other = super().at_length(seq_len)
+        assert isinstance(other, TableTask)
+        longest = int(other.data.examples("test").sizes.max())
+        require(longest == seq_len, "seq_len", seq_len, f"the longest test sequence has {longest:,} steps")
+        same = self.rollout is None or other.rollout is not None
+        require(same, "seq_len", seq_len, "is more than some sequences of val and test have, so there are no rollouts")
+        return other
 
 
 @final
@@ -118,6 +134,7 @@ class TableForecast(TableTask, Regression):
     """
 
     trivial = ("mean", "last value", "seasonal")  # the others are rollouts
+    forecasts = True
 
     def __init__(
         self,
@@ -166,6 +183,7 @@ class TableTokens(TableTask):
 
     monitor = "accuracy"
     mode = "max"
+    next_token = NextToken(start=None)
 
     def __init__(self, *, seq_len: int, causal: bool, data: TableData, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing

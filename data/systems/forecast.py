@@ -333,6 +333,7 @@ class Forecast(Regression):
 
     data: TrajectoryData
     trivial = ("mean", "persistence", *LAGS)  # the others are rollouts
+    forecasts = True
     rollout: Rollout
 
     def __init__(

@@ -3,20 +3,28 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
+import stu
 from data.own import sources, splits
 from data.own.table import TableExamples, _windows
 from stu.errors import OptionError
+from stu.loading import Trained
+from stu.mixers.lru import LRU
+from stu.preconditioning import Preconditioner
 from stu.preprocessing import Classes, Numbers, Preprocessing, Text, Tokens
+from stu.training import model_for
 from tests import runs
+from tests.models import randomized
 from tests.tasks import own_variants
 from tests.tasks.own_variants import NESTED, SCALAR, Columns, attempt, write
 
@@ -209,6 +217,75 @@ class TestInputs:
         assert task.datasets().train[0][1].shape == (3, 2)
         columns["z"] = [[float(row), 1.0 * row**2] for row in range(30)]
         assert attempt(tmp_path, write(tmp_path / "t.parquet", columns), inputs="s", target="z").d_output == 2
+
+    def test_what_python_reads_as_a_number_is_one(self, tmp_path: Path):
+        columns = table() | {"x1": ["+1.5", "\u0662 ", *range(28)]}
+        task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs=["x0", "x1"], target="y")
+        assert {2.0, 1.5} <= {one for pair in everything(task) for one in pair}
+
+    @pytest.mark.parametrize("kind", [pa.timestamp("ns"), pa.date32(), pa.date64(), pa.time64("ns"), pa.duration("s")])
+    def test_times_of_any_type_order_the_rows(self, kind: pa.DataType, tmp_path: Path):
+        columns = long_table(12, 5)
+        times = pa.array([86_400_001 * (4 - row % 5) for row in range(60)]).cast(pa.int64())
+        typed = pa.array(range(4, -1, -1), pa.int32()).cast(kind) if kind == pa.date32() else None
+        when = pa.chunked_array([typed] * 12).combine_chunks() if typed else times.cast(kind)
+        path = tmp_path / "t.parquet"
+        own_variants.binary(path, "parquet", pa.table(columns | {"time": when}))
+        task = attempt(tmp_path, path, inputs="u", target="kind", sequence="id", time="time")
+        expected = sorted([round(x, 4) for x in columns["u"][start : start + 5]][::-1] for start in range(0, 60, 5))
+        assert everything(task) == expected
+
+
+class TestUse:
+    """What a task says of its columns, of its predictions and of other lengths."""
+
+    @staticmethod
+    def forecast(folder: Path, **options: Any) -> Any:
+        np.save(folder / "t.npy", np.random.default_rng(0).standard_normal((300, 2)).cumsum(0))
+        common: dict[str, Any] = {"inputs": "values", "target": "next", "seq_len": 16, "rows": "steps"}
+        return attempt(folder, folder / "t.npy", **common, **options)
+
+    @staticmethod
+    def trained(task: Any) -> Trained:
+        backbone = stu.Backbone(8, depth=1, mixer=partial(LRU, d_state=4), channel_mixer=None)
+        return Trained(randomized(model_for(task, backbone)).eval(), task.preprocessing, task.facts(), {})
+
+    def test_windows_have_other_lengths(self, tmp_path: Path):
+        task = self.forecast(tmp_path)
+        longer = task.at_length(24)
+        assert (longer.seq_len, longer.preprocessing) == (24, task.preprocessing)
+        assert longer.rollout[:2] == (12, 13)
+        with pytest.raises(OptionError, match="seq_len=999: the longest test sequence has 29 steps"):
+            task.at_length(999)
+
+    def test_predictions_of_a_preconditioned_forecast_are_those_that_are_scored(self, tmp_path: Path):
+        task = self.forecast(tmp_path)
+        task.precondition(Preconditioner("chebyshev", 3))
+        loaded = self.trained(task)
+        batch = task.collate([task.datasets().test[number] for number in range(2)])
+        prediction = task.scored(loaded.model(batch.inputs, batch.mask), batch)[0].detach().double().numpy()
+        found = loaded.predict([task.preprocessing.inputs.decode(one) for one in batch.inputs])
+        expected = task.preprocessing.targets.decode(prediction)
+        assert np.concatenate([one.value for one in found]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        loaded.task["precondition"]["inputs"] = False
+        with pytest.raises(OptionError, match="precondition=chebyshev: predictions need the outputs before"):
+            loaded.predict([[[1, 2]]])
+
+    def test_the_next_token_is_generated(self, tmp_path: Path):
+        columns = {"s": [[row % 3, 1, 2, 0] for row in range(30)]}
+        task = attempt(tmp_path, write(tmp_path / "t.jsonl", columns), inputs="s", target="next")
+        drawn = "".join(self.trained(task).generate("0 1", max_tokens=5)).split()
+        assert len(drawn) == 5
+        assert set(drawn) <= set("012")
+
+    def test_columns_are_those_that_a_pattern_has_found(self, tmp_path: Path):
+        """Not the target, which it fits as well."""
+        columns = table() | {"xy": list(range(30))}
+        task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="x*", target="xy")
+        assert task.facts()["columns"] == ["x0", "x1", "x2", "x3"]
+        path = write(tmp_path / "l.csv", long_table(12, 5))
+        task = attempt(tmp_path, path, inputs=["u", "v"], target="kind", sequence="id", time="time")
+        assert task.facts()["steps"] == {"sequence": "id", "time": "time"}
 
 
 class TestSplits:

@@ -19,7 +19,7 @@ from stu.training import SequenceData, StepPlan, lengths, model_for, report
 from tests import runs, sources
 from tests.models import composed, factory
 
-OF_ONE_LENGTH = {"cifar_color", "digits", "lra_image", "lra_pathfinder", "lra_pathx", "lra_pathx256"}
+OF_ONE_LENGTH = {"cifar_color", "digits", "lra_image", "lra_pathfinder", "lra_pathx", "lra_pathx256", "own"}
 TASKS = options_of("task")
 SIZES = ("task.seq_len=16", "task.data.train=40", "task.data.val=10", "task.data.test=12")
 
