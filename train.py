@@ -70,7 +70,8 @@ def parts_of(config: DictConfig) -> training.Parts:
     """What a run is made of, as it is configured."""
     names = ("trainer", "loader", "checkpoints")
     made = {name: build(config[name], _partial_=True) for name in names}
-    return training.Parts(**made, optimizer=build(config.optimizer), seed=config.seed, log_every=config.log_every)
+    made |= {"optimizer": build(config.optimizer), "batch_size": config.loader.batch_size}
+    return training.Parts(**made, seed=config.seed, log_every=config.log_every)
 
 
 def train(

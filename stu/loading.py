@@ -273,7 +273,7 @@ def _of_settings(
     options = {key: value for key, value in settings["task"].items() if key != "test_lengths"}
     task = built(_relocated(options), trusted)
     if combined := settings.get("precondition"):
-        task.precondition(built(_relocated(combined), trusted))
+        task.precondition(Preconditioner(combined["polynomial"], combined["degree"]))
     backbone = built({**_relocated(settings["model"]), "compile": False}, trusted)
     model = SequenceModel(task.encoder(backbone.d_model), backbone, task.head(backbone.d_model))
     load_weights(model, weights, str(file))

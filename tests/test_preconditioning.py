@@ -187,7 +187,8 @@ def test_a_run_stays_in_original_units(tmp_path):
     with pytest.raises(OptionError, match=r"precondition=.*chebyshev.*: predictions need the outputs before"):
         loaded.predict([np.zeros((4, 3))])
     loaded.save(tmp_path / "exported")
-    assert stu.load(tmp_path / "exported").task["precondition"] == {"polynomial": "chebyshev", "degree": 5}
+    kept = {"polynomial": "chebyshev", "degree": 5, "inputs": False}
+    assert stu.load(tmp_path / "exported").task["precondition"] == kept
     plain = [word for word in command if "precondition" not in word]
     refused = runs.train(tmp_path, *plain, "mode=test")
     assert refused.code == 2

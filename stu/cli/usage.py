@@ -27,6 +27,7 @@ GROUPS = {
 }
 
 PRESETS = {"experiment", "tuned", "sweep"}  # groups that set keys elsewhere, and may be absent
+WIDTH = 14  # of the column of their names in the help
 BY_OTHERS = {"tuned"}  # groups whose option is chosen by those of others
 
 EXAMPLES = """\
@@ -69,7 +70,7 @@ def as_text(value: str) -> str:
 def text() -> str:
     """The groups, each with its meaning and its options, and examples."""
     shown = {name: meaning for name, meaning in GROUPS.items() if name not in BY_OTHERS}
-    groups = [f"  {name:<12}{meaning}\n{_indented(folded(options_of(name)))}" for name, meaning in shown.items()]
+    groups = [f"  {name:<{WIDTH}}{meaning}\n{_indented(folded(options_of(name)))}" for name, meaning in shown.items()]
     return "\n".join(
         [
             "Train and compare sequence models.   python train.py [GROUP=OPTION ...] [KEY=VALUE ...]",
@@ -84,7 +85,7 @@ def text() -> str:
 
 
 def _indented(names: Sequence[str]) -> str:
-    margin = " " * 14
+    margin = " " * (2 + WIDTH)
     return fill(", ".join(names), 118, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
 
 

@@ -43,6 +43,7 @@ class Parts:
     loader: partial[SequenceData]
     checkpoints: partial[Checkpoints]
     optimizer: partial[Any]
+    batch_size: int
     seed: int
     log_every: int
 
@@ -52,9 +53,9 @@ class Parts:
 
     def data(self, task: Task, limits: Mapping[str, Any] | None = None) -> SequenceData:
         """The batches of a prepared task. limits: arguments of the Trainer that differ, about how long it trains."""
-        splits, batch_size = task.datasets(), self.loader.keywords["batch_size"]
+        splits = task.datasets()
         arguments = self.trainer.keywords | dict(limits or {})
-        plan = StepPlan.of_trainer(arguments, examples=len(splits.train), batch_size=batch_size)
+        plan = StepPlan.of_trainer(arguments, examples=len(splits.train), batch_size=self.batch_size)
         return self.loader(task, splits, plan, self.seed)
 
     def fitting(

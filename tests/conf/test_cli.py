@@ -305,7 +305,7 @@ def test_help_lists_every_option_of_every_group(help_text: str):
     assert len(groups) >= 6
     for group in groups:
         # what the group is, and below it the options, farther in
-        [(meaning, options)] = re.findall(rf"^  {group} +(\S.*)\n((?: {{14}}\S.*\n)+)", help_text, re.MULTILINE)
+        [(meaning, options)] = re.findall(rf"^  {group} +(\S.*)\n((?: {{16}}\S.*\n)+)", help_text, re.MULTILINE)
         files = (CONF / group).rglob("*.yaml")
         names = {f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if f.name[0] != "_"}
         assert {name for option in re.split(r",\s+", options.strip()) for name in unfolded(option)} == names
