@@ -4,6 +4,7 @@ What a run then has is plain: `model.mixer` is a list of nodes, `optimizer.group
 for the blocks of its own model, and neither `layers` nor `mixers` is left.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -45,6 +46,8 @@ class Loader(ConfigLoaderImpl):
         config = super()._load_configuration_impl(config_name, opened, run_mode, *rest, **options)
         if isinstance(config.get("model"), DictConfig):
             with flag_override(config, ["struct", "readonly"], False):
+                given = config.hydra.overrides.task  # as the jobs of a sweep are called
+                config.hydra.overrides.task = [re.sub(rf"^\+\+(?={OPTIONS})", "", word) for word in given]
                 if run_mode == RunMode.MULTIRUN and config.model.get("layers") is None:
                     config.model.pop("mixers", None)  # of layers that may be swept
                 lay_out(config, partial(self._model, config_name))

@@ -76,13 +76,17 @@ def test_groups_that_are_given_change_those_of_the_layers():
 def test_every_way_to_a_configuration_lays_layers_out():
     """Hydra 1.4 composes that of a command without `load_configuration`."""
     loader = Loader(create_config_search_path(str(CONF)))
-    words, known = ["task=lds", "model=stu", "model.layers=[stu,attention]"], {"config_name": "config"}
+    words, known = (
+        ["model=stu", "model.layers=[stu,attention]", "model.mixers.attention.window=3"],
+        {"config_name": "config"},
+    )
     found = [
         loader.load_configuration(**known, overrides=words, run_mode=RunMode.RUN),
         loader._load_configuration_impl(**known, overrides=words, run_mode=RunMode.RUN, from_shell=True),
     ]
     assert [config.hydra.runtime.choices.model for config in found] == ["stu-stu+attention"] * 2
     assert [len(config.model.mixer) for config in found] == [2, 2]
+    assert found[0].hydra.overrides.task == words
 
 
 def test_a_hybrid_is_no_hybrid_without_layers():
