@@ -77,7 +77,7 @@ def test_forward_and_backward_fit_into_a_gigabyte(model, causal):
     """In a fresh process that may take no more, at D = 64; anything of L·L or a few of L·N·D would."""
     size = Size(LONG, batch=1, width=64, filters=None)
     (candidate,) = find([model], causal=causal, size=size)
-    settings = Settings(causal=causal, limit_bytes=1e9, limit_seconds=300)
+    settings = Settings(causal=causal, limit_bytes=1e9, limit_seconds=300, repeats=1, min_seconds=0.0)
     outcomes = alone(candidate.node(size), size, settings, skip=["step", "launches"])
     assert [stage for stage, outcome in outcomes.items() if not isinstance(outcome, Failure)] == [
         "build",
