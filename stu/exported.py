@@ -102,7 +102,7 @@ def card(model: SequenceModel, task: Mapping[str, Any], about: Mapping[str, Any]
         *(f"| test {name} | {value:.6g} |" for name, value in _numbers(about.get("test"))),
         *(f"| baseline: {name} | {value:.6g} |" for name, value in _numbers(about.get("baselines"))),
         *(f"| {name} | `{about[name]}` |" for name in ("run", "command") if name in about),
-        *(f"| {name} | {version} |" for name, version in dict(about.get("packages") or {}).items()),
+        *(f"| {name} | {version} |" for name, version in _items(about.get("packages"))),
     ]
     return "\n".join(lines) + "\n"
 
@@ -113,7 +113,12 @@ def _preconditioned(task: Mapping[str, Any]) -> str:
 
 
 def _numbers(values: Any) -> list[tuple[str, float]]:
-    return [(name, float(value)) for name, value in (values or {}).items()]
+    return [(name, value) for name, value in _items(values) if isinstance(value, int | float)]
+
+
+def _items(values: Any) -> list[tuple[str, Any]]:
+    """Of a mapping; nothing of what a stranger has written in its place."""
+    return list(values.items()) if isinstance(values, Mapping) else []
 
 
 # Reading

@@ -264,6 +264,12 @@ class Own(STU):
     """A mixer that stu does not have."""
 
 
+def test_a_card_is_written_whatever_a_stranger_says_of_the_training(folder: Path, tmp_path: Path):
+    changed(folder, "about", {"test": {"accuracy": 0.5, "x": "abc"}, "packages": "x", "baselines": 5})
+    stu.load(folder).save(tmp_path / "again")
+    assert "| test accuracy | 0.5 |" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_nothing_is_overwritten_unasked(folder: Path, tmp_path: Path):
     loaded = stu.load(folder)
     with pytest.raises(OptionError, match="exists; choose another"):
