@@ -70,6 +70,11 @@ def test_the_examples_pass_the_checks(copy: Path):
     names = [name for name in FILES if name.endswith(".py")]
     run(copy, "-m", "ruff", "check", *names)
     run(copy, "-m", "ruff", "format", "--check", *names)
+
+
+@pytest.mark.thorough  # without a cache it takes a minute
+def test_the_examples_have_types(copy: Path):
+    names = [name for name in FILES if name.endswith(".py")]
     # What mypy knows of the packages that they import, it may know from an earlier check of the project.
     run(copy, "-m", "mypy", f"--cache-dir={ROOT / '.mypy_cache'}", *names)
 

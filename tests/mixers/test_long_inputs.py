@@ -17,7 +17,12 @@ from tests.models import MODELS, mixer_cases
 pytestmark = pytest.mark.slow
 
 LONG = 16384
-SLOW = ("transformer", "lstm", "gru")  # quadratic, or step by step: shorter inputs, which forget no less
+SLOW = (
+    "transformer",
+    "mamba2_attention",
+    "lstm",
+    "gru",
+)  # quadratic, or step by step: shorter inputs, which forget no less
 
 models = pytest.mark.parametrize("case", [case for case in mixer_cases() if case.name.split("-")[0] in MODELS], ids=str)
 
@@ -30,14 +35,8 @@ def noise(*shape):
 def test_float32_and_autocast_are_healthy(case):
     """At the start of training: values, gradients and the last steps against float64; bfloat16 autocast."""
     length = 512 if case.name.startswith(SLOW) else LONG
-    small = {
-        "d_model": 4,
-        "num_filters": 24,
-        "d_state": 16,
-        "num_heads": 2,
-        "chunk_size": 64,
-    }  # Mega's attends within it
-    layer = case.build(seq_len=length, **small).eval()
+    small = {"d_model": 4, "num_filters": 24, "d_state": 16, "num_heads": 2}
+    layer = case.build(seq_len=length, chunk_size=64, **small).eval()  # within which Mega attends
     exact = copy.deepcopy(layer).double()
     x, weight = noise(1, length, 4).requires_grad_(), noise(1, length, 4)
     y, expected = layer(x), exact(x.double())
