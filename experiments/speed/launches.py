@@ -27,7 +27,7 @@ from experiments.shared.arguments import count as whole
 from experiments.shared.files import command, refuse
 from experiments.speed.bench import Bench, Data, Settings, device_of
 from experiments.speed.candidates import Size, find
-from stu.cli.usage import options_of
+from stu.cli.layers import of_one_mixer
 from stu.errors import OptionError
 from stu.files import write_atomically
 from stu.ops.forms import taken_for
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS,  # so that an error takes one line
         description="Count what a layer launches, forward and with backward.",
     )
-    parser.add_argument("--models", nargs="+", metavar="MODEL[:KEY=VALUE,…]", default=[*VARIANTS, *options_of("model")],
+    parser.add_argument("--models", nargs="+", metavar="MODEL[:KEY=VALUE,…]", default=[*VARIANTS, *of_one_mixer()],
                         help="mixers, with options (default: the STU with one branch, one and both ways, and all of "
                         "conf/model, in which the STU has two branches)")  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=whole, default=[1024, 16384], metavar="L",

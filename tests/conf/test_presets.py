@@ -213,7 +213,32 @@ schedule           cosine   cosine     cosine   cosine      cosine    cosine
 min_lr            .0000001 .0000001  .0000001 .0000001    .0000001  .0000001
 """
 
-TABLES = {"s4": S4, "s4d_dfout": S4D_DFOUT, "s5": S5, "lru": LRU, "transformer": TRANSFORMER, "stu": STU}
+# facebookresearch/mega, examples/mega/README.lra.md and fairseq/models/lra/model.py. batch: before accumulation.
+MEGA = """
+                  listops     text  retrieval    image  pathfinder     pathx
+depth                   6        4          6        8           6         4
+d_model                80      128        128      160         128        64
+d_state                16       16         16       16          16        16
+d_query                64       64         64       96          64        32
+attention         softmax  softmax    softmax  laplace     laplace   laplace
+norm                layer      rms        rms    batch       batch     batch
+prenorm             false    false      false     true        true      true
+dropout                .1       .1         .1        0           0         0
+rate                 .001     .004       .003      .01         .01       .01
+decay                 .01      .01        .04      .02         .01       .01
+batch                  64       25          8       50         128         2
+accumulated             1        2          8        1           1         8
+steps               90000    25000      91960   180000      250000    125000
+warmup               3000    10000      10000     9000       50000     25000
+betas          [0.9,0.98] [0.9,0.98] [0.9,0.98] [0.9,0.98] [0.9,0.98] [0.9,0.98]
+schedule           linear   linear     linear   linear      linear    linear
+min_lr                  0        0          0        0           0         0
+clip                    1        1          1        1           1         1
+causal              false    false      false    false       false     false
+pool                 mean     mean       mean     mean        mean      mean
+"""
+
+TABLES = {"mega": MEGA, "s4": S4, "s4d_dfout": S4D_DFOUT, "s5": S5, "lru": LRU, "transformer": TRANSFORMER, "stu": STU}
 
 # Row of a table → key of the configuration.
 KEYS = {
@@ -224,7 +249,8 @@ KEYS = {
         name: f"model.mixer.{name}" for name in ("causal", "d_state", "n_ssm", "dt_min", "dt_max", "conj_sym", "C_init")
     },
     **{name: f"model.mixer.{name}" for name in ("discretization", "clip_eigs", "r_min", "r_max", "max_phase")},
-    **{name: f"model.mixer.{name}" for name in ("k_u", "k_y", "recurrence")},
+    **{name: f"model.mixer.{name}" for name in ("k_u", "k_y", "recurrence", "d_query", "attention")},
+    "accumulated": "trainer.accumulate_grad_batches",
     "blocks": "model.mixer.num_blocks",
     "heads": "model.mixer.num_heads",
     "filters": "model.mixer.num_filters",
