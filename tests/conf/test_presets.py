@@ -233,6 +233,7 @@ steps               90000    25000      91960   180000      250000    125000
 warmup               3000    10000      10000     9000       50000     25000
 rate                 .001     .004       .003      .01         .01       .01
 decay                 .01      .01        .04      .02         .01       .01
+betas          [0.9,0.98] [0.9,0.98] [0.9,0.98] [0.9,0.98] [0.9,0.98] [0.9,0.98]
 schedule           linear   linear     linear   linear      linear    linear
 min_lr                  0        0          0        0           0         0
 clip                    1        1          1        1           1         1
@@ -249,13 +250,11 @@ KEYS = {
         name: f"model.mixer.{name}" for name in ("causal", "d_state", "n_ssm", "dt_min", "dt_max", "conj_sym", "C_init")
     },
     **{name: f"model.mixer.{name}" for name in ("discretization", "clip_eigs", "r_min", "r_max", "max_phase")},
-    **{name: f"model.mixer.{name}" for name in ("k_u", "k_y", "recurrence")},
+    **{name: f"model.mixer.{name}" for name in ("k_u", "k_y", "recurrence", "d_query", "attention")},
     "blocks": "model.mixer.num_blocks",
     "heads": "model.mixer.num_heads",
     "filters": "model.mixer.num_filters",
-    "d_query": "model.mixer.d_query",
     "d_average": "model.mixer.d_state",
-    "attention": "model.mixer.attention",
     "attention_dropout": "model.mixer.dropout",
     "gated": "model.channel_mixer.gated",
     "expand": "model.channel_mixer.expand",
