@@ -167,6 +167,9 @@ class TestInputs:
             ({"inputs": "x*", "horizon": 3}, "horizon=3: is of forecasts of numbers"),
             ({"inputs": "x*", "split": "label"}, "split=label: is an input or a target, too"),
             ({"inputs": "text", "vocabulary": 5}, "vocabulary=5: must be null: bytes have none"),
+            ({"inputs": "x*", "vocabulary": 5}, "vocabulary=5: must be null: numbers have none"),
+            ({"inputs": "x*", "stride": 5}, "stride=5: must be null: sequences are whole"),
+            ({"inputs": "x*", "time": "y"}, "time=y: orders nothing: a row is a sequence"),
         ],
     )
     def test_options_that_do_not_fit_are_refused(self, options: dict[str, Any], problem: str, tmp_path: Path):
