@@ -151,6 +151,13 @@ class TestInputs:
             assert task.preprocessing.targets == Classes(tuple(sorted(values)))
             assert {type(label) for label in task.preprocessing.targets.labels} == {type(values[0])}
 
+    @pytest.mark.parametrize(("row", "label"), [(0, "b "), (4, " b")])
+    def test_labels_that_differ_by_white_space_alone_are_refused(self, row: int, label: str, tmp_path: Path):
+        columns = table()
+        columns["label"][row] = label
+        with pytest.raises(OptionError, match=f"line {row + 2}, column label: '{label}' differs from another label"):
+            attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="x*", target="label")
+
     def test_numbers_may_be_read_as_text(self, tmp_path: Path):
         columns = table() | {"text": list(range(1000, 1030))}
         task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="text", target="label", read="bytes")
