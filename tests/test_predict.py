@@ -194,6 +194,15 @@ def test_texts_are_as_they_are_written(models: Path, written: Written, capsys: p
     assert len(printed(capsys.readouterr().out)) == 1
 
 
+def test_places_are_looked_up_for_errors_alone(
+    models: Path, written: Written, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """They take a whole reading of the file each."""
+    monkeypatch.setattr("stu.tables.place_of", lambda *arguments: pytest.fail("looked up"))
+    assert main([str(models / "words"), str(written("in.csv", "w\na\nb\na\n")), "--batch-size", "1"]) == 0
+    assert len(printed(capsys.readouterr().out)) == 3
+
+
 class TestSteps:
     """Rows that are steps."""
 

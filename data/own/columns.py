@@ -4,6 +4,7 @@ n rows, T steps of all rows, C channels
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -194,6 +195,9 @@ def labels(rows: Rows, column: str) -> tuple[Integers, list[Label]]:
         rows.refuse(
             next(n for n, cell in enumerate(cells.to_pylist()) if not cell.strip()), column, "is empty, must be a label"
         )
+    if is_text(cells.type) and len(shown := Counter(value.strip() for value in values)) < len(values):
+        twice = next(value for value in values if value != value.strip() and shown[value.strip()] > 1)
+        rows.refuse(cells.index(twice).as_py(), column, f"{twice!r} differs from another label by white space alone")
     order = sorted(range(len(values)), key=values.__getitem__)
     place = np.empty(len(values), np.int64)
     place[order] = np.arange(len(values))

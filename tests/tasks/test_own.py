@@ -151,6 +151,13 @@ class TestInputs:
             assert task.preprocessing.targets == Classes(tuple(sorted(values)))
             assert {type(label) for label in task.preprocessing.targets.labels} == {type(values[0])}
 
+    @pytest.mark.parametrize(("row", "label"), [(0, "b "), (4, " b")])
+    def test_labels_that_differ_by_white_space_alone_are_refused(self, row: int, label: str, tmp_path: Path):
+        columns = table()
+        columns["label"][row] = label
+        with pytest.raises(OptionError, match=f"line {row + 2}, column label: '{label}' differs from another label"):
+            attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="x*", target="label")
+
     def test_numbers_may_be_read_as_text(self, tmp_path: Path):
         columns = table() | {"text": list(range(1000, 1030))}
         task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="text", target="label", read="bytes")
@@ -167,6 +174,9 @@ class TestInputs:
             ({"inputs": "x*", "horizon": 3}, "horizon=3: is of forecasts of numbers"),
             ({"inputs": "x*", "split": "label"}, "split=label: is an input or a target, too"),
             ({"inputs": "text", "vocabulary": 5}, "vocabulary=5: must be null: bytes have none"),
+            ({"inputs": "x*", "vocabulary": 5}, "vocabulary=5: must be null: numbers have none"),
+            ({"inputs": "x*", "stride": 5}, "stride=5: must be null: sequences are whole"),
+            ({"inputs": "x*", "time": "y"}, "time=y: orders nothing: a row is a sequence"),
         ],
     )
     def test_options_that_do_not_fit_are_refused(self, options: dict[str, Any], problem: str, tmp_path: Path):
