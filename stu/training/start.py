@@ -33,9 +33,8 @@ def train(
     others = lengths.at_lengths(data, module.model, settings["trainer"], trainer.world_size)
     baselines = {name: float(value) for name, value in module.task.references().items()}  # not after hours
     facts = report.facts(module, data.plan)
-    run.open(
-        settings, overwrite=settings["overwrite"], data=facts["data"]
-    )  # last: what is refused changes no directory
+    # last: what is refused changes no directory
+    run.open(settings, overwrite=settings["overwrite"], data=facts["data"])
     run.mend()
     device = describe_device(trainer.strategy.root_device)
     run.remarks += metrics.rewind(run.last_step)
