@@ -53,6 +53,7 @@ def test_the_examples_are_short():
     assert len(FILES) == 4
 
 
+@pytest.mark.thorough
 def test_what_is_generated_for_a_new_model_and_a_new_task(copy: Path):
     added = (copy / README.name).read_text(encoding="utf-8").splitlines()
     [row] = set(added) - set(README.read_text(encoding="utf-8").splitlines())
@@ -97,6 +98,7 @@ def test_the_contract_finds_a_new_mixer_and_the_house_rules_hold(copy: Path):
     assert len(passed) - passed.count("tests/test_layering.py") > 60, printed
 
 
+@pytest.mark.thorough
 def test_they_train(copy: Path):
     printed = run(copy, "train.py", "model=ema", "task=parity", *SMALL, *SIZES)
     assert "test accuracy" in printed

@@ -46,7 +46,7 @@ class Loader(ConfigLoaderImpl):
         config = super()._load_configuration_impl(config_name, opened, run_mode, *rest, **options)
         if isinstance(config.get("model"), DictConfig):
             with flag_override(config, ["struct", "readonly"], False):
-                given = config.hydra.overrides.task  # as the jobs of a sweep are called
+                given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # as the jobs of a sweep are called
                 config.hydra.overrides.task = [re.sub(rf"^\+\+(?={OPTIONS})", "", word) for word in given]
                 if run_mode == RunMode.MULTIRUN and config.model.get("layers") is None:
                     config.model.pop("mixers", None)  # of layers that may be swept

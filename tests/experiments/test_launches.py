@@ -54,7 +54,7 @@ def counted(mixer: str, length: int) -> tuple[int, int]:
 # --- the limits ---
 
 
-@pytest.mark.parametrize("length", [1024, 16384])
+@pytest.mark.parametrize("length", [pytest.param(1024, marks=pytest.mark.thorough), 16384])
 @pytest.mark.parametrize("mixer", LIMITS)
 def test_a_layer_launches_no_more_than_its_limit(mixer, length):
     found, limits = counted(mixer, length), LIMITS[mixer]

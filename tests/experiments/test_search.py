@@ -517,7 +517,7 @@ def test_no_two_numbers_that_matter_become_one():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.thorough) if name == "mini_lr" else name for name in SWEEPS]
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name.startswith("mini") else name for name in SWEEPS]
 )
 @pytest.mark.slow
 def test_every_kind_of_job_of_a_ready_space_is_accepted(name: str):

@@ -448,8 +448,13 @@ def test_banks_of_the_complex_spectra_are_of_one_size(kind):
 # --- the commands and the READMEs ---
 
 
+QUICKEST = ("complex_spectra", "filter_count", "length_generalization")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICKEST else pytest.param(name, marks=pytest.mark.thorough) for name in OURS]
+)
 def test_every_study_runs_in_small(name, tmp_path):
     assert study_of(name).main(["--quick", "--workers", "1", "--out", str(tmp_path)]) == 0
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000

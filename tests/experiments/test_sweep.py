@@ -716,7 +716,7 @@ def test_what_is_wrong_is_one_line_before_anything_starts(tmp_path: Path, words:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.e2e
 def test_a_failure_is_reported_at_once_and_ends_nothing_else(tmp_path: Path):
     words = [*runs.small("task=lds", "model=lru", "trainer.max_steps=4"), "optimizer.warmup=0"]

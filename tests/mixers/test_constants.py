@@ -44,7 +44,7 @@ def waits(model: nn.Module, mask: Tensor | None) -> set[str]:
     return {event.name for event in found.events()} & set(WAITS)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["whole", "padded"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "free"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_second_pass_makes_no_constants(model: str, causal: bool, masked: bool):

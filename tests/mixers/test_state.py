@@ -279,8 +279,8 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("unit", ["STU", pytest.param("STUT", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("unit", ["STU", "STUT"])
 def test_what_is_made_once_may_be_made_while_a_program_is_compiled(unit):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", COLD, unit], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

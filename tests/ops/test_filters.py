@@ -183,7 +183,7 @@ def test_all_offered_filters_are_orthonormal(hankel, seq_len):
     assert_orthonormal(vectors)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_filters_do_not_depend_on_threads_or_processors():
     """Bit for bit: whatever number of threads BLAS has, and whatever processor it chooses its code for."""
     keys = [(64, 12, "standard"), (300, 20, "L"), (1024, 24, "standard"), (3000, 40, "L"), (9000, 48, "standard")]

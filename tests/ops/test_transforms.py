@@ -345,7 +345,13 @@ def test_dual_numbers(name):
 
 
 @pytest.mark.slow
-@problems
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.thorough) if " by " in n or " from " in n or " in " in n else n
+        for n in PROBLEMS
+    ],
+)
 def test_compiled_transforms(name):
     problem = PROBLEMS[name]()
     x, every = problem.inputs, tuple(range(len(problem.inputs)))

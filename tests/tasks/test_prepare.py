@@ -497,7 +497,7 @@ class TestCommand:
         assert (done.code, done.err) == (0, "")
         assert done.out.startswith("lra_listops, ")
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     def test_all_that_can_be_had(self, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """What must be downloaded is named in a line each, without failure."""
         monkeypatch.setattr(

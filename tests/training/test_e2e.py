@@ -21,7 +21,7 @@ from stu import training
 from stu.training import Run
 from stu.training.loggers import read_metrics
 from tests import runs, sources
-from tests.models import TASKS, kinds_of_tasks
+from tests.models import TASKS
 from tests.training.devices import on_two_nodes
 
 pytestmark = pytest.mark.e2e
@@ -87,11 +87,15 @@ def unfolded(text: str) -> str:
     return "".join(text.split())
 
 
+# Tokens and reals, of one length and padded; one label and one for every step; built, fetched and made on demand.
+SHOWN = ("cifar_color", "double_pendulum", "language", "lds", "lra_listops", "lra_retrieval", "mqar", "own")
+
+
 def _mark(task: str, model: str) -> Any:
-    """Of the run of a pair: quick, slow, or, where there is one of its kind, thorough."""
+    """Of the run of a pair: quick, slow, or thorough."""
     if (task, model) == ("lds", "stu"):
         return ()
-    return pytest.mark.slow if task in kinds_of_tasks() else pytest.mark.thorough
+    return pytest.mark.slow if task in SHOWN else pytest.mark.thorough
 
 
 class TestARun:
@@ -263,8 +267,8 @@ class TestStopping:
     @pytest.mark.parametrize(
         ("command", "stop", "step", "superseded"),
         [
-            (PLAIN, (KILL, MODULE + "training_step", 7), 4, {6}),
-            (PLAIN, (KILL, MODULE + "training_step", 1), 0, set()),
+            pytest.param(PLAIN, (KILL, MODULE + "training_step", 7), 4, {6}, marks=pytest.mark.thorough),
+            pytest.param(PLAIN, (KILL, MODULE + "training_step", 1), 0, set(), marks=pytest.mark.thorough),
             (PLAIN, (KILL, MODULE + "validation_step", 3), 8, {9}),  # in mid-validation
             (PLAIN, (KILL, SAVE, 4), 10, set()),  # when the best is written, the last not yet: it goes on from the best
             (PLAIN, (KILL, MODULE + "on_test_epoch_start", 1), 20, set()),
@@ -295,9 +299,9 @@ class TestStopping:
     @pytest.mark.parametrize(
         ("command", "stop", "step"),
         [
-            (PLAIN, (TERM, MODULE + "training_step", 7), 7),  # at the end of the step
+            pytest.param(PLAIN, (TERM, MODULE + "training_step", 7), 7, marks=pytest.mark.thorough),  # at its end
             (PLAIN, (INT, MODULE + "training_step", 20), 20),
-            (PLAIN, (INT, MODULE + "validation_step", 3), 10),
+            pytest.param(PLAIN, (INT, MODULE + "validation_step", 3), 10, marks=pytest.mark.thorough),
             (PLAIN, (TERM, MODULE + "on_validation_epoch_end", 2), 10),
             (TWICE, (TERM, MODULE + "training_step", 13), 7),
             (OTHER, (INT, MODULE + "training_step", 15), 15),
@@ -323,6 +327,7 @@ class TestStopping:
         self.go_on(tmp_path, OTHER)
         runs.assert_identical(runs.results(run), uninterrupted(OTHER))
 
+    @pytest.mark.thorough
     def test_again_and_again(self, tmp_path: Path, uninterrupted: Any):
         stops: list[Stop] = [
             (TERM, MODULE + "validation_step", 3),  # in the validation at step 10 …
@@ -446,7 +451,7 @@ TUNED = ("callbacks=[ema,early_stopping]", "callbacks.ema.decay=0.8", "callbacks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("callbacks", [(), TUNED], ids=["plain", "tuned"])
+@pytest.mark.parametrize("callbacks", [(), pytest.param(TUNED, marks=pytest.mark.thorough)], ids=["plain", "tuned"])
 def test_two_devices_are_one(tmp_path: Path, callbacks: tuple[str, ...]):
     """With unlike shares of the evaluation, padding, and batch norm over both."""
     command = runs.small(

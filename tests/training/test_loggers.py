@@ -812,7 +812,7 @@ def test_a_stopped_run_is_so_there_too_until_it_goes_on(tmp_path: Path):
     assert_complete(kept, run)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.e2e
 def test_two_processes_are_one_run_which_the_first_one_logs(tmp_path: Path):
     """Also under an agent of `wandb sweep`, whose trial it then is."""

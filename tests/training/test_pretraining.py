@@ -24,7 +24,7 @@ from stu.training.loggers import read_metrics
 from stu.training.records import flatten
 from stu.training.run import is_default
 from tests import runs, sources
-from tests.models import composed, small_backbone
+from tests.models import composed, kinds_of_tasks, small_backbone
 from tests.training.test_host_waits import watch
 
 V, C, L = 7, 2, 12
@@ -163,7 +163,14 @@ QUICK = ("lds", "lra_retrieval")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in options_of("task")]
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=() if name in QUICK else pytest.mark.slow if name in kinds_of_tasks() else pytest.mark.thorough,
+        )
+        for name in options_of("task")
+    ],
 )
 def test_every_task_has_inputs_to_pretrain_on(name: str, data: Path):
     config = composed(

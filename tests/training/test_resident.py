@@ -19,7 +19,7 @@ from stu.training.data import SHARE
 from stu.training.resident import Resident
 from tests import runs, sources
 from tests.host_waits import DEVICE, NoHostWaits
-from tests.models import composed
+from tests.models import composed, kinds_of_tasks
 from tests.training.test_training import Steps, model
 
 CPU = torch.device("cpu")
@@ -59,7 +59,9 @@ def assert_same(found: Batch, expected: Batch) -> None:
             assert x == y
 
 
-@pytest.mark.parametrize("name", options_of("task"))
+@pytest.mark.parametrize(
+    "name", [n if n in kinds_of_tasks() else pytest.param(n, marks=pytest.mark.thorough) for n in options_of("task")]
+)
 def test_batches_are_those_of_a_loader(name: str, data: Path):
     task = small_task(name, data)
     pairs = 0
