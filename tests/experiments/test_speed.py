@@ -174,9 +174,9 @@ def test_a_mixer_alone(way):
     ("how", "reason", "limit"),
     [
         ("sleeps", "over {} s", True),
-        ("sleeps through errors", "over {} s", True),
+        pytest.param("sleeps through errors", "over {} s", True, marks=pytest.mark.thorough),
         ("3000000000", "over 2 GB", True),
-        ("out of memory", "out of memory, of at most 2 GB", True),
+        pytest.param("out of memory", "out of memory, of at most 2 GB", True, marks=pytest.mark.thorough),
         ("fails", "RuntimeError: no such luck", False),
         ("crashes", "died of SIGSEGV", False),
     ],
@@ -299,10 +299,10 @@ def exhausted(*_, **__):
 @pytest.mark.parametrize(
     ("method", "stage"),
     [
-        ("__init__", "build"),
+        pytest.param("__init__", "build", marks=pytest.mark.thorough),
         ("warm_up", "build"),
-        ("_forward", "forward"),
-        ("_step", "step"),
+        pytest.param("_forward", "forward", marks=pytest.mark.thorough),
+        pytest.param("_step", "step", marks=pytest.mark.thorough),
         ("_forward_backward", "forward_backward"),
     ],
 )

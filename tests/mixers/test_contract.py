@@ -349,7 +349,7 @@ for file in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*_flat_weights.*were assigned during export")  # of torch.nn.RNN
 def test_an_exported_program_is_the_same_in_another_process(tmp_path):
     files = []

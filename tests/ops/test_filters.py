@@ -268,7 +268,7 @@ def test_more_filters_than_there_are_take_no_memory():
         spectral_filters(1 << 17, 100_000)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_memory_is_that_of_the_filters():
     """Far from that of the matrix (32 GB) and of its factor (0.25 GB), which is 20 times that of the filters."""
     filters._eigenpairs.cache_clear()

@@ -283,7 +283,15 @@ def fails(step: int, end: BaseException) -> None:
 @pytest.mark.parametrize(
     ("strategy", "rank", "at", "reason"),
     [
-        ("ddp", "1", runs.signalled(signal.SIGKILL, STEP, 5), "another process of this run has ended or cannot be"),
+        pytest.param(
+            *(
+                "ddp",
+                "1",
+                runs.signalled(signal.SIGKILL, STEP, 5),
+                "another process of this run has ended or cannot be",
+            ),
+            marks=pytest.mark.thorough,
+        ),
         ("fsdp", "0", runs.signalled(signal.SIGKILL, STEP, 5), "another process of this run has ended or cannot be"),
         ("fsdp", "1", partial(fails, 5, ValueError("odd\nbatch")), "process 1: ValueError: odd batch"),
     ],

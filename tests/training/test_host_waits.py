@@ -45,9 +45,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
+VARIANTS = ("gru", "mamba2_attention", "s4d_dfout", "stu_ar", "stu_attention")  # of other models here
 CASES = [
     *(pytest.param(task, "stu", marks=() if task in kinds_of_tasks() else pytest.mark.thorough) for task in TASKS),
-    *(("lra_listops", name) for name in MODELS if name != "stu"),
+    *(
+        pytest.param("lra_listops", name, marks=pytest.mark.thorough if name in VARIANTS else ())
+        for name in MODELS
+        if name != "stu"
+    ),
 ]
 
 
