@@ -222,7 +222,7 @@ def without_a_compiler() -> None:
     torch._inductor.config.cpp.cxx = ("no-such-compiler",)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.e2e
 def test_a_run_goes_on_with_and_without(tmp_path: Path):
     small = runs.small("task=lra_listops", "model=transformer", "name=it", "trainer.detect_anomaly=true")

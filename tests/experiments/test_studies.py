@@ -152,7 +152,7 @@ def test_rows_come_in_the_order_of_the_cells(tmp_path):
     assert run_cells(explode, CELLS[::-1], tmp_path / "new" / "journal", 1) == rows[::-1]  # from the journal
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_workers_stop_at_an_error_and_lose_nothing(tmp_path):
     journal = tmp_path / "journal"
     slow = [{"x": 101 + i, "log": str(tmp_path / "log")} for i in range(40)]

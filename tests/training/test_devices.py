@@ -17,7 +17,7 @@ STEP = "stu.training.module:SequenceModule.training_step"
 STU = runs.small("task=lra_listops", "model=stu", "model.norm=batch", "model.depth=2", "task.data.val=9", "log_every=5")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_gradients_of_two_devices_are_those_of_one(tmp_path: Path):
     """Of all models, with padding and batch norm; blocks that are computed again gather their weights again."""
     multiprocessing.start_processes(gradients, (str(tmp_path),), nprocs=2, start_method="forkserver")

@@ -303,7 +303,7 @@ class TestStopping:
             (PLAIN, (INT, MODULE + "training_step", 20), 20),
             pytest.param(PLAIN, (INT, MODULE + "validation_step", 3), 10, marks=pytest.mark.thorough),
             (PLAIN, (TERM, MODULE + "on_validation_epoch_end", 2), 10),
-            (TWICE, (TERM, MODULE + "training_step", 13), 7),
+            pytest.param(TWICE, (TERM, MODULE + "training_step", 13), 7, marks=pytest.mark.thorough),
             (OTHER, (INT, MODULE + "training_step", 15), 15),
         ],
         ids=["training", "last-step", "validation", "validated", "accumulating", "workers-buckets"],

@@ -686,7 +686,7 @@ def assert_a_workspace_names_what_is_logged(written: Written, home: Path) -> Non
     assert set(named) - known == set()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore:(Pydantic V1 style|.*is deprecated).*:DeprecationWarning")  # of wandb-workspaces
 def test_without_a_key_each_start_writes_a_file_and_all_are_one_run_where_they_are_uploaded(tmp_path: Path):
