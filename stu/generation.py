@@ -5,7 +5,7 @@ V vocabulary
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,15 @@ def generate(
     require(limit >= least, "seq_len", limit, f"must be at least {least} to generate")
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     return _generated(model, list(tokens), [] if start is None else [start], sampling, alphabet, generator)
+
+
+def continued(
+    model: SequenceModel, tokens: Sequence[int], sampling: Sampling, *, start: int | None, alphabet: range | None
+) -> Iterator[int]:
+    """`generate`, as `sampling` says."""
+    options = asdict(sampling)
+    generator = torch.Generator().manual_seed(options.pop("seed"))
+    return generate(model, tokens, **options, start=start, alphabet=alphabet, generator=generator)
 
 
 def _generated(

@@ -8,7 +8,6 @@ of its model, and so does the folder that `stu.export` writes.
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from stu.description import MOVED, TARGET, built
 from stu.errors import OptionError, brief, require
 from stu.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
 from stu.files import mapping_in, there
-from stu.generation import Sampling, generate
+from stu.generation import Sampling, continued
 from stu.heads import StepHead
 from stu.preconditioning import Preconditioner
 from stu.preprocessing import Classes, Label, Numbers, Preprocessing
@@ -136,11 +135,9 @@ class Trained:
         require(possible, "task", self.task["name"], "generates nothing: its predictions are not the next token")
         assert known is not None
         assert not isinstance(known.inputs, Numbers)
-        options = asdict(Sampling(**sampling))
-        generator = torch.Generator().manual_seed(options.pop("seed"))
-        options |= {"alphabet": known.inputs.alphabet, "start": self.task["next_token"].get("start")}
-        tokens = known.inputs.encode(prompt).tolist()
-        return known.inputs.pieces(generate(self.model, tokens, **options, generator=generator))
+        tokens, start = known.inputs.encode(prompt).tolist(), self.task["next_token"].get("start")
+        drawn = continued(self.model, tokens, Sampling(**sampling), start=start, alphabet=known.inputs.alphabet)
+        return known.inputs.pieces(drawn)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write model, preprocessing and a card into a folder, which `stu.load` reads anywhere; see `stu.export`.

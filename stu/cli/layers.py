@@ -128,11 +128,12 @@ def _is_hybrid(name: str) -> bool:
 
 def _file(name: str) -> str:
     """The model whose mixer a layer has."""
-    known = [*of_one_mixer(), *ALIASES]
-    near = "".join(f"did you mean {match}? " for match in get_close_matches(name, known, n=1))
-    if name not in known:
+    file = ALIASES.get(name, name)
+    if file not in options_of("model") or _is_hybrid(file):
+        known = [*of_one_mixer(), *ALIASES]
+        near = "".join(f"did you mean {match}? " for match in get_close_matches(name, known, n=1))
         raise Refused("model.layers", name, f"no such layer; {near}choose from {', '.join(known)}")
-    return ALIASES.get(name, name)
+    return file
 
 
 def _written(config: DictConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from stu.ops.flops import flops_of
 from stu.ops.forms import budget, choose, chunks
 from stu.ops.precision import at_least_float32, no_autocast
-from stu.ops.ssd import Algorithm, crossing_sums, segment_sums
+from stu.ops.ssd import Algorithm, crossing_sums, save_states, segment_sums, shapes_of_gradients
 from stu.ops.transforms import owned, plain_gradients, transformed
 
 ENTRIES_ON_CPU = 1 << 21  # of all arrays of a piece
@@ -179,16 +179,7 @@ def _gradients(
     return *(_by_time(each, length) for each in (dq, dk, dv, dbeta, dsteps)), dinitial
 
 
-@_gated_delta_rule_backward.register_fake
-def _(dy: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    *signals, _entering, _chunk_size, _algorithm = inputs
-    return tuple(like.new_empty(like.shape) for like in signals)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.chunk_size, ctx.algorithm = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # the states seldom have any
+_gated_delta_rule_backward.register_fake(shapes_of_gradients)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dentering: Tensor | None) -> tuple[Any, ...]:
@@ -207,7 +198,7 @@ def _outputs(*inputs: Any) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-_gated_delta_rule.register_autograd(_backward, setup_context=_save)
+_gated_delta_rule.register_autograd(_backward, setup_context=save_states)
 
 
 # --- chunks ---

@@ -192,12 +192,14 @@ def _ssd_backward(
 
 
 @_ssd_backward.register_fake
-def _(dy: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+def shapes_of_gradients(dy: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    """Of a backward pass that gets the inputs and the states that enter the chunks: as the inputs."""
     *signals, _entering, _chunk_size, _algorithm = inputs
     return tuple(like.new_empty(like.shape) for like in signals)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def save_states(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep what that backward pass gets."""
     *tensors, ctx.chunk_size, ctx.algorithm = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)  # the states seldom have any
@@ -213,7 +215,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dentering: Ten
     return *_ssd_backward(dy, dfinal, *inputs, entering, *options), None, None
 
 
-_ssd.register_autograd(_backward, setup_context=_save)
+_ssd.register_autograd(_backward, setup_context=save_states)
 
 
 @flops_of(_ssd)

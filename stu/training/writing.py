@@ -2,15 +2,13 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-import torch
-
+from stu import generation
 from stu.backbone import SequenceModel
 from stu.errors import OptionError, require
-from stu.generation import Sampling, generate
+from stu.generation import Sampling
 from stu.preprocessing import Numbers, Text, Tokens
 from stu.task import Task
 from stu.training import evaluate, states
@@ -39,10 +37,7 @@ class Continuation:
             raise OptionError("prompt", error.value, error.allowed) from error
         begun = bool(self.prompt) or start is not None
         require(begun, "prompt", "''", "must not be empty: this task has no token that starts a sequence")
-        options: dict[str, Any] = {key: value for key, value in asdict(sampling).items() if key != "seed"}
-        generator = torch.Generator().manual_seed(sampling.seed)
-        options |= {"start": start, "alphabet": self.encoding.alphabet, "generator": generator}
-        self.drawn = generate(model, self.prompt, **options)
+        self.drawn = generation.continued(model, self.prompt, sampling, start=start, alphabet=self.encoding.alphabet)
         self.count, self.reading, self.writing = 0, 0.0, 0.0  # tokens; seconds until the first, and from it to the last
 
     def __iter__(self) -> Iterator[str]:
