@@ -9,10 +9,10 @@ from stu.lazy import attributes
 
 if TYPE_CHECKING:
     from stu.backbone import Backbone, SequenceModel
-    from stu.loading import load
     from stu.mixer import Mixer
     from stu.mixers.stu import STU
     from stu.ops.filters import spectral_filters
+    from stu.saved.loading import load
     from stu.task import Batch, Classification, Regression, Task
 
 __getattr__ = attributes(
@@ -22,7 +22,7 @@ __getattr__ = attributes(
         **dict.fromkeys(("Batch", "Classification", "Regression", "Task"), "task"),
         "Mixer": "mixer",
         "STU": "mixers.stu",
-        "load": "loading",
+        "load": "saved.loading",
         "spectral_filters": "ops.filters",
     },
 )

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an exported model that is there")
     options = parser.parse_args(arguments)
     try:
-        from stu.loading import load  # takes seconds
+        from stu.saved.loading import load  # takes seconds
 
         load(options.run).save(options.folder, overwrite=options.overwrite)
     except OptionError as error:

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stu.cells import sequences, step_of, value_of
 from stu.errors import OptionError, brief, require
 from stu.files import there
-from stu.rows import FORMS, WRITERS, Row, Source, Write, of_file, of_standard_input, of_texts, writing
+from stu.tables.cells import sequences, step_of, value_of
+from stu.tables.rows import FORMS, WRITERS, Row, Source, Write, of_file, of_standard_input, of_texts, writing
 
 if TYPE_CHECKING:  # takes seconds to import, which --help need not
-    from stu.loading import Prediction, Trained
+    from stu.saved.loading import Prediction, Trained
 
 EXAMPLES = """\
 RUN is a run directory (its best weights), a checkpoint, or a folder that stu.export wrote. An INPUT is a file of csv,
@@ -92,7 +92,7 @@ def _require_possible(options: argparse.Namespace) -> None:
 
 
 def _loaded(options: argparse.Namespace) -> "Trained":
-    from stu.loading import load
+    from stu.saved.loading import load
 
     if os.getcwd() not in sys.path:  # where data/ is found, if the run needs it
         sys.path.append(os.getcwd())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data.store.cache import say
 from data.store.sources import SHARD, answers, files, sha256
 from stu.errors import OptionError, require
-from stu.tables import FORMATS, kind_of, place_of, read_table
+from stu.tables.reading import FORMATS, kind_of, place_of, read_table
 from stu.task import Splits
 
 WORDS = {  # of the names of files, folders and splits, in lower case

@@ -157,7 +157,7 @@ class SequenceModule(L.LightningModule):
         return "was trained on other data: their inputs or targets were read in another way" if differ else ""
 
     def _trained(self) -> dict[str, Any]:
-        """How to build the model, how to read inputs, and facts of the task: plain data, see `stu.loading`."""
+        """How to build the model, how to read inputs, and facts of the task: plain data, see `stu.saved.loading`."""
         return {
             "model": self.model.description,
             "preprocessing": self.task.preprocessing and self.task.preprocessing.as_dict(),

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from stu.checkpoints import (
+from stu.errors import OptionError
+from stu.files import is_written, kept_name, put_in_place, replacing
+from stu.saved.checkpoints import (
     BEST,
     COPY,
     LAST,
@@ -34,8 +36,6 @@ from stu.checkpoints import (
     latest_step,
     read,
 )
-from stu.errors import OptionError
-from stu.files import is_written, kept_name, put_in_place, replacing
 
 __all__ = ["BEST", "COPY", "LAST", "NAMES", "PREVIOUS", "Best", "Damaged", "State", "Survey", "Writer", "checked"]
 __all__ += ["is_whole", "latest_step", "mend", "read", "replace_last", "size", "tidy", "unwritable"]

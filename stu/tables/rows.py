@@ -46,11 +46,11 @@ def of_standard_input(form: str, size: int) -> Source:
 
 
 def of_file(name: str, size: int, texts: Sequence[str] = ()) -> Source:
-    """A file or folder that `stu.tables` reads: parquet piece by piece, however large it is, others as a whole.
+    """A file or folder that `stu.tables.reading` reads: parquet piece by piece, however large it is, others as a whole.
 
     texts: columns that are read as texts, whatever is in them.
     """
-    from stu.tables import kind_of, place_of, read_table
+    from stu.tables.reading import kind_of, place_of, read_table
 
     path = Path(name).expanduser()
     if path.is_file() and kind_of(path) == ".parquet":

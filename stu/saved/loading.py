@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from stu.backbone import SequenceModel
-from stu.checkpoints import NAMES, Damaged, Survey, read
 from stu.description import MOVED, TARGET, built
 from stu.errors import OptionError, brief, require
-from stu.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
 from stu.files import mapping_in, there
 from stu.generation import Sampling, continued
 from stu.heads import StepHead
 from stu.preconditioning import Preconditioner
 from stu.preprocessing import Classes, Label, Numbers, Preprocessing
 from stu.preprocessing import Text as Texts
+from stu.saved.checkpoints import NAMES, Damaged, Survey, read
+from stu.saved.exported import CONFIG, WEIGHTS, assembled, load_weights, read_folder, write_folder
 from stu.task import pad
 
 MANIFEST, SUMMARY, CHECKPOINTS = "manifest.json", "summary.json", "checkpoints"  # of a run

@@ -11,9 +11,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from stu import tables
 from stu.errors import OptionError
-from stu.tables import place_of, read_table
+from stu.tables import text
+from stu.tables.reading import place_of, read_table
 
 ROWS = [
     {"text": "a, b", "series": [1.0, 2.0], "label": 3},
@@ -81,7 +81,7 @@ def test_types_are_those_of_all_rows_of_a_csv(
 ):
     first, last = cells.split()
     many = 100
-    monkeypatch.setattr(tables, "BLOCKS", (64, 1 << 20))  # so that they are not parsed at once
+    monkeypatch.setattr(text, "BLOCKS", (64, 1 << 20))  # so that they are not parsed at once
     (tmp_path / "t.csv").write_text("x\n" + f"{first}\n" * many + f"{last}\n")
     column = read_table(tmp_path / "t.csv")["x"]
     found = [column[0].as_py(), column[many].as_py()]

@@ -15,11 +15,11 @@ import stu
 from stu.description import built, described
 from stu.encoders import LinearEncoder, TokenEncoder
 from stu.errors import OptionError
-from stu.exported import CONFIG, WEIGHTS, write_folder
 from stu.generation import generate
 from stu.heads import PooledHead, StepHead
 from stu.mixers.stu import STU
 from stu.preprocessing import Preprocessing, Text
+from stu.saved.exported import CONFIG, WEIGHTS, write_folder
 from tests.models import MODELS, factory, randomized
 
 safetensors = pytest.importorskip("safetensors.torch")
