@@ -272,9 +272,12 @@ def opened(context: BrowserContext, file: Path) -> Iterator[Any]:
         if message.type == "error":
             wrong.append(message.text)
 
-    def go(state: str = "", where: Path = file, width: int = 1366) -> Page:
+    def go(state: str = "", where: Path = file, width: int = 1366, *, stopped: bool = False) -> Page:
         page = context.new_page()
         pages.append(page)
+        if stopped:  # the clock of the page, which then goes on by `page.clock.fast_forward` alone
+            page.clock.install(time=0)
+            page.clock.pause_at(1)
         page.set_default_timeout(60_000)
         page.set_viewport_size({"width": width, "height": 900})
         page.on("console", heard)
@@ -511,9 +514,10 @@ class TestThePage:
 
     def test_loads_itself_again_as_it_was(self, opened: Any, tmp_path: Path, board: list[Row]):
         watched = page_of(board[:2], tmp_path / "a.html", refresh=2)
-        page = opened("#where=seed%3D1", watched)
+        page = opened("#where=seed%3D1", watched, stopped=True)
         page.evaluate("scrollTo(0, 50)")
         page_of(board[:4], watched, refresh=60)
+        page.clock.fast_forward(2000)
         page.locator("#count", has_text="2 of 4 runs").wait_for()
         page.wait_for_function("scrollY === 50")
 
