@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import time
 
 import pytest
 import torch
@@ -245,22 +244,6 @@ def test_a_step_costs_the_same_anywhere_and_copies_no_weights(variant):
     matrices = sum(len(weight) for weight in (layer.m_phi, layer.m_u, layer.m_y) if weight is not None)
     assert costs[0][0] == 2 * width * (matrices * width + filters * poles)
     assert branches * poles <= 2 * len(realize_filters(*layer.bank.spectral[:3], tolerance=0.0).poles)
-
-
-@torch.no_grad()
-def test_a_step_is_a_hundredth_of_the_convolution():
-    seq_len, width = 16384, 32
-    layer = random_stu(d_model=width, seq_len=seq_len, num_filters=24, dtype=torch.float32)
-    x = noise(1, seq_len, width, dtype=torch.float32)
-    _, state = layer.prefill(x[:, :-1])
-
-    def seconds(call):
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    step = min(seconds(lambda: layer.step(x[:, -1], state)) for _ in range(20))
-    assert min(seconds(lambda: layer(x)) for _ in range(2)) > 100 * step
 
 
 # --- precision ---

@@ -560,7 +560,7 @@ def test_a_failure_is_one_line_and_holds_nothing_up(
     for step in range(3):
         logger.log_metrics({"loss": 1.0}, step=step)
     close_trackers()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert len(experiment.rows) == rows
     command = "wandb sync --include-online 'my run/wandb'"
     [message] = said(caplog)
