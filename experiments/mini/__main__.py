@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.compare.runs import find, read
-from experiments.mini.board import Result, problems, results_of, table
+from experiments.mini.board import Result, is_of_board, is_of_preset, problems, results_of, table
 from experiments.shared.files import command, refuse, runs_folder
 from experiments.shared.study import FILE, with_report
 from stu.errors import OptionError, require
@@ -30,13 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for folder in folders:
             require(folder.is_dir(), "FOLDER", folder, "must be a folder")
-        results = results_of(map(read, find(folders)))
-        require(bool(results), "FOLDER", folders[0], "has no run of a preset experiment=mini/…")
+        rows = [row for row in map(read, find(folders)) if is_of_preset(row)]
+        results = results_of(rows)
+        require(bool(results), "FOLDER", folders[0], "has no run of a preset experiment=mini/… as it is")
         options.out.mkdir(parents=True, exist_ok=True)
         write(results, options.out)
     except (OptionError, OSError) as error:
         return refuse(error)
     print(table(results))
+    if others := [row.path for row in rows if not is_of_board(row)]:
+        print(f"not of the board: {len(others)} runs with settings of their own, as {others[0]}", file=sys.stderr)
     lacking = problems(results)
     for problem in lacking:
         print(problem, file=sys.stderr)

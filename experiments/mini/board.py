@@ -1,15 +1,18 @@
 """The board `sweep=mini`: its results, its table, and whether it is what it promises to be."""
 
 import math
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from experiments.compare.runs import Mode, Row
+from stu.training.names import is_telling, key_of
 
 PRESETS = "mini/"
 MODELS, TASKS, SEEDS = 9, 6, 2  # at least
+CHOSEN = ("experiment", "model", "seed")  # what the command of a run sets; with more it is no run of the board
 ERRORS = 3  # standard errors by which the best model is above the best trivial baseline
 
 Result = Mapping[str, Any]  # of one run, as results.json has it
@@ -38,9 +41,20 @@ class Entry(NamedTuple):
         return better / self.error if self.error else math.copysign(math.inf, better)
 
 
+def is_of_preset(row: Row) -> bool:
+    """Whether a run is of one of the board's presets."""
+    return (row.experiment or "").startswith(PRESETS)
+
+
+def is_of_board(row: Row) -> bool:
+    """Whether it has the settings of that preset, and none of its own."""
+    keys = [key_of(word) for word in shlex.split(row.command or "") if "=" in word]
+    return is_of_preset(row) and all(key in CHOSEN or not is_telling(key) for key in keys)
+
+
 def results_of(rows: Iterable[Row]) -> list[Result]:
     """What results.json has of the runs of the board, sorted."""
-    board = [row for row in rows if (row.experiment or "").startswith(PRESETS)]
+    board = filter(is_of_board, rows)
     return [
         {
             "task": (row.experiment or "").removeprefix(PRESETS),

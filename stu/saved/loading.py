@@ -29,6 +29,7 @@ from stu.saved.exported import CONFIG, WEIGHTS, assembled, load_weights, read_fo
 from stu.task import pad
 
 MANIFEST, SUMMARY, CHECKPOINTS = "manifest.json", "summary.json", "checkpoints"  # of a run
+PRETRAINING = "pretrain"  # of checkpoints: a phase with a head, and perhaps an encoder, of its own
 TASKS = ("data",)  # the package that has the tasks of earlier runs, whose checkpoints do not describe their models
 
 
@@ -234,6 +235,8 @@ def _checkpoint(path: Path, trust: Sequence[str]) -> Trained:
     manifest, summary = mapping_in(run / MANIFEST) or {}, mapping_in(run / SUMMARY) or {}
     about = _about(run, manifest, summary) if file.name == NAMES[1] and manifest else {}
     if not isinstance(trained, Mapping) or isinstance(trained.get("model"), str):
+        told = "is of pretraining, whose model fills in hidden inputs; the trained one is in the folder above"
+        require(file.parent.name != PRETRAINING, "checkpoint", file, told)
         reason = "" if not isinstance(trained, Mapping) else f" ({trained['model']})"
         return Trained(*_of_settings(file, manifest.get("settings"), model, reason, trust), about)
     return Trained(*assembled(trained, model, str(file), trust), about)

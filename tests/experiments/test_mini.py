@@ -92,13 +92,16 @@ def test_only_runs_of_the_board_count():
         "config": {"task": {"data": {"test": 50}}, "optimizer": {"lr": 0.01}},
     }  # fmt: skip
     rows = [Row(task="lds", model="stu", experiment=name, **facts) for name in ("mini/lds", "quick", None)]
-    [only] = results_of(rows)
+    for words in ("pretrain=masked", "trainer.max_steps=600", "+optimizer.lr=1", "logger=csv mode=train name=r"):
+        rows.append(Row(task="lds", model="s5", experiment="mini/lds", command=f"train.py seed=1 {words}", **facts))
+    only, other = sorted(results_of(rows), key=lambda result: result["model"] == "s5")
     assert (only["task"], only["trivial"], only["lr"], only["test_sequences"]) == ("lds", 1.0, 0.01, 50)
+    assert other["model"] == "s5"
 
 
 def test_a_folder_without_the_board_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: FOLDER={tmp_path}: has no run of a preset experiment=mini/…\n"
+    assert capsys.readouterr().err == f"error: FOLDER={tmp_path}: has no run of a preset experiment=mini/… as it is\n"
     assert main([str(tmp_path / "none")]) == 2
     assert not (tmp_path / "out").exists()
 

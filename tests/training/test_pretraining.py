@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+import stu
 from stu.backbone import SequenceModel
 from stu.cli.composition import build
 from stu.cli.usage import options_of
@@ -230,6 +231,8 @@ def test_a_run_of_two_phases_resumes_to_the_last_bit_wherever_it_was_stopped(tmp
     assert runs.train(home, *words).code == 0
     runs.assert_identical(without_seconds(broken), without_seconds(whole))
     assert whole.read_summary()["pretrain"]["steps"] == 10
+    with pytest.raises(OptionError, match=r"best\.ckpt: is of pretraining, .* the trained one is in the folder above"):
+        stu.load(whole.pretraining / "best.ckpt")
     first = {name: value for step, _, name, value in read_metrics(whole.pretrain_metrics) if step == 1}
     assert first.keys() >= {"train/loss", "train/accuracy", "lr/default"}
 
