@@ -243,8 +243,11 @@ def nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
                 yield from nodes(child, f"{key}[{index}]")
 
 
-def missing(key: str, known: Iterable[str]) -> str:
-    """That a key does not exist, and what was meant instead. known: the names that there are in its place."""
+def missing(key: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """That a key does not exist, and what was meant instead.
+
+    known: the names that there are in its place. others: all keys, of which one may end in this name.
+    """
     group, _, name = key.partition(".")
     if key in RENAMED:
         return f"no such key; it is {RENAMED[key]} now"
@@ -253,5 +256,7 @@ def missing(key: str, known: Iterable[str]) -> str:
     names, last = sorted(known), key.rpartition(".")[2]
     if not names:
         return "no such key; to add a key, write + before it"
-    near = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(last, names, n=1))
+    elsewhere = [other for other in others if other.rpartition(".")[2] == last and not other.startswith("hydra.")]
+    meant = elsewhere[:2] or difflib.get_close_matches(last, names, n=1)
+    near = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"no such key; {near}allowed: {', '.join(n for n in names if n[0] != '_')}"

@@ -206,7 +206,8 @@ def _composition_line(error: BaseException) -> str:
             )
             return f"{written}: {_flat(reason)}" if written else _flat(reason)
         case ConfigKeyError() | ConfigAttributeError() if override and isinstance(parent, DictConfig):
-            return f"{written}: {missing(key or override, map(str, parent))}"
+            whole = OmegaConf.to_container(parent._get_root(), resolve=False)
+            return f"{written}: {missing(key or override, map(str, parent), dict(nodes(whole)))}"
     first = str(cause).partition("\n")[0]  # then follows the key again
     return f"{written}: {first}" if written else _flat(str(error))
 

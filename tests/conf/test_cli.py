@@ -37,6 +37,9 @@ EARLY: Refused = [
     (("experiment=bla",), ("experiment=bla: no such option", "quick")),
     (("model.depht=3",), ("model.depht=3: no such key", "did you mean depth?", "d_model, depth, dropout")),
     (("optimiser=adamw",), ("optimiser=adamw: no such key", "did you mean optimizer?", "checkpoints")),
+    (("lr=1e-3",), ("lr=1e-3: no such key; did you mean optimizer.lr? allowed: callbacks, ",)),
+    (("optimizer.depth=3",), ("optimizer.depth=3: no such key; did you mean model.depth? allowed: betas, ",)),
+    (("model.hankel=slepian",), ("model.hankel=slepian: no such key; did you mean model.mixer.hankel? allowed: ",)),
     # it does not fit the constructors
     (("+foo=1",), ("foo=1: no such key", "checkpoints, experiment, figures, generate, loader")),
     (("+model.foo=1",), ("model.foo=1: no such key", "d_model, depth, dropout")),
