@@ -81,9 +81,9 @@ class Windows:
         rest = len(self.stored) % self.seq_len
         return np.array([self.seq_len] * (len(self) - 1) + [rest]) if rest else None
 
-    def tokens(self, part: slice = slice(None)) -> NDArray[np.int64]:
-        """Those of a part of the text."""
-        return self.stored[part].astype(np.int64) + self.first
+    def tokens(self, part: slice | None = None) -> NDArray[np.int64]:
+        """Those of a part of the text; None: of all of it."""
+        return self.stored[part or slice(None)].astype(np.int64) + self.first
 
 
 @final

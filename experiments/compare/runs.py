@@ -269,9 +269,8 @@ def _preset(command: str | None) -> str | None:
         words = shlex.split(command or "")
     except ValueError:
         return None
-    return next(
-        (word.partition("=")[2] for word in reversed(words) if word.lstrip("+").startswith("experiment=")), None
-    )
+    named = (word.partition("=")[2] for word in reversed(words) if word.lstrip("+").startswith("experiment="))
+    return None if (name := next(named, "none")) == "none" else name
 
 
 def _loggers(config: Mapping[str, Any]) -> list[Any]:

@@ -12,11 +12,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 
-from stu.cli.usage import BY_OTHERS, CONF, GROUPS, PRESETS, folded, options_of
+from stu.cli.usage import BY_OTHERS, CONF, GROUPS, folded, options_of
 from stu.errors import OptionError, require
 
 SEVERAL = ("callbacks", "logger")  # groups of which a list of options may be chosen
-CHOSEN = [group for group in GROUPS if group not in PRESETS]  # one option of each is in every configuration
+CHOSEN = [group for group in GROUPS if group not in ("tuned", "sweep")]  # one option of each is in every configuration
 FOLDERS = {"paths.runs": "STU_RUNS", "paths.data": "STU_DATA"}  # keys, and what their defaults are read from
 FLAGS = "-m, --cfg job|hydra|all (with --resolve), --info, --version, --help, --hydra-help"
 
@@ -89,6 +89,8 @@ def expanded(word: str, *, swept: bool) -> str:
     require(bool(key), "override", word, "has no key: write KEY=VALUE")
     require(key not in BY_OTHERS, key, word.partition("=")[2], "cannot be chosen: experiment and model choose it")
     require(key != "hydra.mode", "override", word, "write -m for a sweep, and nothing for one run")
+    removed = key == "experiment" and override.is_delete()
+    require(not removed, "override", word, "cannot be removed; experiment=none is no preset")
     if swept and override.is_sweep_override():
         return _swept(word, override)
     value: Any = override.value()

@@ -113,7 +113,7 @@ def _run(main: Callable[[], object], checked: Callable[[list[str]], list[str]]) 
             raise SystemExit(130) from None
         raise
     except Exception as error:
-        composing = not STARTED or isinstance(error, (HydraException, OmegaConfBaseException, OptionError))
+        composing = not STARTED or isinstance(error, HydraException | OmegaConfBaseException | OptionError)
         if TRACEBACKS or not composing:
             raise
         _fail(_line(error, None) or f"{type(error).__name__}: {_flat(str(error))}", told=_told_by_another(error))

@@ -242,7 +242,8 @@ class TestBrokenFiles:
             flipped = bytearray(whole)
             flipped[at // 8] ^= 1 << at % 8
             (run.path / file).write_bytes(flipped)
-            assert (found := read(run.path)) == row or found.unreadable == (f"{file} is unreadable",)
+            found = read(run.path)
+            assert found == row or found.unreadable == (f"{file} is unreadable",)
 
     def test_no_flipped_bit_of_the_metrics_passes(self, tmp_path: Path):
         run = make_run(tmp_path, val={7: 0.3, 10: 0.25})

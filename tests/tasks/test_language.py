@@ -91,7 +91,8 @@ def test_a_folder_of_files_is_read_in_order_and_what_is_no_text_is_said(tmp_path
     )  # fmt: skip
     found = data(tmp_path, source, val=2.0**-4, test=2.0**-4)
     assert "".join(text_of(found, split) for split in ("train", "val", "test")) == "first second third"
-    assert "2 files of" in (line := capsys.readouterr().err)
+    line = capsys.readouterr().err
+    assert "2 files of" in line
     assert ".hidden, c.png" in line
     assert "".join(path.name for path in text_files(f"{source}/*.txt").paths["all"]) == "b.txte.txt"
     assert [path.name for path in text_files(f"{source}/**/*.md").paths["all"]] == ["z.md"]
@@ -204,7 +205,8 @@ def test_the_task_scores_its_baselines_in_its_metric(tmp_path: Path):
     for units, metric in (("bytes", "bits_per_byte"), ("characters", "bits_per_character"), ("words", "bits_per_word")):
         task = Language(seq_len=16, causal=True, data=data(tmp_path, source, units=units))
         assert task.monitor == metric
-        assert set(task.trivial) <= set(found := task.baselines())
+        found = task.baselines()
+        assert set(task.trivial) <= set(found)
         assert found["uniform"] >= found["unigram"] > found["bigram"]
         assert ("gzip" in found) == (units == "bytes")
         assert task.preprocessing.inputs.decode(task.preprocessing.inputs.encode("the cat")) == "the cat"
