@@ -36,9 +36,9 @@ COLUMNS = ("`model=`", "what it is", "parameters", "work in L", "state")
 WIDTH = 128  # of every model
 BOARD = ROOT / "experiments" / "mini" / "README.md"
 BOARD_START, BOARD_END = "<!-- board: make generate -->\n", "<!-- end of board -->\n"
-BOARD_FIGURE = "![Eleven models on small versions of the tasks, and trivial baselines](experiments/mini/board.png)\n\n"
+BOARD_FIGURE = "![All models on small versions of the tasks, and trivial baselines](experiments/mini/board.png)\n\n"
 BOARD_TEXT = """\
-Eleven models on small versions of the tasks, about 50,000 parameters each, under three minutes a run on one core:
+All models on small versions of the tasks, about 50,000 parameters each, under three minutes a run on one core:
 accuracy on the test set in percent (LDS: mean squared error), mean ± standard deviation of two seeds. This is no Long
 Range Arena; [experiments/mini](experiments/mini/README.md) has the one command behind it, budgets and rates.
 
