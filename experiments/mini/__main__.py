@@ -1,7 +1,7 @@
-"""Collect the board: python -m experiments.mini [FOLDER …] [--out FOLDER].
+"""Collect the board: python -m experiments.mini [FOLDER …] [--add] [--out FOLDER].
 
-Reads the runs of sweep=mini below the folders (default: runs/, or $STU_RUNS), writes results.json and the table in
-README.md, and says what the board lacks; exit code 1 if it lacks something.
+Reads the runs of sweep=mini below the folders (default: runs/, or $STU_RUNS), writes results.json, the table in
+README.md and board.png, and says what the board lacks; exit code 1 if it lacks something.
 """
 
 import argparse
@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.compare.groups import Group
 from experiments.compare.runs import find, read
-from experiments.mini.board import Result, is_of_board, is_of_preset, problems, results_of, table
+from experiments.mini.board import Result, added, groups, is_of_board, is_of_preset, problems, results_of, table
 from experiments.shared.files import command, refuse, runs_folder
 from experiments.shared.study import FILE, with_report
 from stu.errors import OptionError, require
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the runs and write the files; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.mini", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where the runs are")
+    parser.add_argument("--add", action="store_true", help="keep what results.json has of other models and tasks")
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="of results.json and README.md")
     options = parser.parse_args(arguments)
     folders = options.folders or [runs_folder()]
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for row in map(read, find(folders)) if is_of_preset(row)]
         results = results_of(rows)
         require(bool(results), "FOLDER", folders[0], "has no run of a preset experiment=mini/… as it is")
+        if options.add and (options.out / FILE).exists():
+            results = added(results, json.loads((options.out / FILE).read_text(encoding="utf-8")))
         options.out.mkdir(parents=True, exist_ok=True)
         write(results, options.out)
     except (OptionError, OSError) as error:
@@ -47,12 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(results: Sequence[Result], folder: Path) -> None:
-    """results.json, a run a line, and the table between the markers of README.md, if there is one."""
+    """results.json, a run a line; the table between the markers of README.md, if there is one; board.png."""
     lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
     write_atomically(folder / FILE, f"[\n{lines}\n]\n")
     readme = folder / "README.md"
     if readme.exists():
         write_atomically(readme, with_report(readme.read_text(encoding="utf-8"), table(results)))
+    draw(groups(results), folder / "board.png")
+
+
+def draw(some: Sequence[Group], file: Path) -> None:
+    """All models on all tasks in one figure. Raises `OptionError` without matplotlib."""
+    try:
+        from experiments.compare.figures import board, style
+    except ModuleNotFoundError as error:
+        raise OptionError("board.png", file, f'needs {error.name}: pip install ".[plot]"') from None
+    with style.styled():
+        if figure := board.board(some, sorted({group.model for group in some})):
+            style.save(figure, file)
 
 
 if __name__ == "__main__":

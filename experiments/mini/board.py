@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from experiments.compare.groups import Group, grouped
 from experiments.compare.runs import Mode, Row
 from stu.training.names import is_telling, key_of
 
@@ -78,6 +79,35 @@ def results_of(rows: Iterable[Row]) -> list[Result]:
         }
         for row in sorted(board, key=lambda row: (row.experiment or "", row.model, row.seed or 0))
     ]
+
+
+def added(results: Sequence[Result], earlier: Iterable[Result]) -> list[Result]:
+    """The results, and those of an earlier board that have another task or model."""
+    renewed = {_place(result) for result in results}
+    kept = [result for result in earlier if _place(result) not in renewed]
+    return sorted([*kept, *results], key=lambda result: (*_place(result), result["seed"]))
+
+
+def _place(result: Result) -> tuple[str, str]:
+    return result["task"], result["model"]
+
+
+def groups(results: Iterable[Result]) -> list[Group]:
+    """What the figure is drawn of: a group for each task and model."""
+    names = ("task", "model", "seed", "status", "metric", "mode", "test", "best_val", "parameters", "seconds")
+    return grouped(
+        Row(
+            **{name: result[name] for name in (*names, "tokens_per_second", "peak_memory")},
+            name="",
+            path="",
+            sequences_per_second=None,
+            step=None,
+            total_steps=result["steps"],
+            unreadable=(),
+            baselines={"trivial": result["trivial"]},
+        )
+        for result in results
+    )
 
 
 def entries(results: Iterable[Result]) -> list[Entry]:

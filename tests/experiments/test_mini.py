@@ -10,8 +10,8 @@ import yaml
 
 from experiments.compare.runs import Row
 from experiments.mini import board
-from experiments.mini.__main__ import HERE, main
-from experiments.mini.board import Result, entries, problems, results_of, table
+from experiments.mini.__main__ import HERE, draw, main
+from experiments.mini.board import Result, added, entries, groups, problems, results_of, table
 from stu.cli.usage import CONF, options_of
 
 TASKS = [f"task{number}" for number in range(6)]
@@ -83,6 +83,16 @@ def test_the_table_is_sorted_by_mean_rank_and_the_best_is_bold():
     assert lines[-1] == "| *best trivial baseline* | " + " | ".join(["50.0"] * 7) + " |  |"
 
 
+def test_runs_that_are_added_replace_those_of_their_model_and_task_alone():
+    earlier, new = whole_board(), [result("task0", "model1", 2, 0.8), result("task0", "another", 0, 0.7)]
+    found = added(new, earlier)
+    assert found == sorted(found, key=lambda one: (one["task"], one["model"], one["seed"]))
+    assert [one for one in found if one in new] == [new[1], new[0]]
+    assert [one for one in found if one not in new] == [
+        one for one in earlier if (one["task"], one["model"]) != ("task0", "model1")
+    ]
+
+
 def test_only_runs_of_the_board_count():
     facts: dict[str, Any] = {
         "name": "r", "seed": 1, "metric": "mse", "mode": "min", "test": 0.1, "best_val": 0.2, "parameters": 5,
@@ -130,6 +140,14 @@ def test_the_committed_board_lacks_nothing():
     for one in results:
         assert one["seconds"] < 180, one
         assert one["lr"] == rate(one["task"], one["model"]), one
+
+
+def test_the_figure_has_what_the_table_has(tmp_path: Path):
+    results = committed("results.json")
+    drawn = {(group.task, group.model): (group.mean, group.trivial, group.metric) for group in groups(results)}
+    assert drawn == {(one.task, one.model): (one.mean, one.trivial, one.metric) for one in entries(results)}
+    draw(groups(results), tmp_path / "board.png")
+    assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_rates_are_the_best_of_those_that_were_tried():
