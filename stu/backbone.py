@@ -96,7 +96,8 @@ class BackboneState(NamedTuple):
 class Backbone(Structured):
     """`depth` blocks over sequences of width `d_model`; the same code whichever mixer it holds.
 
-    mixer: one factory `mixer(d_model)`, or several, cycled over depth (hybrids need no class of their own).
+    mixer: one factory `mixer(d_model)`, or several, cycled over depth, which each must reach (hybrids need no class of
+    their own).
     channel_mixer: None where the mixer is a complete block of its own, as in Mamba.
     positions: absolute positions added to the input; "rotary" ones are applied inside attention. They count padding:
     those of a padded piece are its indices, and each sequence continues from the index after its last real position.
@@ -134,6 +135,8 @@ class Backbone(Structured):
         require(0 <= dropout < 1, "dropout", dropout, "must be in [0, 1)")
         mixers = [mixer] if callable(mixer) or mixer is None else list(mixer)
         require(len(mixers) > 0 and all(map(callable, mixers)), "mixer", mixer, "must name at least one mixer")
+        enough = f"must be at least {len(mixers)}, so that each of the {len(mixers)} layers has a block"
+        require(depth >= len(mixers), "depth", depth, enough)
         named = callable(channel_mixer) or channel_mixer is None
         require(named, "channel_mixer", channel_mixer, "must name a channel mixer, such as GLU, or be null")
         alone = channel_mixer is None and channel_residual

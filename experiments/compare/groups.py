@@ -1,6 +1,7 @@
 """Runs that differ in nothing but the seed are one group: a mean and a standard deviation."""
 
 import math
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,11 +11,13 @@ from itertools import groupby
 from typing import Any
 
 from experiments.compare.runs import Measured, Row, printable, rank
-from stu.training.names import is_free
+from stu.training.names import is_free, key_of
 from stu.training.records import flatten
 
 # Besides what may change between the starts of a run: what does not change what is computed.
-NEUTRAL = ("seed", "log_every", "checkpoints", "hydra", "task._target_", "task.data._target_")
+NEUTRAL = ("seed", "log_every", "checkpoints", "hydra", "callbacks.device_stats", "task._target_", "task.data._target_")
+# What runs have that were made before there was such an option.
+EARLIER: dict[str, Any] = {"pretrain.objective": "none", "precondition.degree": 0}
 # Of the options of a task, those that say how a model sees the data; by all others its results are of other data.
 VIEWS = ("causal", "pool", "tokens", "centered", "vocab_size")
 LIMITS = ("trainer.limit_test_batches", "trainer.overfit_batches")
@@ -181,9 +184,18 @@ def _by(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[tuple[str, l
 def _apart(rows: Sequence[Row], tells: Callable[[str], bool]) -> list[tuple[dict[str, Any], list[Row]]]:
     """The rows in parts that agree in all options that tell: what tells a part from the others, and its rows.
 
-    An option that only some rows have tells nothing unless these differ: earlier versions did not have it.
+    An option that only some rows have tells nothing unless these differ, as earlier versions did not have it; but it
+    is null where there is nothing in its place, such as groups of an optimiser, and where a command added it.
     """
-    flat = [{key: told(key, value) for key, value in flatten(row.config).items() if tells(key)} for row in rows]
+    flat = [{key: told(key, value) for key, value in _options(row).items() if tells(key)} for row in rows]
+    every = Counter(key for settings in flat for key in settings)
+    optional = {key_of(word) for row in rows for word in _words(row) if word.startswith("+")}
+    for key in (key for key, count in every.items() if count < len(rows)):
+        above = [key[:at] for at, letter in enumerate(key) if letter == "."]
+        added = not optional.isdisjoint((key, *above))
+        for settings in flat:
+            if key not in settings and (added or any(settings.get(one, key) in ((), None) for one in above)):
+                settings[key] = None
     values: dict[str, set[Any]] = {}
     for settings in flat:
         for key, content in settings.items():
@@ -194,6 +206,23 @@ def _apart(rows: Sequence[Row], tells: Callable[[str], bool]) -> list[tuple[dict
         own = {key: settings[key] for key in telling if key in settings}
         found.setdefault(frozenset(own.items()), (own, []))[1].append(row)
     return list(found.values())
+
+
+def _options(row: Row) -> dict[str, Any]:
+    """All of them by their keys; of the callbacks their names instead of their classes."""
+    flat = EARLIER | flatten(row.config)
+    names = {key.split(".")[1] for key in flat if key.startswith("callbacks.") and _tells(key)}
+    classes = {f"callbacks.{name}._target_" for name in names}
+    kept = {key: content for key, content in flat.items() if key not in classes}
+    return kept | {"callbacks": ", ".join(sorted(names)) or "none"}
+
+
+def _words(row: Row) -> list[str]:
+    """Those of the command of a run."""
+    try:
+        return shlex.split(row.command or "")
+    except ValueError:
+        return []
 
 
 @cache

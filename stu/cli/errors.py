@@ -29,6 +29,7 @@ from omegaconf.errors import (
 
 from stu.cli import arguments
 from stu.cli.check import Refused, missing, nodes
+from stu.cli.layers import as_written
 from stu.cli.usage import CONF, GROUPS, at_home, folded, options_of
 from stu.errors import CommandError, OptionError
 
@@ -161,7 +162,7 @@ def _line(error: BaseException, config: DictConfig | None) -> str | None:
     """An error in one line, naming the full key; None for errors that are not the user's."""
     match error:
         case OptionError():
-            key = _full_key(error, config)
+            key = as_written(_full_key(error, config))
             return f"{_preset(key)}{key}={error.value}: {_flat(error.allowed)}"
         case Exception() if isinstance(error, MemoryError) or TOO_LARGE.search(str(error)):
             reason = _flat(str(error)) if type(error) is MemoryError and str(error) else "memory does not suffice"

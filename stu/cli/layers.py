@@ -26,6 +26,7 @@ ALIASES = {"attention": "transformer"}  # what the mixer of a model is called in
 OPTIONS = "model.mixers."  # what follows: the options of layers, by name
 
 LONGEST, SHOWN = 100, 88  # characters of a name that layers make, and of one that ends in a hash
+NAMES: list[str] = []  # of the nodes in `model.mixer` of the configuration that was laid out last
 
 Model = Callable[[str], DictConfig]  # the configuration of a model's own file, before its layers are laid out
 
@@ -68,6 +69,7 @@ def install() -> None:
 
 def lay_out(config: DictConfig, model: Model) -> None:
     """Replace `model.layers` and `model.mixers` by what they stand for. Raises `Refused` for what is no layer."""
+    NAMES.clear()
     layers, options = config.model.pop("layers", None), config.model.pop("mixers", OmegaConf.create())
     choice = config.hydra.runtime.choices.model
     if layers is None and _is_hybrid(choice):
@@ -81,13 +83,17 @@ def lay_out(config: DictConfig, model: Model) -> None:
     preset = chosen.model.get("mixers") or {}  # of layers that others may have replaced
     foreign = (name for name in map(str, options) if name not in files and options[name] != preset.get(name))
     if unknown := next(foreign, None):
-        raise Refused(f"{OPTIONS}{unknown}", brief(options[unknown]), missing(f"{OPTIONS}{unknown}", files))
+        absent = f"is none of model.layers=[{','.join(layers)}]"
+        known = unknown in ALIASES or unknown in options_of("model")
+        told = absent if known else missing(f"{OPTIONS}{unknown}", files)
+        raise Refused(f"{OPTIONS}{unknown}", brief(options[unknown]), told)
     owner = next((name for name in files if _written(model(files[name])) == _written(chosen)), None)
     if owner is None:
         _require_unchanged(_written(config), _written(chosen), files)
     sources = {name: config if name == owner else model(file) for name, file in files.items()}
     nodes = {name: _with(name, source.model.mixer, options.get(name) or {}) for name, source in sources.items()}
     config.model.mixer = [nodes[name] for name in layers]
+    NAMES.extend(layers)
     current, inherited = _groups(config), _groups(chosen)
     given = {name: group for name, group in current.items() if name not in inherited}
     own = {name: _groups(source) for name, source in sources.items()}
@@ -98,6 +104,12 @@ def lay_out(config: DictConfig, model: Model) -> None:
         config.optimizer.groups = groups
     if layers != chosen.model.layers:
         config.hydra.runtime.choices.model = name_of(choice, layers)
+
+
+def as_written(key: str) -> str:
+    """A key of a laid-out configuration as commands have it: model.mixer[1].window → model.mixers.attention.window."""
+    found = re.match(r"model\.mixer\[(\d+)\]", key)
+    return f"{OPTIONS}{NAMES[int(found[1])]}{key[found.end() :]}" if found and NAMES else key
 
 
 def name_of(model: str, layers: Sequence[str]) -> str:

@@ -52,7 +52,8 @@ def slepian_filters(seq_len: int, num_filters: int, bandwidth: float | None = No
     """
     width = default_bandwidth(seq_len, num_filters) if bandwidth is None else bandwidth
     require(0 < width < 0.5, "bandwidth", bandwidth, "must be above 0 and below 0.5, in cycles per step")
-    return _eigenpairs(seq_len, num_filters, width)
+    require(seq_len * width > SMALLEST, "bandwidth", bandwidth, f"is too narrow for {seq_len} steps to tell from 0")
+    return _eigenpairs(seq_len, min(num_filters, seq_len), width)
 
 
 def prolate_matrix(seq_len: int, bandwidth: float) -> np.ndarray:

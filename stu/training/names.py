@@ -31,6 +31,7 @@ FREE_KEYS = (
 FOLDERS = ("model", "task")  # choices that name the folders above a run
 LONGEST_NAME = 240  # bytes: file systems take 255, of which the names of lock and temporary files need some
 LONGEST, SHOWN = 100, 88  # characters of a name that is made, and of one that ends in a hash
+SHORTENED = re.compile(r"^(model\.mixers\.(?=\w+\.\w+=)|[\w.@/]*\.(?=\w+=))")  # of a key; a layer's name stays
 DIGEST = re.compile(r"-[0-9a-f]{10}")
 
 
@@ -60,7 +61,7 @@ def run_name(overrides: Sequence[str], swept: Collection[str] = ()) -> str:
         return name
     first = [override for override in sorted(kept) if kept[override] in swept]
     rest = [override for override in sorted(kept) if kept[override] not in swept]
-    shown = _safe(",".join([*first, *(re.sub(r"^[\w.@/]*\.(?=\w+=)", "", override) for override in rest)]))
+    shown = _safe(",".join([*first, *(re.sub(SHORTENED, "", override) for override in rest)]))
     return f"{shown[:SHOWN]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"  # others may be simplified to the same
 
 

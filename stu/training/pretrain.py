@@ -19,7 +19,7 @@ from stu.training.run import Run, rank
 @final
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """How a run is pretrained, and how long: as `trainer` says it of training, in optimiser steps and epochs.
+    """How a run is pretrained, and how long: in optimiser steps and epochs, or, with neither, as long as it trains.
 
     objective: masked, hidden inputs are predicted from the others, a share `ratio` of them in spans; next, the
     next input at every step, by a causal model; or none. loss: of real inputs, l1 or mse; that of tokens is the
@@ -54,7 +54,8 @@ class Phase:
         self.task = pretraining.task(task, model)
         parts.seed_everything()  # its head is drawn, too
         self.metrics = MetricsCSV(run.pretrain_metrics)
-        limits = {"max_steps": pretraining.max_steps, "max_epochs": pretraining.max_epochs}
+        given = pretraining.max_steps != -1 or pretraining.max_epochs is not None
+        limits = {"max_steps": pretraining.max_steps, "max_epochs": pretraining.max_epochs} if given else {}
         rates = {} if pretraining.lr is None else {"lr": pretraining.lr}
         network = self.task.model(copy.deepcopy(model))
         self.fitting = parts.fitting(self.task, network, run.pretraining, [self.metrics], limits=limits, rates=rates)

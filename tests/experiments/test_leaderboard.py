@@ -138,6 +138,43 @@ def test_options_that_cannot_be_read_are_not_of_full_size():
     assert reduced(group) == "options that cannot be read"
 
 
+def test_callbacks_tell_groups_by_their_names_and_options():
+    ema = {"_target_": "stu.training.EMA", "decay": 0.999}
+    configs: list[dict[str, Any]] = [
+        {"callbacks": {}},
+        {},  # of an earlier version
+        {"callbacks": {"device_stats": {"_target_": "stu.training.DeviceStats"}}},  # which changes nothing
+        {"callbacks": {"ema": ema}},
+        {"callbacks": {"ema": {**ema, "decay": 0.9}}},
+    ]
+    rows = [row(name=str(k), config=config) for k, config in enumerate(configs)]
+    found = {group.label: [one.name for one in group.rows] for group in grouped(rows)}
+    assert found == {
+        "callbacks=none": ["0", "1", "2"],
+        "callbacks=ema, decay=0.999": ["3"],
+        "callbacks=ema, decay=0.9": ["4"],
+    }
+
+
+def test_what_only_some_runs_have_tells_groups_where_the_others_have_nothing():
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("train.py", {"pretrain": {"objective": "none"}, "optimizer": {"groups": None}}),
+        ("train.py", {}),  # of an earlier version
+        ("train.py pretrain=masked", {"pretrain": {"objective": "masked"}}),
+        ("train.py +trainer.inference_mode=false", {"trainer": {"inference_mode": False}}),
+        ("train.py optimizer.groups.a.lr=1", {"optimizer": {"groups": {"a": {"lr": 1}}}}),
+        ("train.py", {"trainer": {"benchmark": None}}),  # a later version's
+    ]
+    rows = [row(name=str(k), command=command, config=config) for k, (command, config) in enumerate(given)]
+    assert sorted([one.name for one in group.rows] for group in grouped(rows)) == [
+        ["0"],
+        ["1", "5"],
+        ["2"],
+        ["3"],
+        ["4"],
+    ]
+
+
 def test_what_does_not_change_the_result_tells_no_groups():
     same = [{"seed": s, "log_every": s, "name": s, "logger": {"mode": s}, "task": {"_target_": s}} for s in range(3)]
     [group] = grouped(row(seed=one["seed"], config=one) for one in same)
