@@ -142,7 +142,7 @@ def grouped(rows: Iterable[Row]) -> list[Group]:
         for task, of_task in _by(sorted(rows, key=_place), lambda row: row.task)
         for variant, of_variant in _apart(of_task, tells_data)
         for model, of_model in _by(of_variant, lambda row: row.model)
-        for settings, some in _apart(of_model, _tells)
+        for settings, some in _apart(of_model, tells)
     ]
     return sorted(groups, key=lambda group: (group.task, group.title, group.order, group.model, group.label))
 
@@ -181,13 +181,13 @@ def _by(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[tuple[str, l
     return ((name, list(some)) for name, some in groupby(sorted(rows, key=key), key=key))
 
 
-def _apart(rows: Sequence[Row], tells: Callable[[str], bool]) -> list[tuple[dict[str, Any], list[Row]]]:
+def _apart(rows: Sequence[Row], counts: Callable[[str], bool]) -> list[tuple[dict[str, Any], list[Row]]]:
     """The rows in parts that agree in all options that tell: what tells a part from the others, and its rows.
 
     An option that only some rows have tells nothing unless these differ, as earlier versions did not have it; but it
     is null where there is nothing in its place, such as groups of an optimiser, and where a command added it.
     """
-    flat = [{key: told(key, value) for key, value in _options(row).items() if tells(key)} for row in rows]
+    flat = [{key: told(key, value) for key, value in _options(row).items() if counts(key)} for row in rows]
     every = Counter(key for settings in flat for key in settings)
     optional = {key_of(word) for row in rows for word in _words(row) if word.startswith("+")}
     for key in (key for key, count in every.items() if count < len(rows)):
@@ -211,7 +211,7 @@ def _apart(rows: Sequence[Row], tells: Callable[[str], bool]) -> list[tuple[dict
 def _options(row: Row) -> dict[str, Any]:
     """All of them by their keys; of the callbacks their names instead of their classes."""
     flat = EARLIER | flatten(row.config)
-    names = {key.split(".")[1] for key in flat if key.startswith("callbacks.") and _tells(key)}
+    names = {key.split(".")[1] for key in flat if key.startswith("callbacks.") and tells(key)}
     classes = {f"callbacks.{name}._target_" for name in names}
     kept = {key: content for key, content in flat.items() if key not in classes}
     return kept | {"callbacks": ", ".join(sorted(names)) or "none"}
@@ -226,7 +226,8 @@ def _words(row: Row) -> list[str]:
 
 
 @cache
-def _tells(key: str) -> bool:
+def tells(key: str) -> bool:
+    """Whether an option changes what is computed, and is no seed."""
     return not is_free(key) and not any(key == one or key.startswith(f"{one}.") for one in NEUTRAL)
 
 
@@ -234,7 +235,7 @@ def _tells(key: str) -> bool:
 def tells_data(key: str) -> bool:
     """Whether results under other values of an option are of other data: sizes, lengths, difficulty."""
     views = key.rpartition(".")[2] in VIEWS or key.endswith(".workers")
-    return (key.startswith("task.") and not views and _tells(key)) or key in LIMITS
+    return (key.startswith("task.") and not views and tells(key)) or key in LIMITS
 
 
 def told(key: str, value: Any) -> Any:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from experiments.compare.groups import Group, grouped
+from experiments.compare.groups import Group, grouped, tells
 from experiments.compare.runs import Mode, Row
-from stu.training.names import is_telling, key_of
+from experiments.compare.select import ABSENT, value
+from stu.training.names import key_of
 
 PRESETS = "mini/"
 MODELS, TASKS, SEEDS = 9, 6, 2  # at least
@@ -49,36 +50,50 @@ def is_of_preset(row: Row) -> bool:
 
 def is_of_board(row: Row) -> bool:
     """Whether it has the settings of that preset, and none of its own."""
-    keys = [key_of(word) for word in shlex.split(row.command or "") if "=" in word]
-    return is_of_preset(row) and all(key in CHOSEN or not is_telling(key) for key in keys)
+    given = [word for word in shlex.split(row.command or "") if "=" in word or word.startswith("~")]
+    return is_of_preset(row) and all(key in CHOSEN or not tells(key) for key in map(key_of, given))
 
 
 def results_of(rows: Iterable[Row]) -> list[Result]:
-    """What results.json has of the runs of the board, sorted."""
-    board = filter(is_of_board, rows)
-    return [
-        {
-            "task": (row.experiment or "").removeprefix(PRESETS),
-            "model": row.model,
-            "seed": row.seed,
-            "status": row.status,
-            "metric": row.metric,
-            "mode": row.mode,
-            "test": row.test,
-            "best_val": row.best_val,
-            "trivial": row.trivial,
-            "baselines": dict(row.baselines),
-            "test_sequences": row.config["task"]["data"]["test"],
-            "lr": row.config["optimizer"]["lr"],
-            "parameters": row.parameters,
-            "steps": row.total_steps,
-            "seconds": row.seconds,
-            "tokens_per_second": row.tokens_per_second,
-            "peak_memory": row.peak_memory,
-            "device": row.device,
-        }
-        for row in sorted(board, key=lambda row: (row.experiment or "", row.model, row.seed or 0))
-    ]
+    """What results.json has of the runs of the board, sorted; of several of one seed, which are equal, it has one."""
+    found = {(result["task"], result["model"], result["seed"]): result for result in map(_result, _last_counts(rows))}
+    return [found[place] for place in sorted(found, key=lambda place: (*place[:2], place[2] or 0))]
+
+
+def _last_counts(rows: Iterable[Row]) -> list[Row]:
+    return sorted(filter(is_of_board, rows), key=lambda row: (row.status == "finished", row.path))
+
+
+def _result(row: Row) -> Result:
+    sequences = option(row, "task.data.test")
+    numbers = (row.test, row.trivial, sequences)
+    whole = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return {
+        "task": (row.experiment or "").removeprefix(PRESETS),
+        "model": row.model,
+        "seed": row.seed,
+        "status": row.status if whole or row.status != "finished" else "damaged",
+        "metric": row.metric,
+        "mode": row.mode,
+        "test": row.test if whole else None,
+        "best_val": row.best_val,
+        "trivial": row.trivial,
+        "baselines": dict(row.baselines),
+        "test_sequences": sequences,
+        "lr": option(row, "optimizer.lr"),
+        "parameters": row.parameters,
+        "steps": row.total_steps,
+        "seconds": row.seconds,
+        "tokens_per_second": row.tokens_per_second,
+        "peak_memory": row.peak_memory,
+        "device": row.device,
+    }
+
+
+def option(row: Row, key: str) -> Any:
+    """An option of a run; None where it has none."""
+    content = value(row, key)
+    return None if content is ABSENT else content
 
 
 def added(results: Sequence[Result], earlier: Iterable[Result]) -> list[Result]:
@@ -124,8 +139,8 @@ def _entry(results: Sequence[Result]) -> Entry:
     return Entry(first["task"], first["model"], first["metric"], first["mode"], tests, error, first["trivial"])
 
 
-def problems(results: Sequence[Result]) -> list[str]:
-    """What the board lacks, a line each."""
+def problems(results: Sequence[Result], earlier: Sequence[Result] = ()) -> list[str]:
+    """What the board lacks, a line each; of what an earlier one had, too."""
     lacking = [
         f"{result['task']}, {result['model']}, seed {result['seed']}: {result['status']}"
         for result in results
@@ -140,31 +155,38 @@ def problems(results: Sequence[Result]) -> list[str]:
             lacking.append(f"{task}: {len(whole)} models with {SEEDS} seeds, must be at least {MODELS}")
         if max(entry.ahead for entry in some) <= ERRORS:
             lacking.append(f"{task}: no model is {ERRORS} standard errors better than the best trivial baseline")
-    return lacking
+    models = {entry.model for entry in entries(results)}
+    absent = {task: sorted(models - {entry.model for entry in some}) for task, some in by_task.items()}
+    lost = sorted({_place(one) for one in earlier} - {_place(one) for one in results})
+    lacking += [f"{task}, {model}: in the board before, which --add keeps" for task, model in lost]
+    return lacking + [f"{task}: no run of {', '.join(names)}" for task, names in absent.items() if names]
 
 
 def table(results: Sequence[Result]) -> str:
-    """Models and tasks in Markdown, the models by their mean rank; the best of each task is bold."""
+    """Models and tasks in Markdown, the models that have all tasks by their mean rank; the best of a task are bold."""
     board = entries(results)
     tasks = list(dict.fromkeys(entry.task for entry in board))
     found = {(entry.task, entry.model): entry for entry in board}
     ranks: dict[str, list[int]] = {entry.model: [] for entry in board}
-    for task in tasks:
-        for rank, entry in enumerate(_best_first(entry for entry in board if entry.task == task), 1):
-            ranks[entry.model].append(rank)
-    models = sorted(ranks, key=lambda model: (statistics.fmean(ranks[model]), model))
-    best = {task: _best_first(entry for entry in board if entry.task == task)[0].model for task in tasks}
+    for entry in board:
+        ranks[entry.model].append(_rank(entry, board))
+    means = {model: statistics.fmean(some) if len(some) == len(tasks) else math.inf for model, some in ranks.items()}
+    models = sorted(means, key=lambda model: (means[model], model))
     lines = [_line("model", *(f"`{task}`" for task in tasks), "mean rank"), _line(*["---"] * (len(tasks) + 2))]
     for model in models:
-        cells = [_cell(found.get((task, model)), bold=best[task] == model) for task in tasks]
-        lines.append(_line(f"`{model}`", *cells, f"{statistics.fmean(ranks[model]):.1f}"))
+        own = [found.get((task, model)) for task in tasks]
+        cells = [_cell(entry, bold=entry is not None and _rank(entry, board) == 1) for entry in own]
+        lines.append(_line(f"`{model}`", *cells, f"{means[model]:.1f}" if math.isfinite(means[model]) else "–"))
     trivial = [next(entry for entry in board if entry.task == task) for task in tasks]
     lines.append(_line("*best trivial baseline*", *(_number(entry.trivial, entry.metric) for entry in trivial), ""))
     return "\n".join(lines)
 
 
-def _best_first(some: Iterable[Entry]) -> list[Entry]:
-    return sorted(some, key=lambda entry: -entry.mean if entry.mode == "max" else entry.mean)
+def _rank(entry: Entry, board: Iterable[Entry]) -> int:
+    """Among the models of its task; equal ones share the better place."""
+    same = [other for other in board if other.task == entry.task]
+    better = (other.mean > entry.mean if entry.mode == "max" else other.mean < entry.mean for other in same)
+    return 1 + sum(better)
 
 
 def _cell(entry: Entry | None, *, bold: bool) -> str:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from experiments.compare.runs import Row
+from experiments.mini import __main__ as command
 from experiments.mini import board
 from experiments.mini.__main__ import HERE, draw, main
 from experiments.mini.board import Result, added, entries, groups, problems, results_of, table
@@ -78,9 +79,23 @@ def test_a_task_that_nobody_learns_is_named():
 def test_the_table_is_sorted_by_mean_rank_and_the_best_is_bold():
     lines = table([*whole_board(), result("z", "model3", 0, 0.25)]).splitlines()
     assert lines[0] == "| model | " + " | ".join(f"`{task}`" for task in [*TASKS, "z"]) + " | mean rank |"
-    assert lines[2] == "| `model0` | " + " | ".join(["**90.0 ± 0.0**"] * 6) + " | – | 1.0 |"
-    assert lines[5] == "| `model3` | " + " | ".join(["50.0 ± 0.0"] * 6) + " | **25.0** | 3.6 |"  # ranks 4 and 1
+    assert lines[2] == "| `model3` | " + " | ".join(["50.0 ± 0.0"] * 6) + " | **25.0** | 1.9 |"  # ranks 2 and 1
+    assert lines[3] == "| `model0` | " + " | ".join(["**90.0 ± 0.0**"] * 6) + " | – | – |"
     assert lines[-1] == "| *best trivial baseline* | " + " | ".join(["50.0"] * 7) + " |  |"
+
+
+def test_equal_models_share_their_rank():
+    lines = table([result("t", model, 0, test) for model, test in (("a", 0.9), ("b", 0.8), ("c", 0.9))]).splitlines()
+    assert lines[2:5] == ["| `a` | **90.0** | 1.0 |", "| `c` | **90.0** | 1.0 |", "| `b` | 80.0 | 3.0 |"]
+
+
+def test_what_an_earlier_board_had_and_what_others_have_is_named():
+    results = [one for one in whole_board() if (one["task"], one["model"]) != ("task3", "model4")]
+    more = [result("task3", "more", seed, 0.5) for seed in (0, 1)]
+    assert problems(added(more, results), whole_board()) == [
+        "task3, model4: in the board before, which --add keeps",
+        *(f"{task}: no run of {'model4' if task == 'task3' else 'more'}" for task in TASKS),
+    ]
 
 
 def test_runs_that_are_added_replace_those_of_their_model_and_task_alone():
@@ -102,11 +117,28 @@ def test_only_runs_of_the_board_count():
         "config": {"task": {"data": {"test": 50}}, "optimizer": {"lr": 0.01}},
     }  # fmt: skip
     rows = [Row(task="lds", model="stu", experiment=name, **facts) for name in ("mini/lds", "quick", None)]
-    for words in ("pretrain=masked", "trainer.max_steps=600", "+optimizer.lr=1", "logger=csv mode=train name=r"):
+    rows.append(Row(task="lds", model="stu", experiment="mini/lds", **{**facts, "status": "stopped"}))  # of one seed
+    rows.append(Row(task="lds", model="s4", experiment="mini/lds", **{**facts, "test": math.nan}))
+    for words in ("pretrain=masked", "trainer.max_steps=600", "~model.mixer.k_u", "logger=csv log_every=2 name=r"):
         rows.append(Row(task="lds", model="s5", experiment="mini/lds", command=f"train.py seed=1 {words}", **facts))
-    only, other = sorted(results_of(rows), key=lambda result: result["model"] == "s5")
+    damaged, other, only = results_of(rows)
     assert (only["task"], only["trivial"], only["lr"], only["test_sequences"]) == ("lds", 1.0, 0.01, 50)
-    assert other["model"] == "s5"
+    assert (only["status"], other["model"]) == ("finished", "s5")
+    assert (damaged["model"], damaged["status"], damaged["test"]) == ("s4", "damaged", None)
+
+
+def test_a_part_of_a_board_replaces_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(command, "find", lambda folders: [])
+    monkeypatch.setattr(command, "results_of", lambda rows: part)
+    (tmp_path / "results.json").write_text("[]")
+    assert main([str(tmp_path)]) == 1
+    assert (tmp_path / "results.json").read_text() == "[]"
+    assert f"{tmp_path} stays as it is; --out FOLDER writes elsewhere" in capsys.readouterr().err
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(part)
 
 
 def test_a_folder_without_the_board_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
