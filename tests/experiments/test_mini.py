@@ -130,6 +130,8 @@ def test_only_runs_of_the_board_count():
 def test_a_part_of_a_board_replaces_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    unknown = ("best_val", "parameters", "seconds", "tokens_per_second", "peak_memory", "steps")
+    part = whole_board(**dict.fromkeys(unknown))[:-1]
     monkeypatch.setattr(command, "HERE", tmp_path)
     monkeypatch.setattr(command, "find", lambda folders: [])
     monkeypatch.setattr(command, "results_of", lambda rows: part)
