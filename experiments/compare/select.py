@@ -94,6 +94,8 @@ def _condition(key: str, sign: str, text: str) -> Callable[[Any], bool]:
 def _equal(content: Any, text: str) -> bool:
     """Whether a value is what a text means, as a number, a text or a pattern; of a list, it or one item."""
     parsed = _parsed(text)
+    if content is None and text == "none":  # as options call it
+        return True
     if isinstance(content, list | tuple):
         return parsed == list(content) or any(_equal(item, text) for item in content)
     if _is_number(content) and _is_number(parsed):

@@ -158,7 +158,13 @@ def of_options(tasks: Sequence[str]) -> Iterator[Described]:
     for name in tasks:
         known = options_of("task")
         require(name in known, "--tasks", name, f"no such task; choose of {', '.join(known)}")
-        task = build(composed([f"task={name}"]).task)
+        try:
+            task = build(composed([f"task={name}"]).task)
+        except Exception as error:
+            cause = error.__cause__
+            if not isinstance(cause, OptionError):
+                raise
+            raise OptionError(f"--tasks {name}: {cause.name}", cause.value, cause.allowed) from error
         yield Described(name, "", task.monitor, task.mode, {})
 
 

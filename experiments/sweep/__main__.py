@@ -41,6 +41,7 @@ def show(ledger: Ledger, *, whole: bool) -> None:
     for entry in entries:
         job = Job(overrides=(entry["job"],), run=ledger.here(Path(entry["run"])), title=entry["title"])
         job.state = state_of(job, entry["state"])
+        job.seconds, job.attempts = float(entry.get("seconds", 0)), int(entry.get("attempt", 0))
         job.reason = str(entry["reason"]) if job.state == entry["state"] else ""
         board.jobs[str(job.run)] = job
     if whole:

@@ -152,4 +152,4 @@ def require_option(group: str, choice: Any) -> None:
     options = options_of(group)
     near = "".join(f"did you mean {match}? " for match in get_close_matches(str(choice), options, n=1))
     allowed = f"no such option; {near}choose one of {', '.join(folded(options))}"
-    require(isinstance(choice, str) and choice in options, group, choice, allowed)
+    require(isinstance(choice, str) and choice in options, group, "null" if choice is None else choice, allowed)

@@ -79,7 +79,8 @@ def check(config: DictConfig) -> None:
     known = root_keys()
     for key in map(str, config):
         if key not in known - PRESETS:
-            raise Refused(key, brief(config[key]), missing(key, known))
+            others = dict(nodes(OmegaConf.to_container(config, resolve=False)))
+            raise Refused(key, brief(config[key]), missing(key, known, others))
     for key in sorted(known - PRESETS - set(map(str, config))):
         raise Refused(key, "absent", "is needed and cannot be removed")
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -256,7 +257,9 @@ def missing(key: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
     names, last = sorted(known), key.rpartition(".")[2]
     if not names:
         return "no such key; to add a key, write + before it"
-    elsewhere = [other for other in others if other.rpartition(".")[2] == last and not other.startswith("hydra.")]
-    meant = elsewhere[:2] or difflib.get_close_matches(last, names, n=1)
+    same = [other for other in others if other.rpartition(".")[2] == last and other != key]
+    same = [other for other in same if other.partition(".")[0] != "hydra"]
+    same.sort(key=lambda other: (other.partition(".")[0] != group, other.count(".")))
+    meant = same[: 2 * (last not in SPECIAL)] or difflib.get_close_matches(last, names, n=1)
     near = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"no such key; {near}allowed: {', '.join(n for n in names if n[0] != '_')}"

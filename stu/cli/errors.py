@@ -28,9 +28,9 @@ from omegaconf.errors import (
 )
 
 from stu.cli import arguments
-from stu.cli.check import Refused, missing, nodes
+from stu.cli.check import Refused, missing, nodes, root_keys
 from stu.cli.layers import as_written
-from stu.cli.usage import CONF, GROUPS, at_home, folded, options_of
+from stu.cli.usage import BY_OTHERS, CONF, GROUPS, at_home, folded, options_of
 from stu.errors import CommandError, OptionError
 
 USAGE = 2  # exit code of a command that asks for something impossible
@@ -208,7 +208,8 @@ def _composition_line(error: BaseException) -> str:
             return f"{written}: {_flat(reason)}" if written else _flat(reason)
         case ConfigKeyError() | ConfigAttributeError() if override and isinstance(parent, DictConfig):
             whole = OmegaConf.to_container(parent._get_root(), resolve=False)
-            return f"{written}: {missing(key or override, map(str, parent), dict(nodes(whole)))}"
+            known = {*map(str, parent)} if "." in override else root_keys() - BY_OTHERS
+            return f"{written}: {missing(key or override, known, dict(nodes(whole)))}"
     first = str(cause).partition("\n")[0]  # then follows the key again
     return f"{written}: {first}" if written else _flat(str(error))
 

@@ -114,7 +114,10 @@ def test_a_model_with_other_layers_has_a_name_of_its_own():
         ("model.layers=[stu_attention]", "model.layers=stu_attention: no such layer"),
         ("model.mixers.stu.k_u=1", "model.mixers={'stu': {'k_u': 1}}: must have options of model.layers"),
         ("model.layers=[stu] model.mixers=3", "model.mixers=3: must have options of model.layers"),
-        ("model.layers=[stu] model.mixers.s4.d_state=2", "model.mixers.s4={'d_state': 2}: no such key"),
+        (
+            "model.layers=[stu] model.mixers.s4.d_state=2",
+            "model.mixers.s4={'d_state': 2}: is none of model.layers=[stu]",
+        ),
         ("model.layers=[stu] model.mixers.stu.k_uu=2", "model.mixers.stu.k_uu=2: no such key; did you mean k_u?"),
         ("model.layers=[stu] model.mixers.stu=2", "model.mixers.stu=2: must have options: seq_len, causal"),
         ("model.layers=[s4] model.mixer.k_u=2", "model.mixer.k_u=2: is of a mixer that is none of the layers s4"),

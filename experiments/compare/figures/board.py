@@ -43,8 +43,8 @@ def board(groups: Sequence[Group], models: Sequence[str]) -> Figure | None:
 
 def _text(groups: Sequence[Group], without: int) -> str:
     """How to read it; without: runs that have no result."""
-    most = max(group.n for group in groups)
-    seeds = f"{'' if all(group.n == most for group in groups) else 'at most '}{most} seed{'s' * (most > 1)}"
+    most = max(group.seeds for group in groups)
+    seeds = f"{'' if all(group.seeds == most for group in groups) else 'at most '}{most} seed{'s' * (most > 1)}"
     means = f"Means and standard deviations of {seeds}." if most > 1 else "One seed each."
     infinite = "" if all(abs(test) < LARGEST for group in groups for test in group.tests) else " Crosses: infinite."
     missing = f" Without {without} run{'s' * (without > 1)} that {'have' if without > 1 else 'has'} no result."
