@@ -26,6 +26,7 @@ from tests import runs
 from tests.distributed import compiled_and_not
 from tests.models import MODELS, factory, small_backbone
 from tests.test_backbone import Running
+from tests.versions import newer_than_2_7
 
 # What PyTorch's compiler warns of in its own code.
 pytestmark = [
@@ -147,6 +148,7 @@ def test_states_are_not_compiled(counter: CompileCounterWithBackend, length: int
     assert counter.frame_count == 0
 
 
+@newer_than_2_7
 def test_what_takes_operations_apart_sees_them(counter: CompileCounterWithBackend):
     fast, eager = both("stu_t", norm="layer")
     x, _ = ragged(2, 20)

@@ -130,7 +130,7 @@ class FilterBank:
             return {}
         found = self.spectral._asdict()
         built_for, _ = found.pop("built_for"), found.pop("truncated")
-        return found | {"seq_len": built_for or self.spectral.seq_len}
+        return {**found, "seq_len": built_for or self.spectral.seq_len}
 
     @classmethod
     def of(cls, name: str) -> "FilterBank":

@@ -103,6 +103,8 @@ def _first_guess(seq_len: int, num_filters: int, bandwidth: float) -> np.ndarray
     """The smallest χ, to the rounding error of the largest."""
     e = _conductance(seq_len)
     diagonal = e[:-1] + e[1:] + _potential(seq_len, bandwidth)
+    if seq_len == 1:  # which early releases of SciPy refuse
+        return diagonal
     found = eigh_tridiagonal(
         diagonal, -e[1:-1], eigvals_only=True, select="i", select_range=(0, num_filters - 1), lapack_driver="stebz"
     )

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from experiments.speed.precision import MANTISSA, QUANTITIES, SETTINGS, _products, _rounded, emulated, main
 from stu import STU
+from tests.versions import newer_than_2_7
 
 CPU = torch.device("cpu")
 
@@ -27,6 +28,7 @@ def test_inputs_are_rounded_to_the_nearest_and_ties_to_even():
     assert torch.equal(torch.from_numpy(_rounded(x, 7)), x.bfloat16().double())
 
 
+@newer_than_2_7
 @pytest.mark.parametrize("bits", [10, 7])
 def test_every_product_of_float32_is_emulated_and_no_other(bits: int):
     a, b, c = torch.randn(3, 2, 6, 6)

@@ -12,6 +12,7 @@ from stu.mixer import map_state
 from tests.mixers.test_contract import SEQ_LEN, D, noise, stepped
 from tests.models import mixer_cases
 from tests.runs import ROOT
+from tests.versions import newer_than_2_7
 
 TOLERANCE = {"rtol": 0, "atol": 1e-9}
 CASES = {case: case.build(seq_len=8).causal for case in mixer_cases()}
@@ -229,6 +230,7 @@ def check_dtypes(case, dtype, autocast):
     assert all(dtypes == expected for dtypes in found)
 
 
+@newer_than_2_7
 @causal
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of PyTorch itself, in forward mode
 def test_states_under_function_transforms(case):

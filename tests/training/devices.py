@@ -36,6 +36,7 @@ def met(rank: int, folder: str) -> Iterator[None]:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     yield
+    distributed.barrier()  # or the one that leaves later may wait for the other, which is gone
     distributed.destroy_process_group()
 
 

@@ -642,7 +642,7 @@ def assert_complete(kept: Kept, run: Run) -> None:
     assert kept.summary["best/step"] == summary["best"]["step"]
     assert kept.summary["test/mse"] == summary["test"]["mse"]
     assert kept.summary["baselines/zero"] == summary["baselines"]["zero"]
-    assert (kept.config["task"], kept.config["model"], kept.config["experiment"]) == ("lds", "stu", None)
+    assert (kept.config["task"], kept.config["model"], kept.config["experiment"]) == ("lds", "stu", "none")
     assert kept.config["settings"]["model"]["mixer"]["num_filters"] == 4
     assert kept.config["data"] == run.read_manifest()["data"]
 
