@@ -141,7 +141,7 @@ def _checked(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked(self: Mixer, *inputs: Any, **options: Any) -> Any:
         cu_seqlens = options.pop("cu_seqlens", None) if name == "forward" else None
-        given = dict(zip(known[1:], inputs, strict=False)) | options
+        given = {**dict(zip(known[1:], inputs, strict=False)), **options}  # as PyTorch 2.7 compiles it
         x: Any = given.pop("x", None)
         mask, state = given.get("mask"), given.get("state")
         if not self.causal and (name != "forward" or state is not None):

@@ -62,6 +62,7 @@ def test_at_highest_nothing_is_replaced():
     assert_close(found, layer(x), rtol=1e-6, atol=1e-6)
 
 
+@newer_than_2_7
 @pytest.mark.slow
 def test_the_command_orders_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "new" / "errors.json"
