@@ -87,16 +87,12 @@ def ragged(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, D), torch.arange(length) < torch.randint(1, length, (batch, 1))
 
 
+def marked(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.thorough] * (name not in OF_OPERATORS) + [newer_than_2_7] * (name == "s4")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(
-            name, marks=[*[pytest.mark.thorough] * (name not in OF_OPERATORS), *[newer_than_2_7] * (name == "s4")]
-        )
-        for name in COMPILED
-    ],
-)
+@pytest.mark.parametrize("model", [pytest.param(name, marks=marked(name)) for name in COMPILED])
 def test_every_model_compiled_computes_the_same_by_one_program(model: str):
     fast, eager = (m.double() for m in both(model, causal=model not in ("stu", "lru"), depth=1, dropout=0.25))
     for batch, length in ((3, 120), (3, 71), (4, 199)):
