@@ -59,7 +59,7 @@ def _draw_task(axes: "Axes", groups: Sequence[Group], ranked: Sequence[str], loo
         _draw_group(axes, group, ranked.index(group.model), looks[group.model])
     style.mark_baselines(axes, groups, vertical=True)
     winner = f"{style.short(best.model)} {style.value_of(best)}"
-    room = 185 - 4.6 * len(winner)  # points
+    room = 170 - 4.6 * len(winner)  # points
     axes.set_title(best.title, fontsize=min(9.5, max(room, 40) / (0.66 * len(best.title))))
     axes.set_title(winner, loc="right", fontsize=8, fontweight="normal", color=style.GREY)
     axes.set_xlabel(style.title_of(best, "test "), fontsize=8)
