@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data.own import columns
 from data.own.columns import Integers
-from data.own.sources import UNDECIDED, Rows, split_named
-from data.store.sources import stratified
+from data.own.sources import UNDECIDED, Rows
+from data.store.sources import split_named, stratified
 from stu.errors import require
 from stu.task import Splits
 
