@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stu.mixers.lru import LRU
 from stu.predict import main
 from stu.preprocessing import Classes, Numbers, Preprocessing, Text, Tokens
 from stu.saved.exported import write_folder
+from stu.tables.rows import of_file, of_standard_input
 from tests.models import randomized
 
 pytest.importorskip("safetensors")
@@ -140,6 +142,15 @@ def test_standard_input(
     expected = values(models / kind, inputs)
     read = [one if kind == "words" else json.loads(one) for one in found]
     assert read == (approx(expected) if kind == "number" else expected)
+
+
+@pytest.mark.parametrize("lines", ["w\na\n\nb\n", 'w\n\n\na\n""\nb\n\n\n', "w,id\na,1\n\nb,2\n"])
+def test_empty_lines_of_standard_input_are_those_of_a_file(
+    written: Written, monkeypatch: pytest.MonkeyPatch, lines: str
+):
+    expected = list(chain(*of_file(str(written("a.csv", lines)), 2, ["*"]).batches))
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert list(chain(*of_standard_input("csv", 2).batches)) == expected
 
 
 def test_columns_are_channels_or_steps(models: Path, written: Written, capsys: pytest.CaptureFixture[str]):

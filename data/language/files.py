@@ -6,9 +6,9 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
+from data.store.sources import split_named
 from stu.errors import OptionError, require
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # as files are named
 HEAD = 8192  # bytes, within which a binary file has a zero
 
 
@@ -86,15 +86,16 @@ def _is_binary(path: Path) -> bool:
 
 
 def _by_split(source: str, root: Path, paths: Sequence[Path]) -> dict[str, list[Path]] | None:
-    """The files of train, val and test: train.txt, wiki.valid.tokens, test/a.txt; None where none is called train."""
+    """The files of train, val and test: my_train.txt, a.valid.tokens, test/a.txt; None where none is called train."""
     named: dict[str, list[Path]] = {split: [] for split in ("train", "val", "test")}
     for path in paths:
-        words = path.relative_to(root).parts[0].lower().split(".")
-        marks = {SPLITS[word] for word in words if word in SPLITS}
-        if len(marks) == 1:
-            named[marks.pop()].append(path)
+        split = split_named(path.relative_to(root).parts[0])
+        if split is not None:
+            named[split].append(path)
     if not named["train"]:
         return None
     lacking = [split for split, files in named.items() if not files]
-    require(not lacking, "source", source, f"has files called train, and must have some called {' and '.join(lacking)}")
+    first = named["train"][0].relative_to(root).parts[0]
+    allowed = f"has files called train ({first}), and must have some called {' and '.join(lacking)}; or none train"
+    require(not lacking, "source", source, allowed)
     return named

@@ -134,7 +134,7 @@ class LanguageData(StoredData[Windows]):
         steps = {name: getattr(self, name) * self.seq_len for name in counted}
         parts: dict[str, Any] = {name: max(1, count // seq_len) for name, count in steps.items()}
         if "all" in self.contents and steps.keys() & {"val", "test"}:
-            total = len(self.in_units(self.texts()["all"]))
+            total = len(self.in_units("all", self.texts()["all"]))
             # shares that `size` rounds to as many units
             parts |= {name: (steps[name] + 0.5) / total for name in ("val", "test") if name in steps}
         return replace(self, seq_len=seq_len, **parts)
@@ -145,16 +145,18 @@ class LanguageData(StoredData[Windows]):
         known = [] if self.units == "bytes" else self.commonest(splits["train"])
         encoding = Text(self.units, tuple(known))
         for split, text in splits.items():
-            require(len(text) > 0, "source", self.source, f"has no {self.units} for {split}")
             write_arrays(folder / f"{split}.arrow", {"tokens": encoded(text, encoding)})
         write_atomically(folder / VOCABULARY, json.dumps(known))
+        if self.files and "all" not in self.files.paths:
+            named = {split: [path.name for path in paths] for split, paths in self.files.paths.items()}
+            say(f"{self.source}: " + "; ".join(f"{split} is {_shown(names)}" for split, names in named.items()))
         if self.files and self.files.left_out:
-            names = ", ".join(self.files.left_out[:SHOWN]) + " …" * (len(self.files.left_out) > SHOWN)
-            say(f"{len(self.files.left_out)} files of {self.source} are no text, hidden, or of no split: {names}")
+            left_out = self.files.left_out
+            say(f"{len(left_out)} files of {self.source} are no text, hidden, or of no split: {_shown(left_out)}")
 
     def divided(self) -> dict[str, Sequences]:
         """The text of every split, in units: as the files are called, or the end for test, before it val."""
-        texts = {split: self.in_units(text) for split, text in self.texts().items()}
+        texts = {split: self.in_units(split, text) for split, text in self.texts().items()}
         if "all" not in texts:
             return texts
         text = texts["all"]
@@ -178,10 +180,15 @@ class LanguageData(StoredData[Windows]):
             found[split] = b"".join(parts)
         return found
 
-    def in_units(self, text: bytes) -> Sequences:
-        """A text as bytes, characters or words."""
-        if self.units == "bytes":
-            return text
+    def in_units(self, split: str, text: bytes) -> Sequences:
+        """The text of a split, or all, as bytes, characters or words; raises `OptionError` where there are none."""
+        found = text if self.units == "bytes" else self.decoded(text)
+        whose = "" if split == "all" else f" for {split}"
+        require(len(found) > 0, "source", self.source, f"has no {self.units}{whose}, must have some")
+        return found
+
+    def decoded(self, text: bytes) -> str | list[str]:
+        """A text as characters or words."""
         try:
             decoded = text.decode()
         except UnicodeDecodeError as error:
@@ -217,6 +224,10 @@ class LanguageData(StoredData[Windows]):
         """Of texts as tokens; of other units than bytes, known once the data are prepared."""
         known = [] if self.units == "bytes" else json.loads((self.prepare() / VOCABULARY).read_bytes())
         return Text(self.units, tuple(known))
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + " …" * (len(names) > SHOWN)
 
 
 def encoded(text: Sequences, encoding: Text) -> NDArray[np.uint8] | NDArray[np.int32]:

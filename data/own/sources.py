@@ -14,16 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.store.cache import say
-from data.store.sources import SHARD, answers, files, sha256
+from data.store.sources import SHARD, answers, files, sha256, split_named
 from stu.errors import OptionError, require
 from stu.tables.reading import FORMATS, kind_of, place_of, read_table
 from stu.task import Splits
 
-WORDS = {  # of the names of files, folders and splits, in lower case
-    "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "dev", "eval"},
-    "test": {"test", "testing"},
-}
 UNDECIDED = -1  # the split of a row that is yet to be divided off
 DEPTH = 3  # folders below the source that are searched
 HUB = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
@@ -109,13 +104,6 @@ def loaded(parts: Sequence[Part], choose: Callable[[list[str]], list[str]]) -> R
         np.cumsum([0, *sizes]),
         np.repeat(np.array(split, np.int8), sizes),
     )
-
-
-def split_named(name: str) -> str | None:
-    """The split that a name says, as one of its words; None if it says none or several."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    found = [split for split, known in WORDS.items() if known & words]
-    return found[0] if len(found) == 1 else None
 
 
 def _joined(tables: list[pa.Table], parts: Sequence[Part]) -> pa.Table:

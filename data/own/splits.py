@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data.own import columns
 from data.own.columns import Integers
-from data.own.sources import UNDECIDED, Rows, split_named
-from data.store.sources import stratified
+from data.own.sources import UNDECIDED, Rows
+from data.store.sources import split_named, stratified
 from stu.errors import require
 from stu.task import Splits
 
@@ -87,7 +87,7 @@ def cuts(lengths: Integers, sizes: Mapping[str, Any], split: NDArray[np.int8]) -
     pieces[:, TRAIN] = lengths
     for one in missing(split):
         name = Splits._fields[one]
-        pieces[pool, one] = [_count(name, sizes[name], int(length)) for length in lengths[pool]]
+        pieces[pool, one] = [_count(name, sizes[name], int(length), "steps") for length in lengths[pool]]
         pieces[:, TRAIN] -= pieces[:, one]
         shortest = f"leaves no step of a series of {lengths[pool].min():,} for train"
         require(bool((pieces[:, TRAIN] > 0).all()), name, sizes[name], shortest)
@@ -96,8 +96,8 @@ def cuts(lengths: Integers, sizes: Mapping[str, Any], split: NDArray[np.int8]) -
     return pieces, splits[pieces > 0]
 
 
-def _count(name: str, size: float, of: int) -> int:
-    allowed = f"must be a fraction between 0 and 1, or a number of sequences below {of:,}"
+def _count(name: str, size: float, of: int, what: str = "sequences") -> int:
+    allowed = f"must be a fraction between 0 and 1, or a number of {what} below {of:,}"
     require(0 < size < 1 or (size >= 1 and size == int(size)), name, size, allowed)
     return max(1, round(size * of)) if size < 1 else int(size)
 

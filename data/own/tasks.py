@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, final
 
 from torch import Tensor, nn
-from torchmetrics import Metric, R2Score
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from data.own import baselines
 from data.own.columns import Names
 from data.own.table import EVERY_STEP, TableData
-from data.systems.forecast import MeanOf, RelativeError, RolloutR2, last_squared_error, squared_error
+from data.systems.forecast import R2, MeanOf, RelativeError, RolloutR2, last_squared_error, squared_error
 from stu.encoders import LinearEncoder, TokenEncoder
 from stu.errors import require
 from stu.heads import Pool, StepHead
@@ -174,7 +174,7 @@ class TableForecast(TableTask, Regression):
 
     def metrics(self) -> dict[str, Metric]:
         """The error, in variances of the training split and relative to the power of the targets, and R²."""
-        return {**super().metrics(), "nmse": RelativeError(), "r2": R2Score(multioutput="variance_weighted")}
+        return {**super().metrics(), "nmse": RelativeError(), "r2": R2()}
 
 
 @final
@@ -224,5 +224,5 @@ def rollout_metrics() -> dict[str, Metric]:
         "rollout_mse": MeanOf(squared_error),
         "rollout_mse_last": MeanOf(last_squared_error),
         "rollout_nmse": RelativeError(),
-        "rollout_r2": RolloutR2(multioutput="variance_weighted"),
+        "rollout_r2": RolloutR2(),
     }

@@ -28,6 +28,18 @@ Example = TypeVar("Example")
 TIMEOUT = 5.0  # seconds within which the hub must answer
 LAYOUTS = {"{}*.parquet": 4, "{}/data*.arrow": 0}  # as on the hub, folders below included; as `save_to_disk` writes
 SHARD = re.compile(r"-(\d+)-of-(\d+)")  # in the name of a file
+SPLITS = {  # of the names of files, folders and splits, in lower case
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "dev", "eval"},
+    "test": {"test", "testing"},
+}
+
+
+def split_named(name: str) -> str | None:
+    """The split that a name says, as one of its words; None if it says none or several."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    found = [split for split, known in SPLITS.items() if known & words]
+    return found[0] if len(found) == 1 else None
 
 
 @dataclass(frozen=True)

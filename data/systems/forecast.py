@@ -314,8 +314,19 @@ class RelativeError(Metric):
         return self.error / self.power
 
 
+class R2(R2Score):
+    """The explained share of the variance, over all channels; NaN of fewer than two targets, which have none."""
+
+    def __init__(self) -> None:
+        super().__init__(multioutput="variance_weighted")
+
+    def compute(self) -> Tensor:
+        """The share for all so far."""
+        return super().compute() if self.total >= 2 else torch.tensor(math.nan)
+
+
 @final
-class RolloutR2(R2Score):
+class RolloutR2(R2):
     """R² over all steps of rollouts, (B, H, C) each."""
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
@@ -389,7 +400,7 @@ class Forecast(Regression):
 
     def metrics(self) -> dict[str, Metric]:
         """The error, in variances of the training split and relative to the power of the targets, and R²."""
-        return {**super().metrics(), "nmse": RelativeError(), "r2": R2Score(multioutput="variance_weighted")}
+        return {**super().metrics(), "nmse": RelativeError(), "r2": R2()}
 
     def rollout_metrics(self) -> dict[str, Metric]:
         """Errors over the rollout and at its end, R², and how long it is valid, in steps and Lyapunov times."""
@@ -398,7 +409,7 @@ class Forecast(Regression):
             "rollout_mse": MeanOf(squared_error),
             "rollout_mse_last": MeanOf(last_squared_error),
             "rollout_nmse": RelativeError(),
-            "rollout_r2": RolloutR2(multioutput="variance_weighted"),
+            "rollout_r2": RolloutR2(),
             "rollout_valid_steps": MeanOf(valid),
         }
         if self.data.lyapunov_times is not None:

@@ -13,11 +13,12 @@ from typing import final, get_args
 
 import numpy as np
 from torch import nn
-from torchmetrics import Metric, R2Score
+from torchmetrics import Metric
 
 from data.store.cache import fingerprint
 from data.store.synthetic import OnDemandData, Reals
 from data.systems import system as linear
+from data.systems.forecast import R2
 from data.systems.identification import fit_arx, fit_fir, ho_kalman
 from stu.encoders import LinearEncoder
 from stu.errors import require
@@ -188,4 +189,4 @@ class LDS(Regression):
 
     def metrics(self) -> dict[str, Metric]:
         """The mean squared error, and the explained share of the variance, r2 = 1 − mse / variance."""
-        return {**super().metrics(), "r2": R2Score(multioutput="variance_weighted")}
+        return {**super().metrics(), "r2": R2()}

@@ -88,13 +88,20 @@ def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 def _csv_lines(lines: IO[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.reader(lines, strict=True)
+    empty = 0  # cells of the only column: as in files, they are rows where others follow
     try:
-        _require_single(list(reader.fieldnames or ()), "-")
+        names = next(reader, [])
+        _require_single(names, "-")
         for row in reader:
-            whole = None not in row and None not in row.values()
-            require(whole, "INPUT", f"-: line {reader.line_num}", "has not as many values as the header")
-            yield row
+            if len(names) == 1 and row in ([], [""]):
+                empty += 1
+            elif row:
+                allowed = "has not as many values as the header"
+                require(len(row) == len(names), "INPUT", f"-: line {reader.line_num}", allowed)
+                yield from ({names[0]: ""} for _ in range(empty))
+                empty = 0
+                yield dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise OptionError("INPUT", f"-: line {reader.line_num}", str(error)) from error
 

@@ -20,9 +20,11 @@ from data.systems.dynamics import DoublePendulum, Dynamics, Lorenz63, Lorenz96, 
 from data.systems.forecast import (
     BLOCK,
     LIMIT,
+    R2,
     Autoregression,
     Forecast,
     RelativeError,
+    RolloutR2,
     TrajectoryData,
     last_squared_error,
     squared_error,
@@ -458,6 +460,15 @@ def test_rollout_metrics_are_their_formulas(tmp_path):
         "rollout_valid_lyapunov": np.mean(steps) * 0.05 * 0.906,
     }
     assert values == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", [R2(), RolloutR2()], ids=["steps", "rollouts"])
+def test_a_single_target_has_no_share_of_the_variance(metric):
+    shape = (1, 1, 3)[-3 if isinstance(metric, RolloutR2) else -2 :]
+    metric.update(torch.ones(shape), torch.zeros(shape))
+    assert math.isnan(metric.compute())
+    metric.update(torch.ones(shape), torch.ones(shape))
+    assert metric.compute() == pytest.approx(-1)  # an error of 1, a variance of 1/2
 
 
 def test_lyapunov_times_are_not_given_where_they_are_unknown(tmp_path):

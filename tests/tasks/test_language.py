@@ -102,28 +102,38 @@ def test_a_folder_of_files_is_read_in_order_and_what_is_no_text_is_said(tmp_path
     "names",
     [
         ("train.txt", "val.txt", "test.txt"),
+        ("my_train.txt", "my_val.txt", "my_test.txt"),
+        ("Training-1.txt", "dev.txt", "2_testing.txt"),
         ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
         ("train/1", "validation/1", "test/1"),
     ],
 )
-def test_files_can_say_which_split_they_are_of(tmp_path: Path, names: tuple[str, ...]):
+def test_files_can_say_which_split_they_are_of(tmp_path: Path, names: tuple[str, ...], capsys: Any):
     source = tmp_path / "in"
     for name in (*names, "README.md"):
         written(source, **{name.replace(".", "_dot_").replace("/", "_in_"): f"{name} " * 9})
     found = data(tmp_path, source)
     assert [text_of(found, split) for split in ("train", "val", "test")] == [f"{name} " * 9 for name in names]
+    train, val, test = (Path(name).name for name in names)
+    assert f"{source}: train is {train}; val is {val}; test is {test}\n" in capsys.readouterr().err
     (source / names[1]).unlink()
-    with pytest.raises(OptionError, match="has files called train, and must have some called val"):
+    with pytest.raises(OptionError, match=r"has files called train .*, and must have some called val"):
         data(tmp_path, source).prepare()
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path):
-    source = written(tmp_path / "in", a_dot_bin=b"\0\1", empty_in_x="", latin_in_a="ü".encode("latin-1") * 99)
+    source = written(
+        tmp_path / "in", a_dot_bin=b"\0\1", empty_in_x="", latin_in_a="ü".encode("latin-1") * 99, blank=" \n" * 9
+    )
+    written(source, splits_in_train="a", splits_in_val="", splits_in_test="c")
     for place, options, line in (
         (source / "nope", {}, "no such file or folder"),
         (source / "*.nope", {}, "no such file or folder, and no pattern"),
         (source / "a.bin", {}, "holds no text; 1 binary files are there"),
-        (source / "empty", {}, "leaves nothing to train on"),
+        (source / "empty", {}, "empty: has no bytes"),
+        (source / "empty/x", {}, "source=.*/in/empty/x: has no bytes"),
+        (source / "blank", {"units": "words"}, "blank: has no words"),
+        (source / "splits", {}, "splits: has no bytes for val"),
         (source / "latin", {"units": "characters"}, "must be UTF-8 where units=characters: byte 0 is not"),
         ("~nobody/x", {}, "no such file or folder|must be a text file"),
     ):

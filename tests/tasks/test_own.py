@@ -397,6 +397,11 @@ class TestSplits:
             write(tmp_path / "s" / f"{name}.csv", {"value": [float(np.sin(step)) for step in range(steps)]})
         task = attempt(tmp_path, tmp_path / "s", inputs="value", target="next", seq_len=100)
         assert [split[0][0].shape for split in task.datasets()] == [(89, 1), (9, 1), (29, 1)]
+        undecided = np.full(1, sources.UNDECIDED, np.int8)
+        pieces, _ = splits.cuts(np.array([600]), {"val": 50, "test": 50}, undecided)
+        assert pieces.tolist() == [[500, 50, 50]]
+        with pytest.raises(OptionError, match=r"val=1.5: must be .*, or a number of steps below 600"):
+            splits.cuts(np.array([600]), {"val": 1.5, "test": 50}, undecided)
 
     def test_a_long_text_is_cut(self, tmp_path: Path):
         text = "ü0123456789" * 10
