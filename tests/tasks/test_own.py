@@ -163,6 +163,17 @@ class TestInputs:
         task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="text", target="label", read="bytes")
         assert everything(task) == [str(number) for number in range(1000, 1030)]
 
+    @pytest.mark.parametrize("cells", [("1.50", "+2"), (" 3", "4 "), ("true", "False"), ("NA", "5")])
+    def test_texts_are_as_they_stand_in_every_file(self, cells: tuple[str, str], tmp_path: Path):
+        """Whatever all of a column could be; a target that the pattern fits is none of them."""
+        (tmp_path / "s").mkdir()
+        for name in ("train", "val", "test"):
+            columns = {"text": [cells[row % 2] for row in range(6)], "texts": [row / 2 for row in range(6)]}
+            write(tmp_path / "s" / f"{name}.csv", columns | ({"text": list("ab") * 3} if name == "test" else {}))
+        task = attempt(tmp_path, tmp_path / "s", inputs="text*", target="texts", read="bytes")
+        assert everything(task) == sorted([*cells * 6, *"ab" * 3])
+        assert isinstance(task.preprocessing.targets, Numbers)
+
     @pytest.mark.parametrize(
         ("options", "problem"),
         [
