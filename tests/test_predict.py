@@ -18,11 +18,13 @@ from pyarrow import parquet
 
 import stu
 from stu.encoders import LinearEncoder, TokenEncoder
+from stu.errors import OptionError
 from stu.heads import PooledHead, StepHead
 from stu.mixers.lru import LRU
 from stu.predict import main
 from stu.preprocessing import Classes, Numbers, Preprocessing, Text, Tokens
 from stu.saved.exported import write_folder
+from stu.tables.rows import writing
 from tests.models import randomized
 
 pytest.importorskip("safetensors")
@@ -119,6 +121,54 @@ def test_files_in_and_out(models: Path, tmp_path: Path, ending: str):
     for one, inputs in zip(found, table["at"].to_pylist(), strict=True):
         assert one == approx(values(models / "numbers", [inputs])[0])
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2, 3.0], pa.int64()),
+        ([1.5, 2], pa.float64()),
+        ([None, None, "a"], pa.string()),
+        ([[], None, [1.5], [2]], pa.list_(pa.float64())),
+        ([None, None], pa.null()),
+    ],
+)
+def test_parquet_has_one_type_for_all_rows(values: list[Any], kind: pa.DataType, tmp_path: Path):
+    """Of which one is written at a time; a column waits for its first value."""
+    with writing(tmp_path / "out.parquet") as write:
+        for number, value in enumerate(values):
+            write([{"id": number, "x": value}], None)
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found.to_pydict() == {"id": list(range(len(values))), "x": values}
+    assert pa.types.is_list(kind) or found.schema.field("x").type == kind
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([1, 1.75], "column x has other numbers than the rows before, try .jsonl: Float value 1.75"),
+        (
+            [1.5, 2**53 + 1],
+            "column x has other numbers than the rows before, try .jsonl: Integer value 9007199254740993",
+        ),
+        ([None, "a", 1], "rows have different types, try .jsonl: "),
+        ([True, 1], "rows have different types, try .jsonl: "),
+        ([{}], "a column has a type that parquet has not, try .jsonl: "),
+        ([2**70], "column x has values that parquet cannot hold, try .jsonl: "),
+    ],
+)
+def test_parquet_that_would_lose_something_is_refused(values: list[Any], why: str, tmp_path: Path):
+    output = tmp_path / "out.parquet"
+
+    def attempt() -> None:
+        with writing(output) as write:
+            for value in values:
+                write([{"x": value}], None)
+
+    with pytest.raises(OptionError) as error:
+        attempt()
+    assert str(error.value).startswith(f"--output={output}: {why}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
