@@ -24,6 +24,7 @@ from stu.mixers.lru import LRU
 from stu.predict import main
 from stu.preprocessing import Classes, Numbers, Preprocessing, Text, Tokens
 from stu.saved.exported import write_folder
+from stu.tables.cells import sequences
 from stu.tables.rows import writing
 from tests.models import randomized
 
@@ -141,6 +142,15 @@ def test_parquet_has_one_type_for_all_rows(values: list[Any], kind: pa.DataType,
     found = parquet.read_table(tmp_path / "out.parquet")
     assert found.to_pydict() == {"id": list(range(len(values))), "x": values}
     assert pa.types.is_list(kind) or found.schema.field("x").type == kind
+
+
+def test_parquet_takes_categories_and_texts_together(tmp_path: Path):
+    categories, texts = (pa.schema([("x", kind)]) for kind in (pa.dictionary(pa.int32(), pa.string()), pa.string()))
+    for schemas in ((categories, texts), (texts, categories)):
+        with writing(tmp_path / "out.parquet") as write:
+            for schema, value in zip(schemas, "ab", strict=True):
+                write([{"x": value}], schema)
+        assert parquet.read_table(tmp_path / "out.parquet")["x"].to_pylist() == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +290,11 @@ class TestSteps:
         first, second = values(models / "number", [[1, 5, 3], [7]])
         assert found == approx([first, second, first, first])
 
+    @pytest.mark.parametrize("kind", [int, str])
+    def test_large_times_are_told_apart(self, kind: type):
+        rows = [{"id": "a", "t": kind(2**53 + offset)} for offset in (1, 0, 2)]
+        assert sequences(rows, "id", "t", str) == [[1, 0, 2]]
+
     def test_what_is_wrong_is_one_line(self, models: Path, written: Written, refused: Callable[..., str]):
         model, source = models / "numbers", self.source(written)
         u, v = ("--column", "u"), ("--column", "v")
@@ -289,6 +304,21 @@ class TestSteps:
             ((model, source, *u, *v, "--time", "t"), "--time=t: needs --sequence"),
             ((model, source, *u, "--sequence", "id"), f"{source}: line 2 and the rows of its sequence, column u="),
             ((model, twice, *u, *v, "--sequence", "id", "--time", "t"), f"{twice}: line 3, column t=1: a time of the"),
+            *(
+                (
+                    (model, written(name, f"id,u,v\na,1,2\nb,1,2\na,1,{cell}\n"), *u, *v, "--sequence", "id"),
+                    f"{source.parent}/{name}: line 4, column v={problem}",
+                )
+                for name, cell, problem in (
+                    ("b.csv", "x", "x: must be numbers"),
+                    ("c.csv", "", "empty: must have a value"),
+                    ("d.csv", "inf", "inf: must be finite"),
+                )
+            ),
+            (
+                (models / "tokens", written("t.csv", "id,v\na,1\na,9\n"), *v, "--sequence", "id"),
+                f"{source.parent}/t.csv: line 3, column v=[9]: must be in 0 … 6",
+            ),
             (
                 (model, written("e.csv", "id,u,v\na,1,2\n,1,2\n"), *u, *v, "--sequence", "id"),
                 f"{source.parent}/e.csv: line 3",

@@ -194,8 +194,11 @@ def _parquet(path: Path | None, output: Path | None) -> Iterator[Write]:
     def table_of(rows: Sequence[Row], known: dict[str, Any]) -> Any:
         columns = {}
         for name in rows[0]:
+            kind, before = known.get(name), None if types is None else types.field(name).type
+            if kind is not None and before is not None and _values(kind) == _values(before):
+                kind = before  # categories and texts are the same to who reads them
             try:
-                columns[name] = pa.array([row[name] for row in rows], known.get(name))
+                columns[name] = pa.array([row[name] for row in rows], kind)
             except (pa.ArrowException, UnicodeError, OverflowError) as error:
                 refuse(f"column {name} has values that parquet cannot hold", error)
         return pa.table(columns)
@@ -235,6 +238,13 @@ def _parquet(path: Path | None, output: Path | None) -> Iterator[Write]:
     else:
         write_held()
         writer.close()
+
+
+def _values(kind: Any) -> Any:
+    """The type of the values of categories; others as they are."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_open(kind: Any) -> bool:
