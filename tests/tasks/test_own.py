@@ -256,6 +256,22 @@ class TestInputs:
         expected = sorted([round(x, 4) for x in columns["u"][start : start + 5]][::-1] for start in range(0, 60, 5))
         assert everything(task) == expected
 
+    @pytest.mark.parametrize("ending", ["csv", "parquet"])
+    def test_large_integers_order_the_rows(self, ending: str, tmp_path: Path):
+        """Which as reals are the same."""
+        columns = long_table(12, 5)
+        columns["time"] = [2**53 + row % 5 for row in range(60)]
+        task = attempt(
+            tmp_path, write(tmp_path / f"t.{ending}", columns), inputs="u", target="kind", sequence="id", time="time"
+        )
+        assert [one[0] for one in everything(task)] == sorted(round(x, 4) for x in columns["u"][::5])
+        columns = table() | {"when": [2**53 + (row * 7) % 30 for row in range(30)]}
+        path = write(tmp_path / f"d.{ending}", columns)
+        task = attempt(tmp_path, path, inputs="x*", target="y", time="when", divide="time")
+        last = sorted(range(30), key=columns["when"].__getitem__)[-3:]
+        found = sorted(task.preprocessing.targets.decode(one[1]).item() for one in task.datasets().test)
+        assert found == pytest.approx(sorted(columns["y"][row] for row in last), abs=1e-6)
+
 
 class TestUse:
     """What a task says of its columns, of its predictions and of other lengths."""
