@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data.store.cache import say
 from data.store.sources import SHARD, answers, files, sha256
 from stu.errors import OptionError, require
+from stu.tables.binary import from_dataset
 from stu.tables.reading import FORMATS, kind_of, place_of, read_table
 from stu.task import Splits
 
@@ -212,7 +213,7 @@ def _parts_of_hub(source: str, name: str, config: str | None, revision: str | No
 
 
 def _rows_of(split: Any, texts: Sequence[str] = ()) -> pa.Table:
-    return split.with_format("arrow")[:]
+    return from_dataset(split)
 
 
 def _digest_of(split: Any) -> str:

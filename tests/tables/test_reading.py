@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence
 from pyarrow import parquet
 
 from stu.errors import OptionError
@@ -162,6 +162,15 @@ def test_what_is_no_single_table_is_refused(tmp_path: Path):
     }.items():
         with pytest.raises(OptionError, match=problem):
             read_table(tmp_path / name)
+
+
+def test_class_labels_have_their_names(tmp_path: Path):
+    features = Features(label=ClassLabel(names=["no", "yes"]), tags=Sequence(ClassLabel(names=["a", "b"])))
+    codes = {"label": [1, 0, -1, None], "tags": [[0], [1], [], None]}
+    Dataset.from_dict(codes, features).save_to_disk(tmp_path / "d")
+    table = read_table(tmp_path / "d")
+    assert table["label"].to_pylist() == ["yes", "no", None, None]
+    assert table["tags"].to_pylist() == codes["tags"]  # of steps, which are tokens
 
 
 def test_a_stream_that_ends_between_batches_is_damaged(tmp_path: Path):

@@ -456,9 +456,9 @@ class TestSplits:
 
 class TestHub:
     def test_a_name_is_loaded_with_its_splits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        DatasetDict(
-            train=Dataset.from_dict(table()), test=Dataset.from_dict(table(5, 1)), other=Dataset.from_dict(table())
-        ).save_to_disk(tmp_path / "d")
+        found = {"train": table(), "test": table(5, 1), "other": table()}
+        saved = DatasetDict({name: Dataset.from_dict(one) for name, one in found.items()})
+        saved.class_encode_column("label").save_to_disk(tmp_path / "d")
         asked = []
 
         def load(*arguments: Any, **options: Any) -> Any:
@@ -470,6 +470,7 @@ class TestHub:
         task = attempt(tmp_path, "owner/name:plain@v1", inputs="x*", target="label")
         assert asked[0] == ("owner/name", "plain", "v1")
         assert [len(split) for split in task.datasets()] == [27, 3, 5]
+        assert task.preprocessing.targets == Classes(("a", "b"))
 
     @pytest.mark.parametrize(
         ("source", "problem"),
