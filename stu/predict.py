@@ -208,8 +208,7 @@ def _steps(
             arrays.append((numbers, loaded.encoded([one[0] for one in steps] if len(steps[0]) == 1 else steps)))
         except OptionError as error:
             if not options.skip_invalid:
-                where = f"{place(numbers[0])} and the rows of its sequence, column {brief(', '.join(columns))}"
-                raise OptionError(where, error.value, error.allowed) from error
+                raise _located(error, loaded, rows, numbers, columns, place) from error
     found: list[Prediction | None] = [None] * len(rows)
     for start in range(0, len(arrays), options.batch_size):
         batch = arrays[start : start + options.batch_size]
@@ -218,6 +217,30 @@ def _steps(
                 each = loaded.predicts_steps
                 found[number] = prediction._replace(value=prediction.value[step]) if each else prediction
     return found
+
+
+def _located(
+    error: OptionError,
+    loaded: "Trained",
+    rows: Sequence[Row],
+    numbers: Sequence[int],
+    columns: Sequence[str],
+    place: Callable[[int], str],
+) -> OptionError:
+    """The error of the first cell that is wrong by itself; else that of the whole sequence, at its first row."""
+    from stu.preprocessing import Tokens
+
+    tokens = loaded.preprocessing is not None and isinstance(loaded.preprocessing.inputs, Tokens)
+    for number in numbers:
+        for name in columns:
+            try:
+                step = step_of([rows[number].get(name)])
+                if tokens and len(columns) == len(step) == 1:
+                    loaded.encoded(step)
+            except OptionError as wrong:
+                return OptionError(f"{place(number)}, column {name}", wrong.value, wrong.allowed)
+    where = f"{place(numbers[0])} and the rows of its sequence, column {brief(', '.join(columns))}"
+    return OptionError(where, error.value, error.allowed)
 
 
 def _columns(loaded: "Trained", name: str, predicted: Sequence["Prediction | None"]) -> list[Row]:

@@ -108,9 +108,13 @@ class Tokens:
         return range(self.vocab_size)
 
     def encode(self, value: Any) -> NDArray[np.int64]:
-        """Integers (L,), or a text of them with spaces between, as tokens (L,)."""
-        tokens = np.asarray(_integers(value) if isinstance(value, str) else value)
-        whole = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
+        """Integers (L,), as reals too, or a text of them with spaces between, as tokens (L,)."""
+        try:
+            tokens = np.asarray(_integers(value) if isinstance(value, str) else value)
+        except ValueError as error:  # lists of several lengths
+            raise OptionError("input", brief(value), "must be a list of integers") from error
+        kind = tokens.dtype.kind
+        whole = tokens.ndim == 1 and (kind in "iu" or (kind == "f" and bool((tokens == np.floor(tokens)).all())))
         require(whole, "input", brief(value), "must be a list of integers")
         inside = (tokens >= 0) & (tokens < self.vocab_size)
         allowed = f"must be in 0 … {self.vocab_size - 1}"
@@ -246,4 +250,6 @@ def _key(label: Any) -> tuple[str, Any]:
     """What tells labels apart: 1, "1" and true are three; 1 and 1.0 are one."""
     if isinstance(label, bool | np.bool_):
         return "bool", bool(label)
-    return ("number", float(label)) if isinstance(label, int | float | np.number) else ("text", str(label))
+    if isinstance(label, int | float | np.number):
+        return "number", label.item() if isinstance(label, np.number) else label  # integers exactly, however large
+    return "text", str(label)

@@ -19,12 +19,14 @@ from pyarrow import parquet
 
 import stu
 from stu.encoders import LinearEncoder, TokenEncoder
+from stu.errors import OptionError
 from stu.heads import PooledHead, StepHead
 from stu.mixers.lru import LRU
 from stu.predict import main
 from stu.preprocessing import Classes, Numbers, Preprocessing, Text, Tokens
 from stu.saved.exported import write_folder
-from stu.tables.rows import of_file, of_standard_input
+from stu.tables.cells import sequences
+from stu.tables.rows import of_file, of_standard_input, writing
 from tests.models import randomized
 
 pytest.importorskip("safetensors")
@@ -121,6 +123,63 @@ def test_files_in_and_out(models: Path, tmp_path: Path, ending: str):
     for one, inputs in zip(found, table["at"].to_pylist(), strict=True):
         assert one == approx(values(models / "numbers", [inputs])[0])
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2, 3.0], pa.int64()),
+        ([1.5, 2], pa.float64()),
+        ([None, None, "a"], pa.string()),
+        ([[], None, [1.5], [2]], pa.list_(pa.float64())),
+        ([None, None], pa.null()),
+    ],
+)
+def test_parquet_has_one_type_for_all_rows(values: list[Any], kind: pa.DataType, tmp_path: Path):
+    """Of which one is written at a time; a column waits for its first value."""
+    with writing(tmp_path / "out.parquet") as write:
+        for number, value in enumerate(values):
+            write([{"id": number, "x": value}], None)
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found.to_pydict() == {"id": list(range(len(values))), "x": values}
+    assert pa.types.is_list(kind) or found.schema.field("x").type == kind
+
+
+def test_parquet_takes_categories_and_texts_together(tmp_path: Path):
+    categories, texts = (pa.schema([("x", kind)]) for kind in (pa.dictionary(pa.int32(), pa.string()), pa.string()))
+    for schemas in ((categories, texts), (texts, categories)):
+        with writing(tmp_path / "out.parquet") as write:
+            for schema, value in zip(schemas, "ab", strict=True):
+                write([{"x": value}], schema)
+        assert parquet.read_table(tmp_path / "out.parquet")["x"].to_pylist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([1, 1.75], "column x has other numbers than the rows before, try .jsonl: Float value 1.75"),
+        (
+            [1.5, 2**53 + 1],
+            "column x has other numbers than the rows before, try .jsonl: Integer value 9007199254740993",
+        ),
+        ([None, "a", 1], "rows have different types, try .jsonl: "),
+        ([True, 1], "rows have different types, try .jsonl: "),
+        ([{}], "a column has a type that parquet has not, try .jsonl: "),
+        ([2**70], "column x has values that parquet cannot hold, try .jsonl: "),
+    ],
+)
+def test_parquet_that_would_lose_something_is_refused(values: list[Any], why: str, tmp_path: Path):
+    output = tmp_path / "out.parquet"
+
+    def attempt() -> None:
+        with writing(output) as write:
+            for value in values:
+                write([{"x": value}], None)
+
+    with pytest.raises(OptionError) as error:
+        attempt()
+    assert str(error.value).startswith(f"--output={output}: {why}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -241,6 +300,11 @@ class TestSteps:
         first, second = values(models / "number", [[1, 5, 3], [7]])
         assert found == approx([first, second, first, first])
 
+    @pytest.mark.parametrize("kind", [int, str])
+    def test_large_times_are_told_apart(self, kind: type):
+        rows = [{"id": "a", "t": kind(2**53 + offset)} for offset in (1, 0, 2)]
+        assert sequences(rows, "id", "t", str) == [[1, 0, 2]]
+
     def test_what_is_wrong_is_one_line(self, models: Path, written: Written, refused: Callable[..., str]):
         model, source = models / "numbers", self.source(written)
         u, v = ("--column", "u"), ("--column", "v")
@@ -250,6 +314,21 @@ class TestSteps:
             ((model, source, *u, *v, "--time", "t"), "--time=t: needs --sequence"),
             ((model, source, *u, "--sequence", "id"), f"{source}: line 2 and the rows of its sequence, column u="),
             ((model, twice, *u, *v, "--sequence", "id", "--time", "t"), f"{twice}: line 3, column t=1: a time of the"),
+            *(
+                (
+                    (model, written(name, f"id,u,v\na,1,2\nb,1,2\na,1,{cell}\n"), *u, *v, "--sequence", "id"),
+                    f"{source.parent}/{name}: line 4, column v={problem}",
+                )
+                for name, cell, problem in (
+                    ("b.csv", "x", "x: must be numbers"),
+                    ("c.csv", "", "empty: must have a value"),
+                    ("d.csv", "inf", "inf: must be finite"),
+                )
+            ),
+            (
+                (models / "tokens", written("t.csv", "id,v\na,1\na,9\n"), *v, "--sequence", "id"),
+                f"{source.parent}/t.csv: line 3, column v=[9]: must be in 0 … 6",
+            ),
             (
                 (model, written("e.csv", "id,u,v\na,1,2\n,1,2\n"), *u, *v, "--sequence", "id"),
                 f"{source.parent}/e.csv: line 3",

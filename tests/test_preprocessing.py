@@ -41,6 +41,14 @@ def test_labels_of_any_type_are_told_apart():
     classes = Classes(("1", 1, True, -0.5))
     assert [classes.encode(label) for label in ("1", 1, 1.0, True, np.float32(-0.5))] == [0, 1, 1, 2, 3]
     assert classes.decode(2) is True
+    large = Classes((2**53, 2**53 + 1))  # one as reals
+    assert [large.encode(label) for label in (2**53 + 1, np.int64(2**53 + 1), 2.0**53)] == [1, 1, 0]
+
+
+def test_tokens_may_be_whole_reals():
+    """As some formats write integers, and as training takes them."""
+    tokens = Tokens(7).encode([4.0, 6.0])
+    assert (tokens.tolist(), tokens.dtype) == ([4, 6], np.int64)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,9 @@ def test_it_is_plain_json(preprocessing: Preprocessing):
         (Text(), 3, "input=3: must be a text"),
         (Tokens(3), [0, 3], r"input=\[3\]: must be in 0 … 2"),
         (Tokens(3), [0.5], "must be a list of integers"),
+        (Tokens(3), [1.0, float("nan")], "must be a list of integers"),
+        (Tokens(3), [[1], [1, 2]], "must be a list of integers"),
+        (Tokens(3), [float("inf")], r"input=\[inf\]: must be in 0 … 2"),
         (Numbers((0,), (1,)), [1, float("nan")], r"input=\[nan\]: must be finite"),
         (Numbers((0,), (1,)), [[1, 2]], r"must be numbers \(L, 1\)"),
         (Numbers((0, 0), (1, 1)), [[1], [1, 2]], "equally many in every step"),

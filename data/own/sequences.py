@@ -109,6 +109,8 @@ def times(rows: Rows, column: str) -> NDArray[Any]:
             rows.refuse(_first_no_time(cells), column, "must be a number, or a time as 2024-01-31 12:00")
     if pa.types.is_temporal(cells.type):  # as it is stored, in whatever unit
         return pc.cast(cells.cast(pa.int32()) if cells.type.bit_width == 32 else cells, pa.int64()).to_numpy()
+    if pa.types.is_integer(cells.type):  # as reals, large ones would be the same
+        return cells.to_numpy()
     return columns.numbers(rows, column)
 
 

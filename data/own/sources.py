@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data.store.cache import say
 from data.store.sources import SHARD, answers, files, sha256, split_named
 from stu.errors import OptionError, require
+from stu.tables.binary import from_dataset
 from stu.tables.reading import FORMATS, kind_of, place_of, read_table
 from stu.task import Splits
 
@@ -28,11 +29,14 @@ ALLOWED = "must be a file, a folder, or owner/name, owner/name:config or owner/n
 @final
 @dataclass(frozen=True)
 class Part:
-    """Rows that are read together. name: of the file, for messages. split: None where the name does not say."""
+    """Rows that are read together. name: of the file, for messages. split: None where the name does not say.
+
+    read: the table, in which columns of csv and tsv with the given names are texts as they stand.
+    """
 
     name: str
     split: str | None
-    read: Callable[[], pa.Table]
+    read: Callable[[Sequence[str]], pa.Table]
     digest: Callable[[], str]
 
 
@@ -88,14 +92,17 @@ def identity(parts: Sequence[Part]) -> list[list[str | None]]:
     return [[part.split, part.digest()] for part in parts]
 
 
-def loaded(parts: Sequence[Part], choose: Callable[[list[str]], list[str]]) -> Rows:
-    """The rows of all parts. choose: all columns → those that are needed."""
-    tables = [part.read() for part in parts]
-    names = choose(tables[0].column_names)
+def loaded(parts: Sequence[Part], choose: Callable[[list[str]], tuple[list[str], list[str]]]) -> Rows:
+    """The rows of all parts. choose: all columns → those that are needed, and those of them that are texts."""
+    tables = [part.read(()) for part in parts]
+    names, texts = choose(tables[0].column_names)
     for part, table in zip(parts, tables, strict=True):
         lacking = next((name for name in names if name not in table.column_names), None)
         require(lacking is None, "source", part.name, f"has no column {lacking}, which {parts[0].name} has")
         require(table.num_rows > 0, "source", part.name, "has no rows")
+    for number, part in enumerate(parts):
+        if any(pa.types.is_primitive(tables[number].schema.field(name).type) for name in texts):  # as all could be read
+            tables[number] = part.read(texts)
     sizes = [table.num_rows for table in tables]
     split = [UNDECIDED if part.split is None else Splits._fields.index(part.split) for part in parts]
     return Rows(
@@ -193,8 +200,8 @@ def _parts_of_hub(source: str, name: str, config: str | None, revision: str | No
     ]
 
 
-def _rows_of(split: Any) -> pa.Table:
-    return split.with_format("arrow")[:]
+def _rows_of(split: Any, texts: Sequence[str] = ()) -> pa.Table:
+    return from_dataset(split)
 
 
 def _digest_of(split: Any) -> str:

@@ -56,7 +56,7 @@ def divided(
     wanted = missing(split)
     pool = np.flatnonzero(split == TRAIN)
     if times is not None:
-        order = np.argsort(-times[pool].astype(np.float64), kind="stable")
+        order = np.argsort(-np.unique(times[pool], return_inverse=True)[1], kind="stable")  # the latest first
     elif labels is not None and groups is None:
         order = stratified(labels[pool], seed)
     else:

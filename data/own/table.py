@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.own import baselines, columns, sequences, splits
 from data.own.columns import Integers, Names, Reals
-from data.own.sequences import NEXT, Kind, Read, RowsAre, Sequences, Target, Targets
+from data.own.sequences import NEXT, TEXT, Kind, Read, RowsAre, Sequences, Target, Targets
 from data.own.sources import UNDECIDED, Part, Rows, identity, loaded, parts_of
 from data.store.arrow import read_arrays, write_arrays
 from data.store.cache import say
@@ -27,7 +27,7 @@ from stu.files import write_atomically
 from stu.preprocessing import Classes, Inputs, Numbers, Preprocessing, Text, Tokens
 from stu.task import Splits
 
-VERSION = 2  # increment when the same options produce different examples, or the same examples different files
+VERSION = 3  # increment when the same options produce different examples, or the same examples different files
 
 WORDS = 20_000  # of a vocabulary, unless the option says otherwise
 MOST_TOKENS = 2**20  # that integers may be; more are quantities
@@ -123,7 +123,7 @@ class TableData(StoredData["TableExamples"]):
         """The rows with the columns that are needed, and the names of inputs and target; None: the next step."""
         chosen: dict[str, Any] = {}
 
-        def choose(names: list[str]) -> list[str]:
+        def choose(names: list[str]) -> tuple[list[str], list[str]]:
             others = [columns.found(names, key, getattr(self, key))[0] for key in OWN if getattr(self, key) is not None]
             require(
                 self.target != NEXT or NEXT not in names,
@@ -134,7 +134,8 @@ class TableData(StoredData["TableExamples"]):
             target = None if self.target == NEXT else columns.found(names, "target", self.target)
             chosen.update(target=target, inputs=columns.found(names, "inputs", self.inputs, [*others, *(target or [])]))
             _require_apart(self, [*chosen["inputs"], *(target or [])])
-            return list(dict.fromkeys([*chosen["inputs"], *(target or []), *others]))
+            texts = chosen["inputs"] if self.read in TEXT else []
+            return list(dict.fromkeys([*chosen["inputs"], *(target or []), *others])), texts
 
         rows = loaded(self.parts, choose)
         if self.split is not None:

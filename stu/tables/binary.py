@@ -1,7 +1,7 @@
 """Tables in binary files: parquet, Arrow, npz, npy, and the folders that `save_to_disk` of `datasets` writes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,8 +69,23 @@ def from_folder(path: Path) -> "pa.Table":
     single = (path / "state.json").is_file()
     allowed = "must be a file, or one split that save_to_disk wrote: a folder with state.json"
     require(single, "source", str(path), allowed)
-    found = datasets.load_from_disk(str(path))
-    return _plain(found.with_format("arrow")[:])
+    return from_dataset(datasets.load_from_disk(str(path)))
+
+
+def from_dataset(split: Any) -> "pa.Table":
+    """A `Dataset` of `datasets`; columns of class labels have the names of the classes, null where there is none."""
+    import datasets
+    import pyarrow as pa
+    from pyarrow import compute as pc
+
+    table = split.with_format("arrow")[:]
+    for number, name in enumerate(table.column_names):
+        feature = split.features[name]
+        if isinstance(feature, datasets.ClassLabel):
+            codes = table[name]
+            known = pc.if_else(pc.less(codes, 0), pa.scalar(None, codes.type), codes)  # -1 is no label
+            table = table.set_column(number, name, pc.take(pa.array(feature.names, pa.string()), known))
+    return _plain(table)
 
 
 def _nested(path: Path, name: str, array: np.ndarray) -> "pa.Array":

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
@@ -31,10 +32,17 @@ def value_of(cells: Sequence[Any], *, text: bool) -> Any:
 
 
 def step_of(cells: Sequence[Any]) -> list[Any]:
-    """The numbers of a row that is a step. Raises `OptionError` for an empty cell, and for what is no number."""
+    """The numbers of a row that is a step. Raises `OptionError` for an empty cell, and for what is no finite number."""
     _require_whole(cells)
     parts = [_numbers(cell) for cell in cells]
-    return [number for part in parts for number in (part if isinstance(part, list) else [part])]
+    numbers = [number for part in parts for number in (part if isinstance(part, list) else [part])]
+    for number in numbers:
+        try:
+            finite = math.isfinite(number)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise OptionError("input", brief(number), "must be a number") from error
+        require(finite, "input", number, "must be finite")
+    return numbers
 
 
 def sequences(
@@ -96,10 +104,20 @@ def _cell(row: Mapping[str, Any], column: str, number: int, place: Place) -> Has
 def _comparable(values: Sequence[Any], column: str, place: Place) -> list[Any]:
     """Numbers, also where they are written as texts; else values of one type."""
     try:
-        return [value if isinstance(value, datetime.date) else float(value) for value in values]
+        return [_time(value) for value in values]
     except (TypeError, ValueError):
         for number, value in enumerate(values):
             if type(value) is not type(values[0]):
                 problem = f"must be of the same type as in {place(0)}"
                 raise OptionError(f"{place(number)}, column {column}", brief(value), problem) from None
         return list(values)
+
+
+def _time(value: Any) -> Any:
+    """A date as it is, else a number: an integer exactly, however large."""
+    if isinstance(value, datetime.date | int):
+        return value
+    try:
+        return int(value) if isinstance(value, str) else float(value)
+    except ValueError:
+        return float(value)

@@ -94,6 +94,8 @@ def _typed(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
             try:
                 found = pc.cast(cells, kind)
             except pa.ArrowInvalid:
+                if pa.types.is_int64(kind) and _are_integers(cells):
+                    return None  # as reals, different ones of many digits would be the same
                 continue
             coded = pa.types.is_int64(kind) and pc.any(pc.match_substring_regex(cells, r"^\s*[+-]?0\w")).as_py()
             return None if coded else found
@@ -101,9 +103,18 @@ def _typed(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
 
     found = cast(column)
     if found is None and len(column) and _numeric_but_for_missing(column):
-        stripped = pc.utf8_trim_whitespace(column)
+        stripped = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r"^\+(\d)", r"\1")  # Arrow has no +1
         found = cast(pc.if_else(pc.is_in(stripped, pa.array(MISSING)), pa.scalar(None, pa.string()), stripped))
     return column if found is None else found
+
+
+def _are_integers(column: "pa.ChunkedArray") -> bool:
+    """Whether all cells that are there are written as integers, however large."""
+    import pyarrow as pa
+    from pyarrow import compute as pc
+
+    missing = pc.is_in(pc.utf8_trim_whitespace(column), pa.array(MISSING))
+    return bool(pc.all(pc.or_(missing, pc.match_substring_regex(column, r"^\s*[+-]?\d+\s*$"))).as_py())
 
 
 def _numeric_but_for_missing(column: "pa.ChunkedArray") -> bool:

@@ -34,10 +34,10 @@ def read_table(source: str | Path, texts: Sequence[str] = ()) -> "pa.Table":
     """The rows of a file (`FORMATS`, text also compressed) or of a `save_to_disk` folder, with one name per column.
 
     The types of csv and tsv are those of all rows: integers, numbers, true and false, else text; so are integers that
-    start with 0. In columns of numbers, empty cells and `MISSING` are null. An npy file is the column `values`; arrays
-    of more than one dimension are nested lists. texts: names or patterns of columns of csv and tsv that are text as
-    they stand. Raises `OptionError`, named source, for what cannot be read to its end, has no rows, or a column twice;
-    it says in which line or row.
+    start with 0 or need more than 64 bits. In columns of numbers, empty cells and `MISSING` are null. An npy file is
+    the column `values`; arrays of more than one dimension are nested lists. texts: names or patterns of columns of
+    csv and tsv that are text as they stand. Raises `OptionError`, named source, for what cannot be read to its end,
+    has no rows, or a column twice; it says in which line or row.
     """
     path = _existing(source)
     reader = binary.from_folder if path.is_dir() else FORMATS.get(kind_of(path) or "")

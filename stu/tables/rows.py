@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from stu.errors import OptionError, brief, require
 from stu.files import replacing
@@ -136,7 +136,7 @@ def writing(output: Path | None) -> Iterator[Write]:
     """What writes rows: csv to standard output, or a file of one of `WRITERS` that appears whole or not at all."""
     try:
         place = nullcontext() if output is None else replacing(output)
-        with place as partial, WRITERS[".csv" if output is None else output.suffix](partial) as write:
+        with place as partial, WRITERS[".csv" if output is None else output.suffix](partial, output) as write:
             yield write
     except BrokenPipeError:
         raise
@@ -157,7 +157,7 @@ def _opened(path: Path | None) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _csv(path: Path | None) -> Iterator[Write]:
+def _csv(path: Path | None, output: Path | None) -> Iterator[Write]:
     with _opened(path) as file:
         writer: Any = csv.writer(file, lineterminator="\n")
         header: list[str] = []
@@ -177,7 +177,7 @@ def _cell(value: Any) -> Any:
 
 
 @contextmanager
-def _jsonl(path: Path | None) -> Iterator[Write]:
+def _jsonl(path: Path | None, output: Path | None) -> Iterator[Write]:
     with _opened(path) as file:
 
         def write(rows: Sequence[Row], schema: Any) -> None:
@@ -187,29 +187,79 @@ def _jsonl(path: Path | None) -> Iterator[Write]:
 
 
 @contextmanager
-def _parquet(path: Path | None) -> Iterator[Write]:
+def _parquet(path: Path | None, output: Path | None) -> Iterator[Write]:
     import pyarrow as pa
     from pyarrow import parquet
 
     writer: Any = None
+    types: Any = None  # of all columns so far, or of the file
+    held: list[Any] = []  # tables that wait for a value in each of their columns, which decides its type
 
-    def write(rows: Sequence[Row], schema: Any) -> None:
+    def refuse(why: str, error: Exception) -> NoReturn:
+        raise OptionError("--output", output, f"{why}, try .jsonl: {brief(error)}") from error
+
+    def table_of(rows: Sequence[Row], known: dict[str, Any]) -> Any:
+        columns = {}
+        for name in rows[0]:
+            kind, before = known.get(name), None if types is None else types.field(name).type
+            if kind is not None and before is not None and _values(kind) == _values(before):
+                kind = before  # categories and texts are the same to who reads them
+            try:
+                columns[name] = pa.array([row[name] for row in rows], kind)
+            except (pa.ArrowException, UnicodeError, OverflowError) as error:
+                refuse(f"column {name} has values that parquet cannot hold", error)
+        return pa.table(columns)
+
+    def write_held() -> None:
         nonlocal writer
         try:
-            if writer is None:
-                known = {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
-                inferred = pa.Table.from_pylist(rows).schema
-                fields = [pa.field(field.name, known.get(field.name, field.type)) for field in inferred]
-                writer = parquet.ParquetWriter(path, pa.schema(fields))
-            writer.write_table(pa.Table.from_pylist(rows, schema=writer.schema))
-        except (pa.ArrowException, UnicodeError, OverflowError) as error:
-            raise OptionError("--output", path, f"rows have different types, try .jsonl: {brief(error)}") from error
+            writer = parquet.ParquetWriter(path, types) if writer is None else writer
+        except pa.ArrowException as error:  # of objects without any value
+            refuse("a column has a type that parquet has not", error)
+        for table in held:
+            columns = []
+            for name, column in zip(table.column_names, table.columns, strict=True):
+                try:
+                    columns.append(column.cast(types.field(name).type))
+                except pa.ArrowException as error:
+                    refuse(f"column {name} has other numbers than the rows before", error)
+            writer.write_table(pa.table(columns, schema=types))
+        held.clear()
+
+    def write(rows: Sequence[Row], schema: Any) -> None:
+        nonlocal types
+        table = table_of(rows, {} if schema is None else dict(zip(schema.names, schema.types, strict=True)))
+        plain = pa.schema([pa.field(field.name, field.type) for field in table.schema])
+        try:
+            both = plain if types is None else pa.unify_schemas([types, plain], promote_options="permissive")
+        except pa.ArrowException as error:
+            refuse("rows have different types", error)
+        types = both if writer is None else types
+        held.append(table)
+        if writer is not None or not any(_is_open(field.type) for field in types):
+            write_held()
 
     yield write
-    if writer is None:
+    if types is None:
         parquet.write_table(pa.table({}), path)
     else:
+        write_held()
         writer.close()
 
 
-WRITERS: dict[str, Callable[[Path | None], Any]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+def _values(kind: Any) -> Any:
+    """The type of the values of categories; others as they are."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_open(kind: Any) -> bool:
+    """Whether a type of Arrow is, or has in it, that of no value at all."""
+    import pyarrow as pa
+
+    empty = pa.types.is_null(kind) or (pa.types.is_struct(kind) and kind.num_fields == 0)
+    return empty or any(_is_open(kind.field(number).type) for number in range(kind.num_fields))
+
+
+WRITERS: dict[str, Callable[[Path | None, Path | None], Any]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}

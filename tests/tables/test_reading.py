@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence
 from pyarrow import parquet
 
 from stu.errors import OptionError
@@ -70,6 +70,13 @@ def test_an_array_is_the_column_values(tmp_path: Path):
         ("1 NA", [1, None]),
         ("true False", [True, False]),
         ("007 8", ["007", "8"]),
+        ("+1 -2", [1, -2]),
+        ("1 nan", [1, None]),
+        ("9007199254740993 9223372036854775807", [2**53 + 1, 2**63 - 1]),
+        ("9223372036854775807 +9223372036854775808", ["9223372036854775807", "+9223372036854775808"]),
+        ("12345678901234567890 NA", ["12345678901234567890", "NA"]),
+        ("01100110011001100110011001100110 1", ["01100110011001100110011001100110", "1"]),
+        ("12345678901234567890 0.5", [12345678901234567890.0, 0.5]),
         ("0x1 2", ["0x1", "2"]),
         ("2020-01-01 2020-01-02", ["2020-01-01", "2020-01-02"]),
         ("1 b", ["1", "b"]),
@@ -155,6 +162,15 @@ def test_what_is_no_single_table_is_refused(tmp_path: Path):
     }.items():
         with pytest.raises(OptionError, match=problem):
             read_table(tmp_path / name)
+
+
+def test_class_labels_have_their_names(tmp_path: Path):
+    features = Features(label=ClassLabel(names=["no", "yes"]), tags=Sequence(ClassLabel(names=["a", "b"])))
+    codes = {"label": [1, 0, -1, None], "tags": [[0], [1], [], None]}
+    Dataset.from_dict(codes, features).save_to_disk(tmp_path / "d")
+    table = read_table(tmp_path / "d")
+    assert table["label"].to_pylist() == ["yes", "no", None, None]
+    assert table["tags"].to_pylist() == codes["tags"]  # of steps, which are tokens
 
 
 def test_a_stream_that_ends_between_batches_is_damaged(tmp_path: Path):

@@ -163,6 +163,17 @@ class TestInputs:
         task = attempt(tmp_path, write(tmp_path / "t.csv", columns), inputs="text", target="label", read="bytes")
         assert everything(task) == [str(number) for number in range(1000, 1030)]
 
+    @pytest.mark.parametrize("cells", [("1.50", "+2"), (" 3", "4 "), ("true", "False"), ("NA", "5")])
+    def test_texts_are_as_they_stand_in_every_file(self, cells: tuple[str, str], tmp_path: Path):
+        """Whatever all of a column could be; a target that the pattern fits is none of them."""
+        (tmp_path / "s").mkdir()
+        for name in ("train", "val", "test"):
+            columns = {"text": [cells[row % 2] for row in range(6)], "texts": [row / 2 for row in range(6)]}
+            write(tmp_path / "s" / f"{name}.csv", columns | ({"text": list("ab") * 3} if name == "test" else {}))
+        task = attempt(tmp_path, tmp_path / "s", inputs="text*", target="texts", read="bytes")
+        assert everything(task) == sorted([*cells * 6, *"ab" * 3])
+        assert isinstance(task.preprocessing.targets, Numbers)
+
     @pytest.mark.parametrize(
         ("options", "problem"),
         [
@@ -244,6 +255,22 @@ class TestInputs:
         task = attempt(tmp_path, path, inputs="u", target="kind", sequence="id", time="time")
         expected = sorted([round(x, 4) for x in columns["u"][start : start + 5]][::-1] for start in range(0, 60, 5))
         assert everything(task) == expected
+
+    @pytest.mark.parametrize("ending", ["csv", "parquet"])
+    def test_large_integers_order_the_rows(self, ending: str, tmp_path: Path):
+        """Which as reals are the same."""
+        columns = long_table(12, 5)
+        columns["time"] = [2**53 + row % 5 for row in range(60)]
+        task = attempt(
+            tmp_path, write(tmp_path / f"t.{ending}", columns), inputs="u", target="kind", sequence="id", time="time"
+        )
+        assert [one[0] for one in everything(task)] == sorted(round(x, 4) for x in columns["u"][::5])
+        columns = table() | {"when": [2**53 + (row * 7) % 30 for row in range(30)]}
+        path = write(tmp_path / f"d.{ending}", columns)
+        task = attempt(tmp_path, path, inputs="x*", target="y", time="when", divide="time")
+        last = sorted(range(30), key=columns["when"].__getitem__)[-3:]
+        found = sorted(task.preprocessing.targets.decode(one[1]).item() for one in task.datasets().test)
+        assert found == pytest.approx(sorted(columns["y"][row] for row in last), abs=1e-6)
 
 
 class TestUse:
@@ -434,9 +461,9 @@ class TestSplits:
 
 class TestHub:
     def test_a_name_is_loaded_with_its_splits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        DatasetDict(
-            train=Dataset.from_dict(table()), test=Dataset.from_dict(table(5, 1)), other=Dataset.from_dict(table())
-        ).save_to_disk(tmp_path / "d")
+        found = {"train": table(), "test": table(5, 1), "other": table()}
+        saved = DatasetDict({name: Dataset.from_dict(one) for name, one in found.items()})
+        saved.class_encode_column("label").save_to_disk(tmp_path / "d")
         asked = []
 
         def load(*arguments: Any, **options: Any) -> Any:
@@ -448,6 +475,7 @@ class TestHub:
         task = attempt(tmp_path, "owner/name:plain@v1", inputs="x*", target="label")
         assert asked[0] == ("owner/name", "plain", "v1")
         assert [len(split) for split in task.datasets()] == [27, 3, 5]
+        assert task.preprocessing.targets == Classes(("a", "b"))
 
     @pytest.mark.parametrize(
         ("source", "problem"),
