@@ -152,7 +152,7 @@ def assembled(
     require(kept is None or isinstance(kept, Mapping), "preprocessing", brief(kept), f"{source} must have a mapping")
     preprocessing = None if kept is None else Preprocessing.read(kept)
     model = fitted(config.get("model"), weights, source, trust)
-    _require_fit(model, preprocessing, source)
+    _require_fit(model, preprocessing, config["task"], source)
     return model, preprocessing, dict(config["task"])
 
 
@@ -172,7 +172,7 @@ def _require_facts(task: Any, source: str) -> None:
     wrong = next((name for name, kind in kinds.items() if type(facts.get(name)) is not kind), None)
     require(wrong is None, f"task.{wrong}", brief(facts.get(str(wrong))), f"{source} is damaged")
     start = facts.get("next_token", {"start": None})
-    known = isinstance(start, Mapping) and isinstance(start.get("start"), int | None)
+    known = isinstance(start, Mapping) and type(start.get("start")) in (int, type(None))
     require(known, "task.next_token", brief(start), f"{source} is damaged")
     steps = facts.get("steps", {})
     named = isinstance(steps, Mapping) and all(isinstance(name, str | None) for name in steps.values())
@@ -290,7 +290,9 @@ def _require_same(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
         require(before == now, name, before, f"{source} does not fit its model, in which it is {now}")
 
 
-def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, source: str) -> None:
+def _require_fit(
+    model: SequenceModel, preprocessing: Preprocessing | None, task: Mapping[str, Any], source: str
+) -> None:
     """Raise `OptionError` where inputs or predictions are read in another way than the model takes and makes them."""
     if preprocessing is None:
         return
@@ -301,9 +303,13 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
         else:
             trial = torch.full((2, 1), inputs.vocab_size - 1)
         with torch.no_grad():
-            outputs = model.eval()(trial).shape[-1]
+            predicted = model.eval()(trial).shape  # (B, O) or (B, L, O)
     except Exception as error:  # whatever PyTorch raises, given anything
         raise OptionError("preprocessing.inputs", source, f"does not fit the model: {_line(error)}") from error
+    start, outputs = task.get("next_token", {}).get("start"), predicted[-1]
+    if start is not None:
+        known = not isinstance(inputs, Numbers) and 0 <= start < inputs.vocab_size and len(predicted) == 3
+        require(known, "task.next_token", brief(start), f"{source}: must be a token, and one predicted at every step")
     if targets is None:
         return
     if isinstance(targets, Numbers):
@@ -314,7 +320,7 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
         fits = outputs == expected
     else:
         expected = targets.vocab_size
-        fits = outputs <= expected
+        fits = outputs > targets.alphabet.start  # there may be more outputs than tokens, which are not predicted
     require(fits, "preprocessing.targets", source, f"is of {expected} values, the model has {outputs} outputs")
 
 
