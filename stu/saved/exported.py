@@ -34,6 +34,7 @@ LARGEST_CONFIG = 2**26  # bytes: vocabularies may be long
 SMALL = 1024  # whole numbers up to this are believed
 LONGEST = 2**22  # steps
 DEEPEST = 100  # calls and lists within each other
+MOST_FILTERED = 2**26  # numbers of all filters of a layer: seq_len of each
 LENGTHS = ("seq_len", "window", "chunk_size")  # keywords that count steps, which no weights need have
 
 
@@ -177,6 +178,9 @@ def _require_facts(task: Any, source: str) -> None:
     steps = facts.get("steps", {})
     named = isinstance(steps, Mapping) and all(isinstance(name, str | None) for name in steps.values())
     require(named, "task.steps", brief(steps), f"{source} is damaged")
+    columns = facts.get("columns", [])
+    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    require(named, "task.columns", brief(columns), f"{source} is damaged: they must be a list of texts")
     kept = facts.get("precondition")
     if kept is not None:
         complete = isinstance(kept, Mapping) and set(kept) == {"polynomial", "degree", "inputs"}
@@ -269,6 +273,9 @@ def _require_sizes(calls: Any, weights: Mapping[str, Tensor]) -> None:
     for name, number in _whole_numbers("", calls):
         most = LONGEST if name in LENGTHS else largest
         require(abs(number) <= most, name, number, f"must be at most {most:,}, for weights of these sizes")
+    for filters, length in _filtered(calls):
+        allowed = f"must be at most {MOST_FILTERED // max(1, length):,}, for filters of seq_len={length}"
+        require(filters * length <= MOST_FILTERED, "num_filters", filters, allowed)
 
 
 def _whole_numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
@@ -278,6 +285,17 @@ def _whole_numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
             yield from _whole_numbers(str(key), part)
     elif isinstance(value, int):
         yield name, value
+
+
+def _filtered(value: Any) -> Iterator[tuple[int, int]]:
+    """num_filters and seq_len of all calls in plain data that have both."""
+    if isinstance(value, Mapping):
+        filters, length = value.get("num_filters"), value.get("seq_len")
+        if isinstance(filters, int) and isinstance(length, int):
+            yield filters, length
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _filtered(part)
 
 
 def _require_same(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
