@@ -47,10 +47,10 @@ class Prediction(NamedTuple):
 class Trained:
     """A trained `SequenceModel` in eval mode, with its preprocessing.
 
-    task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, and
-    steps, where a row of it is one; precondition, where the model predicts a combination of outputs. about: what is
-    known of its training: results on the test set, baselines, versions. preprocessing: None where inputs are arrays as
-    the model takes them, (L,) or (L, C), and predictions real numbers.
+    task: name (of its class), seq_len (the longest input) and causal; columns, where the inputs were read from columns
+    of a table, and steps, where a row of it is one; precondition, where the model predicts a combination of outputs.
+    about: what is known of its training: results on the test set, baselines, versions. preprocessing: None where
+    inputs are arrays as the model takes them, (L,) or (L, C), and predictions real numbers.
     """
 
     def __init__(
@@ -121,6 +121,8 @@ class Trained:
             longest, origin = longest - 1, "seq_len, less the token that starts a sequence"
         steps = len(array) if array.ndim else 0
         allowed = f"must have 1 to {longest}, as in training ({origin})"
+        if self.predicts_steps:
+            allowed += "; cut longer ones into pieces, where a row is a step by a column that numbers them (--sequence)"
         require(1 <= steps <= longest, "input", f"{steps} steps", allowed)
         return array
 
