@@ -182,6 +182,8 @@ class Classes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
+        odd = [label for label in self.labels if not isinstance(label, str | int | float | np.bool_ | np.number)]
+        require(not odd, "labels", brief(odd[:1]), "must be texts, numbers, true or false")
         keys = [_key(label) for label in self.labels]
         fits = len(set(keys)) == len(keys) >= 1
         require(fits, "labels", brief(self.labels), "must be different ones")

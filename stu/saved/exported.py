@@ -34,6 +34,7 @@ LARGEST_CONFIG = 2**26  # bytes: vocabularies may be long
 SMALL = 1024  # whole numbers up to this are believed
 LONGEST = 2**22  # steps
 DEEPEST = 100  # calls and lists within each other
+MOST_FILTERED = 2**26  # numbers of all filters of a layer: seq_len of each
 LENGTHS = ("seq_len", "window", "chunk_size")  # keywords that count steps, which no weights need have
 
 
@@ -152,7 +153,7 @@ def assembled(
     require(kept is None or isinstance(kept, Mapping), "preprocessing", brief(kept), f"{source} must have a mapping")
     preprocessing = None if kept is None else Preprocessing.read(kept)
     model = fitted(config.get("model"), weights, source, trust)
-    _require_fit(model, preprocessing, source)
+    _require_fit(model, preprocessing, config["task"], source)
     return model, preprocessing, dict(config["task"])
 
 
@@ -172,11 +173,14 @@ def _require_facts(task: Any, source: str) -> None:
     wrong = next((name for name, kind in kinds.items() if type(facts.get(name)) is not kind), None)
     require(wrong is None, f"task.{wrong}", brief(facts.get(str(wrong))), f"{source} is damaged")
     start = facts.get("next_token", {"start": None})
-    known = isinstance(start, Mapping) and isinstance(start.get("start"), int | None)
+    known = isinstance(start, Mapping) and type(start.get("start")) in (int, type(None))
     require(known, "task.next_token", brief(start), f"{source} is damaged")
     steps = facts.get("steps", {})
     named = isinstance(steps, Mapping) and all(isinstance(name, str | None) for name in steps.values())
     require(named, "task.steps", brief(steps), f"{source} is damaged")
+    columns = facts.get("columns", [])
+    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    require(named, "task.columns", brief(columns), f"{source} is damaged: they must be a list of texts")
     kept = facts.get("precondition")
     if kept is not None:
         complete = isinstance(kept, Mapping) and set(kept) == {"polynomial", "degree", "inputs"}
@@ -269,6 +273,9 @@ def _require_sizes(calls: Any, weights: Mapping[str, Tensor]) -> None:
     for name, number in _whole_numbers("", calls):
         most = LONGEST if name in LENGTHS else largest
         require(abs(number) <= most, name, number, f"must be at most {most:,}, for weights of these sizes")
+    for filters, length in _filtered(calls):
+        allowed = f"must be at most {MOST_FILTERED // max(1, length):,}, for filters of seq_len={length}"
+        require(filters * length <= MOST_FILTERED, "num_filters", filters, allowed)
 
 
 def _whole_numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
@@ -278,6 +285,17 @@ def _whole_numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
             yield from _whole_numbers(str(key), part)
     elif isinstance(value, int):
         yield name, value
+
+
+def _filtered(value: Any) -> Iterator[tuple[int, int]]:
+    """num_filters and seq_len of all calls in plain data that have both."""
+    if isinstance(value, Mapping):
+        filters, length = value.get("num_filters"), value.get("seq_len")
+        if isinstance(filters, int) and isinstance(length, int):
+            yield filters, length
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _filtered(part)
 
 
 def _require_same(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
@@ -290,7 +308,9 @@ def _require_same(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
         require(before == now, name, before, f"{source} does not fit its model, in which it is {now}")
 
 
-def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, source: str) -> None:
+def _require_fit(
+    model: SequenceModel, preprocessing: Preprocessing | None, task: Mapping[str, Any], source: str
+) -> None:
     """Raise `OptionError` where inputs or predictions are read in another way than the model takes and makes them."""
     if preprocessing is None:
         return
@@ -301,9 +321,13 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
         else:
             trial = torch.full((2, 1), inputs.vocab_size - 1)
         with torch.no_grad():
-            outputs = model.eval()(trial).shape[-1]
+            predicted = model.eval()(trial).shape  # (B, O) or (B, L, O)
     except Exception as error:  # whatever PyTorch raises, given anything
         raise OptionError("preprocessing.inputs", source, f"does not fit the model: {_line(error)}") from error
+    start, outputs = task.get("next_token", {}).get("start"), predicted[-1]
+    if start is not None:
+        known = not isinstance(inputs, Numbers) and 0 <= start < inputs.vocab_size and len(predicted) == 3
+        require(known, "task.next_token", brief(start), f"{source}: must be a token, and one predicted at every step")
     if targets is None:
         return
     if isinstance(targets, Numbers):
@@ -314,7 +338,7 @@ def _require_fit(model: SequenceModel, preprocessing: Preprocessing | None, sour
         fits = outputs == expected
     else:
         expected = targets.vocab_size
-        fits = outputs <= expected
+        fits = outputs > targets.alphabet.start  # there may be more outputs than tokens, which are not predicted
     require(fits, "preprocessing.targets", source, f"is of {expected} values, the model has {outputs} outputs")
 
 

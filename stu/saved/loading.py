@@ -47,10 +47,10 @@ class Prediction(NamedTuple):
 class Trained:
     """A trained `SequenceModel` in eval mode, with its preprocessing.
 
-    task: name, seq_len (the longest input) and causal; columns, where the inputs were read from columns of a table, and
-    steps, where a row of it is one; precondition, where the model predicts a combination of outputs. about: what is
-    known of its training: results on the test set, baselines, versions. preprocessing: None where inputs are arrays as
-    the model takes them, (L,) or (L, C), and predictions real numbers.
+    task: name (of its class), seq_len (the longest input) and causal; columns, where the inputs were read from columns
+    of a table, and steps, where a row of it is one; precondition, where the model predicts a combination of outputs.
+    about: what is known of its training: results on the test set, baselines, versions. preprocessing: None where
+    inputs are arrays as the model takes them, (L,) or (L, C), and predictions real numbers.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class Trained:
         return isinstance(self.model.head, StepHead)
 
     @property
+    def _start(self) -> int | None:
+        """The token that stands before every sequence, where there is one."""
+        return (self.task.get("next_token") or {}).get("start")
+
+    @property
     def labels(self) -> tuple[Label, ...]:
         """The labels, where they are predicted."""
         targets = self.preprocessing.targets if self.preprocessing else None
@@ -87,9 +92,11 @@ class Trained:
     def predict(self, inputs: Sequence[Any], *, batch_size: int = 32) -> list[Prediction]:
         """A prediction for each input; inputs are as `preprocessing.inputs` takes them, of any lengths up to seq_len.
 
-        Padding changes no prediction. Of a preconditioned forecast, predictions are the next steps themselves. Raises
-        `OptionError` for an input that is none, or too long, and says which, and where predictions need outputs that
-        are not among the inputs.
+        Where a token starts every sequence, as in the training of `language`, it is put before each input, which may
+        then have seq_len − 1 steps; the prediction at step t is the next token after x_0 … x_t. Padding changes no
+        prediction. Of a preconditioned forecast, predictions are the next steps themselves. Raises `OptionError` for
+        an input that is none, or too long, and says which, and where predictions need outputs that are not among the
+        inputs.
         """
         require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
         single = isinstance(inputs, str | bytes)
@@ -109,20 +116,28 @@ class Trained:
         require(array.dtype.kind in "biuf", "input", brief(value), "must be numbers")
         if array.dtype.kind == "f" or array.ndim == 2:
             array = array.astype(np.float32)
-        longest = self.task["seq_len"]
+        longest, origin = self.task["seq_len"], "seq_len"
+        if self._start is not None:
+            longest, origin = longest - 1, "seq_len, less the token that starts a sequence"
         steps = len(array) if array.ndim else 0
-        require(1 <= steps <= longest, "input", f"{steps} steps", f"must have 1 to {longest}, as in training (seq_len)")
+        allowed = f"must have 1 to {longest}, as in training ({origin})"
+        if self.predicts_steps:
+            allowed += "; cut longer ones into pieces, where a row is a step by a column that numbers them (--sequence)"
+        require(1 <= steps <= longest, "input", f"{steps} steps", allowed)
         return array
 
     def predict_encoded(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for inputs that are encoded already, in one batch."""
-        inputs, mask = pad(arrays)
+        start = self._start
+        inputs, mask = pad(arrays if start is None else [np.insert(array, 0, start, axis=0) for array in arrays])
         with torch.no_grad():
             outputs = self.model(inputs.to(self.device), None if mask is None else mask.to(self.device))
         fits = len(outputs) == len(arrays)
         allowed = "must be read in another way: this model predicts from several inputs at once; call .model itself"
         require(fits, "inputs", len(arrays), allowed)
         outputs = self._restored(outputs.cpu(), inputs)
+        if start is not None:
+            outputs = outputs[:, 1:]  # the first one predicts x_0
         return [self._meant(output, len(array)) for output, array in zip(outputs, arrays, strict=True)]
 
     def generate(self, prompt: Any = "", **sampling: Any) -> Iterator[str]:
@@ -136,8 +151,8 @@ class Trained:
         require(possible, "task", self.task["name"], "generates nothing: its predictions are not the next token")
         assert known is not None
         assert not isinstance(known.inputs, Numbers)
-        tokens, start = known.inputs.encode(prompt).tolist(), self.task["next_token"].get("start")
-        drawn = continued(self.model, tokens, Sampling(**sampling), start=start, alphabet=known.inputs.alphabet)
+        tokens, alphabet = known.inputs.encode(prompt).tolist(), known.inputs.alphabet
+        drawn = continued(self.model, tokens, Sampling(**sampling), start=self._start, alphabet=alphabet)
         return known.inputs.pieces(drawn)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -176,7 +191,9 @@ class Trained:
                 ahead = values.reshape(*values.shape[:-1], -1, targets.channels)
                 values = targets.decode(ahead).reshape(values.shape)
             return Prediction(_unpacked(values, per_step))
-        return Prediction(targets.decode(np.atleast_1d(values.argmax(-1)).tolist()))
+        known = targets.alphabet  # as in generation, no other token is predicted
+        best = values[..., known.start : known.stop].argmax(-1) + known.start
+        return Prediction(targets.decode(np.atleast_1d(best).tolist()))
 
 
 def load(run_or_folder: str | Path, *, device: str = "cpu", trust: Sequence[str] = ()) -> Trained:

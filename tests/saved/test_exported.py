@@ -18,8 +18,9 @@ from stu.errors import OptionError
 from stu.generation import generate
 from stu.heads import PooledHead, StepHead
 from stu.mixers.stu import STU
-from stu.preprocessing import Preprocessing, Text
+from stu.preprocessing import Preprocessing, Text, Tokens
 from stu.saved.exported import CONFIG, WEIGHTS, write_folder
+from stu.saved.loading import Trained
 from tests.models import MODELS, factory, randomized
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -165,6 +166,11 @@ WRONG = [
     ("model.backbone.d_model", 1000, "does not fit its model, in which it is"),
     ("model.backbone.d_model", 8.5, "cannot be made as it says"),
     (f"{MIXER}.seq_len", 10**12, "seq_len=1000000000000: must be at most 4,194,304"),
+    (
+        MIXER,
+        call("stu.STU", seq_len=2**22, num_filters=17),
+        "num_filters=17: must be at most 16, for filters of seq_len",
+    ),
     (f"{MIXER}.seq_len", 13, "what was saved is of seq_len=12"),
     ("model.encoder.d_input", 10**15, "d_input=1000000000000000: must be at most"),
     ("preprocessing.inputs", {"kind": "numbers", "mean": [0], "std": [1]}, "does not fit the model"),
@@ -172,9 +178,15 @@ WRONG = [
     ("preprocessing.inputs", {"kind": "tokens", "vocab_size": 10**30}, "does not fit the model"),
     ("preprocessing.inputs", {"kind": "os.system"}, "must have a kind: text, tokens, numbers, classes"),
     ("preprocessing.targets", {"kind": "classes", "labels": [1, 2]}, "is of 2 values, the model has 3 outputs"),
+    ("preprocessing.targets", {"kind": "classes", "labels": [[1], [2], [3]]}, "labels=[[1]]: must be texts, numbers"),
+    ("preprocessing.targets", {"kind": "classes", "labels": [1, 2, None]}, "labels=[None]: must be texts, numbers"),
     ("task", {}, "task.name=None:"),
+    ("task.columns", "x", "task.columns=x:"),
+    ("task.columns", [1], "task.columns=[1]:"),
     ("task.seq_len", 10**30, "task.seq_len=1000000000000000000000000000000: must be 1 to"),
     ("task.next_token", {"start": "x"}, "task.next_token={'start': 'x'}"),
+    ("task.next_token", {"start": True}, "task.next_token={'start': True}"),
+    ("task.next_token", {"start": 0}, "task.next_token=0: "),
     ("task.precondition", {"polynomial": "chebyshev"}, "task.precondition={'polynomial': 'chebyshev'}"),
     ("task.precondition", {"polynomial": "x", "degree": 2, "inputs": True}, "polynomial=x: must be one of"),
     ("format", "other", "is not of a model that stu.export wrote"),
@@ -299,6 +311,52 @@ def test_what_predicts_the_next_token_generates(tmp_path: Path):
     assert "".join(loaded.generate(max_tokens=3, temperature=0))
     with pytest.raises(OptionError, match="task=Steps: generates nothing"):
         stu.load(exported(tmp_path / "other", model, text.as_dict())).generate("ab")
+
+
+def language_model(folder: Path, encoding: Any, outputs: int, start: int | None) -> Trained:
+    """Loaded from a folder, with random weights."""
+    encoder, backbone = TokenEncoder(8, vocab_size=outputs), factory("stu", seq_len=12)()
+    model = randomized(stu.SequenceModel(encoder, backbone, StepHead(8, d_output=outputs)))
+    facts = {**TASK, "next_token": {"start": start}}
+    write_folder(folder, model.eval(), Preprocessing(encoding, encoding).as_dict(), facts, {})
+    return stu.load(folder)
+
+
+@pytest.mark.parametrize("start", [None, 0, 3])
+def test_the_next_token_is_predicted_as_it_is_generated(tmp_path: Path, start: int | None):
+    loaded = language_model(tmp_path / "folder", Tokens(5), 5, start)
+    inputs = [[1, 4, 2, 2, 0], [3], list(range(5)) * 2 + [1]]
+    for tokens, prediction in zip(inputs, loaded.predict(inputs), strict=True):
+        generated = [
+            int("".join(loaded.generate(tokens[: step + 1], temperature=0, max_tokens=1)))
+            for step in range(len(tokens))
+        ]
+        assert prediction.value == generated
+    longest = 12 if start is None else 11
+    with pytest.raises(OptionError, match=rf"inputs\[0\]=13 steps: must have 1 to {longest}, .*seq_len.*into pieces"):
+        loaded.predict([[1] * 13])
+    if start is not None:
+        with pytest.raises(OptionError, match=r"=12 steps: .* less the token that starts a sequence"):
+            loaded.predict([[1] * 12])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "prompt"),
+    [(Text("characters", tuple("abcde")), "abba"), (Text("words", ("one", "two")), "one two"), (Tokens(3), "1 2 0")],
+)
+def test_no_token_is_predicted_that_the_vocabulary_lacks(tmp_path: Path, encoding: Any, prompt: str):
+    loaded = language_model(tmp_path / "folder", encoding, 31, 0)
+    with torch.no_grad():
+        loaded.model.head.linear.bias[[0, 30]] += 1e6  # padding, and none
+    loaded.save(tmp_path / "again")
+    again = stu.load(tmp_path / "again")
+    tokens = encoding.encode(again.predict([prompt])[0].value if isinstance(encoding, Text) else [1, 2, 0])
+    assert len(tokens) == len(encoding.encode(prompt))
+    last = "".join(again.generate(prompt, temperature=0, max_tokens=1))
+    value = again.predict([prompt])[0].value
+    assert value.endswith(last) if isinstance(value, str) else value[-1] == int(last)
+    with pytest.raises(OptionError, match=re.escape("task.next_token=31: ")):
+        stu.load(changed(tmp_path / "again", "task.next_token.start", 31))
 
 
 def test_defaults_of_the_user_do_not_matter(folder: Path):
