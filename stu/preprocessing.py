@@ -109,8 +109,9 @@ class Tokens:
 
     def encode(self, value: Any) -> NDArray[np.int64]:
         """Integers (L,), as reals too, or a text of them with spaces between, as tokens (L,)."""
+        given = _integers(value) if isinstance(value, str) else value
         try:
-            tokens = np.asarray(_integers(value) if isinstance(value, str) else value)
+            tokens = np.asarray(given)
         except ValueError as error:  # lists of several lengths
             raise OptionError("input", brief(value), "must be a list of integers") from error
         kind = tokens.dtype.kind

@@ -128,7 +128,9 @@ def _as_a_shell(code: int) -> int:
 def small(*overrides: str) -> list[str]:
     """These overrides, and before them what makes the task and the model they choose small."""
     config = composed(*overrides)
-    options = [*_options(config.task, "task", SMALL_TASK), *_options(config.model, "model", SMALL_MODEL)]
+    layers = len(config.model.mixer) if OmegaConf.is_list(config.model.mixer) else 1
+    sizes = SMALL_MODEL | {"depth": layers}
+    options = [*_options(config.task, "task", SMALL_TASK), *_options(config.model, "model", sizes)]
     given = {override.split("=", 1)[0] for override in overrides}
     return [*(o for o in (*options, *SMALL_RUN) if o.split("=", 1)[0] not in given), *overrides]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from stu.cli.layers import of_one_mixer
 from stu.heads import PooledHead, TwoTowerHead
 from stu.ops import long_convolution
 from tests.models import MODELS, small_backbone
@@ -26,7 +27,8 @@ class Whole(nn.Module):
 
     def __init__(self, model: str, causal: bool) -> None:
         super().__init__()
-        self.backbone = small_backbone(model, seq_len=40, causal=causal, depth=1)
+        shallow = {"depth": 1} if model in of_one_mixer() else {}
+        self.backbone = small_backbone(model, seq_len=40, causal=causal, **shallow)
         self.heads = nn.ModuleList(PooledHead(8, d_output=2, pool=pool) for pool in ("mean", "first", "last"))
         self.heads.append(TwoTowerHead(8, d_output=2))
 
