@@ -100,7 +100,8 @@ def test_every_model_compiled_computes_the_same_by_one_program(model: str):
     for batch, length in ((3, 120), (3, 71), (4, 199)):
         x, mask = ragged(batch, length)
         assert_same(fast, eager, x.double(), mask, tolerance=1e-10)
-    assert counters["stats"]["unique_graphs"] == 1
+    # of hybrids one for each kind of layer; attention to a window has another one for sequences that fit into it
+    assert counters["stats"]["unique_graphs"] == {"mamba2_attention": 2, "stu_attention": 3}.get(model, 1)
 
 
 @pytest.mark.slow
