@@ -58,7 +58,7 @@ def finish(
         "baselines": dict(baselines),
         **({} if task.trivial is None else {"trivial": [name for name in task.trivial if name in baselines]}),
         "steps": steps,
-        "seconds": round(checkpoints.seconds_trained, 1),
+        "seconds": round(checkpoints.seconds_trained, 3),
         **measured,
         "parameters": count(module.model),
         **({} if run.pretrained is None else {"pretrain": run.pretrained}),

@@ -86,7 +86,7 @@ class Phase:
             "loss": checkpoints.best_value,
             "step": checkpoints.best_step,
             "steps": trainer.global_step,
-            "seconds": round(checkpoints.seconds_trained, 1),
+            "seconds": round(checkpoints.seconds_trained, 3),
             "baselines": self.baselines,
         }
         if trainer.is_global_zero:
