@@ -37,7 +37,7 @@ EARLY: Refused = [
     (("experiment=bla",), ("experiment=bla: no such option", "quick")),
     (("model.depht=3",), ("model.depht=3: no such key", "did you mean depth?", "d_model, depth, dropout")),
     (("optimiser=adamw",), ("optimiser=adamw: no such key", "did you mean optimizer?", "checkpoints")),
-    (("experimen=quick",), ("experimen=quick: no such key; did you mean experiment? allowed: ",)),
+    (("sweeps=lr",), ("sweeps=lr: no such key; did you mean sweep? allowed: ",)),
     (("+lr=1e-3",), ("lr=0.001: no such key; did you mean optimizer.lr? allowed: callbacks, ",)),
     (("loader.seed=1",), ("loader.seed=1: no such key; did you mean seed or generate.seed? allowed: ",)),
     (("lr=1e-3",), ("lr=1e-3: no such key; did you mean optimizer.lr? allowed: callbacks, ",)),
