@@ -1,7 +1,6 @@
 """Runs that differ in nothing but the seed are one group: a mean and a standard deviation."""
 
 import math
-import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,7 +188,7 @@ def _apart(rows: Sequence[Row], counts: Callable[[str], bool]) -> list[tuple[dic
     """
     flat = [{key: told(key, value) for key, value in _options(row).items() if counts(key)} for row in rows]
     every = Counter(key for settings in flat for key in settings)
-    optional = {key_of(word) for row in rows for word in _words(row) if word.startswith("+")}
+    optional = {key_of(word) for row in rows for word in row.words if word.startswith("+")}
     for key in (key for key, count in every.items() if count < len(rows)):
         above = [key[:at] for at, letter in enumerate(key) if letter == "."]
         added = not optional.isdisjoint((key, *above))
@@ -215,14 +214,6 @@ def _options(row: Row) -> dict[str, Any]:
     classes = {f"callbacks.{name}._target_" for name in names}
     kept = {key: content for key, content in flat.items() if key not in classes}
     return kept | {"callbacks": ", ".join(sorted(names)) or "none"}
-
-
-def _words(row: Row) -> list[str]:
-    """Those of the command of a run."""
-    try:
-        return shlex.split(row.command or "")
-    except ValueError:
-        return []
 
 
 @cache

@@ -77,6 +77,11 @@ class Row:
         return (max if self.mode == "max" else min)(values, default=None)
 
     @property
+    def words(self) -> list[str]:
+        """Those of the command."""
+        return _words(self.command)
+
+    @property
     def state(self) -> str:
         """The status in words, and what could not be read."""
         words: str = self.status
@@ -263,12 +268,17 @@ def _yaml(text: str) -> Any:
     return content
 
 
+def _words(command: str | None) -> list[str]:
+    """Those of a command; none where it cannot be read."""
+    try:
+        return shlex.split(command or "")
+    except ValueError:
+        return []
+
+
 def _preset(command: str | None) -> str | None:
     """The choice experiment=… of a command."""
-    try:
-        words = shlex.split(command or "")
-    except ValueError:
-        return None
+    words = _words(command)
     named = (word.partition("=")[2] for word in reversed(words) if word.lstrip("+").startswith("experiment="))
     return None if (name := next(named, "none")) == "none" else name
 

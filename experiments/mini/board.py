@@ -1,7 +1,6 @@
 """The board `sweep=mini`: its results, its table, and whether it is what it promises to be."""
 
 import math
-import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -50,18 +49,15 @@ def is_of_preset(row: Row) -> bool:
 
 def is_of_board(row: Row) -> bool:
     """Whether it has the settings of that preset, and none of its own."""
-    given = [word for word in shlex.split(row.command or "") if "=" in word or word.startswith("~")]
+    given = [word for word in row.words if "=" in word or word.startswith("~")]
     return is_of_preset(row) and all(key in CHOSEN or not tells(key) for key in map(key_of, given))
 
 
 def results_of(rows: Iterable[Row]) -> list[Result]:
     """What results.json has of the runs of the board, sorted; of several of one seed, which are equal, it has one."""
-    found = {(result["task"], result["model"], result["seed"]): result for result in map(_result, _last_counts(rows))}
-    return [found[place] for place in sorted(found, key=lambda place: (*place[:2], place[2] or 0))]
-
-
-def _last_counts(rows: Iterable[Row]) -> list[Row]:
-    return sorted(filter(is_of_board, rows), key=lambda row: (row.status == "finished", row.path))
+    board = sorted(filter(is_of_board, rows), key=lambda row: (row.status == "finished", row.path))
+    by_seed = {_order(result): result for result in map(_result, board)}  # of equal ones the last is kept
+    return [by_seed[order] for order in sorted(by_seed)]
 
 
 def _result(row: Row) -> Result:
@@ -100,11 +96,15 @@ def added(results: Sequence[Result], earlier: Iterable[Result]) -> list[Result]:
     """The results, and those of an earlier board that have another task or model."""
     renewed = {_place(result) for result in results}
     kept = [result for result in earlier if _place(result) not in renewed]
-    return sorted([*kept, *results], key=lambda result: (*_place(result), result["seed"]))
+    return sorted([*kept, *results], key=_order)
 
 
 def _place(result: Result) -> tuple[str, str]:
     return result["task"], result["model"]
+
+
+def _order(result: Result) -> tuple[str, str, int]:
+    return *_place(result), result["seed"] or 0
 
 
 def groups(results: Iterable[Result]) -> list[Group]:

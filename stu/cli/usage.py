@@ -26,7 +26,7 @@ GROUPS = {
     "paths": "where runs and data are stored",
 }
 
-PRESETS = {"experiment", "tuned", "sweep"}  # groups that set keys elsewhere, and may be absent
+PRESETS = {"experiment", "tuned", "sweep"}  # groups that set keys elsewhere, and have none of their own
 WIDTH = 14  # of the column of their names in the help
 BY_OTHERS = {"tuned"}  # groups whose option is chosen by those of others
 

@@ -231,3 +231,14 @@ class TestWriting:
         slow = {"torch", "matplotlib", "numpy", "hydra", "optuna"}
         code = f"import sys, experiments.compare.figures; print({slow} & {{*sys.modules}})"
         assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
+
+
+def test_the_caption_of_the_board_counts_seeds_and_not_runs():
+    from matplotlib.text import Text
+
+    from experiments.compare.figures.board import board
+
+    rows = [row(f"lds/stu/{k}", seed=seed, test=0.5) for k, seed in enumerate((0, 0, 1))]
+    figure = board(grouped(rows), ["stu"])
+    assert figure is not None
+    assert any("standard deviations of 2 seeds" in text.get_text() for text in figure.findobj(Text))

@@ -121,6 +121,8 @@ def test_filters_of_names_lists_and_groups():
     assert [where(rows, [word]) for word in words] == [rows[:1]] * 6
     assert where(rows, ["name=[a]*"]) == where(rows, ["name=x,[a]"]) == rows[1:]
     assert where(rows, ["model.layers!=[1,2]"]) == []
+    assert where(rows, ["experiment=none"]) == where(rows, ["experiment=null"]) == rows
+    assert where(rows, ["experiment!=none"]) == []
     with pytest.raises(OptionError, match=r"--where=optimizer: is a group of options: optimizer\.lr"):
         where(rows, ["optimizer=adamw"])
 

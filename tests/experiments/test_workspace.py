@@ -133,6 +133,7 @@ def test_tasks_are_known_without_runs(tmp_path: Path):
         ([".", "--json", "x.json"], "folder=.: has no runs that say their task"),
         (["runs", "--json", "x.json", "--tasks", "mqar"], "--tasks=mqar: runs has no runs of it; choose of lds"),
         (["--json", "x.json", "--tasks", "ld"], "--tasks=ld: no such task; choose of adding, "),
+        (["--json", "x.json", "--tasks", "own"], "--tasks own: source=None: must be a file, a folder, or owner/name"),
         (["runs", "--json", "no/x.json"], "no/x.json: No such file or directory"),
     ],
 )
